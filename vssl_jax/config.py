@@ -1,0 +1,277 @@
+"""Every key a run can have, and how a page and the command line set them.
+
+A page (`configs/*.py`) defines `get_config(variant='')`, which starts from
+`default()` and overrides. Keys that do not exist are errors. A page is code:
+it is run only from the clone's `configs/`, the current directory, or a folder
+given with `--config_root`.
+"""
+
+import ast
+import difflib
+import importlib.util
+import json
+import pathlib
+from typing import Any
+
+import ml_collections
+
+from vssl_jax import methods
+from vssl_jax.data import pipeline
+from vssl_jax.evals import probe
+from vssl_jax.train import optimizer
+
+
+def default(method: str = 'salt') -> ml_collections.ConfigDict:
+  """Returns every key there is, at the values of a full SALT run.
+
+  Args:
+    method: whose knobs `config.method` holds.
+  """
+  c = ml_collections.ConfigDict()
+  c.job = 'train'  # 'probe'
+  c.seed = 0
+  # Everything a run writes; '' is runs/<page>[-<variant>].
+  c.workdir = ''
+  # What a 'probe' measures: a run folder, a local folder with published
+  # weights, or a hub id.
+  c.encoder = ''
+  c.batch_size = 3072  # clips per step over all devices
+  c.method = methods.default(method)
+  c.optim = optimizer.default()
+  c.data = pipeline.default()
+  c.mesh = ml_collections.ConfigDict(
+    dict(
+      data=1,  # replicas
+      fsdp=-1,  # devices that split parameters and the batch; -1: the rest
+      # ((regular expression of a leaf's name, (axis or None, ...)), ...)
+      overrides=(),
+    )
+  )
+  c.checkpoint = ml_collections.ConfigDict(
+    dict(
+      every=1000,  # steps
+      keep=2,  # whole states; the parameters of every phase are kept besides
+      # Resume from the newest whole checkpoint in workdir. False refuses a
+      # workdir that holds one.
+      resume=True,
+      # A resumed run may differ from its first start in these keys only.
+      may_change=(
+        'workdir',
+        'mesh',
+        'checkpoint',
+        'log',
+        'health',
+        'show',
+        'data.workers',
+        'data.decode_processes',
+        'data.isolate',
+      ),
+    )
+  )
+  c.log = ml_collections.ConfigDict(
+    dict(
+      every=50,  # steps between lines of metrics
+      tensorboard=True,  # where tensorboardX is installed
+      peak_tflops=0.0,  # per device, for utilisation; 0: by device name
+    )
+  )
+  c.health = ml_collections.ConfigDict(
+    dict(
+      every=0.05,  # fraction of the run, or steps if over 1
+      clips=256,  # clips that the panel looks at
+      max_skipped=50,  # stop after so many steps in a row without an update
+      spike_alarm=10.0,  # warn above this multiple of the running median loss
+    )
+  )
+  c.probe = probe.default()
+  return c
+
+
+def load(
+  spec: str, roots: tuple[str, ...] = ()
+) -> tuple[str, ml_collections.ConfigDict]:
+  """Runs a config page.
+
+  Args:
+    spec: `path/to/page.py` or `path/to/page.py:variant`.
+    roots: folders that pages may come from besides the clone's `configs/` and
+      the current directory.
+
+  Returns:
+    A name for the run (`page` or `page-variant`) and the config.
+
+  Raises:
+    ValueError: the path is a URL, leads out of the roots, or is no page.
+  """
+  path_text, _, variant = spec.partition(':')
+  if '://' in spec:
+    raise ValueError(
+      f'--config: found the address {spec!r}; a page is code and is run only '
+      'from a local file'
+    )
+  path = pathlib.Path(path_text)
+  allowed = [pathlib.Path.cwd(), clone_root() / 'configs', *roots]
+  if not path.exists() and (clone_root() / path_text).exists():
+    path = clone_root() / path_text
+  resolved = path.resolve()  # follows links, so a link out is seen as such
+  if not any(resolved.is_relative_to(_resolve(r)) for r in allowed):
+    raise ValueError(
+      f'--config: {path_text} is {resolved}, outside of '
+      f'{[str(_resolve(r)) for r in allowed]}; a page is code. If you trust it, '
+      f'add --config_root={resolved.parent}'
+    )
+  if not resolved.is_file():
+    found = sorted(p.name for p in (clone_root() / 'configs').glob('*.py'))
+    near = difflib.get_close_matches(path.name, found, 1)
+    raise ValueError(
+      f'--config: no file {path_text}'
+      + (f'; did you mean configs/{near[0]}?' if near else f'; pages: {found}')
+    )
+  module_spec = importlib.util.spec_from_file_location(
+    f'vssl_jax_page_{resolved.stem}', resolved
+  )
+  module = importlib.util.module_from_spec(module_spec)
+  module_spec.loader.exec_module(module)
+  if not hasattr(module, 'get_config'):
+    raise ValueError(f'--config: {path_text} defines no get_config(variant)')
+  name = resolved.stem + (f'-{variant}' if variant else '')
+  return name, module.get_config(variant)
+
+
+def clone_root() -> pathlib.Path:
+  """Returns the folder that holds the package: the clone, when it is one."""
+  return pathlib.Path(__file__).resolve().parent.parent
+
+
+def _resolve(path: str | pathlib.Path) -> pathlib.Path:
+  return pathlib.Path(path).expanduser().resolve()
+
+
+def override(
+  config: ml_collections.ConfigDict, assignments: list[str]
+) -> ml_collections.ConfigDict:
+  """Applies `key.sub=value` assignments from the command line.
+
+  Values are read as Python literals where they are one, else as text, and
+  must have the type of the value they replace.
+
+  Raises:
+    ValueError: a key that does not exist (the nearest is named) or a value of
+      another type.
+  """
+  for assignment in assignments:
+    key, equals, text = assignment.partition('=')
+    if not equals:
+      raise ValueError(
+        f'--config.{key}: no value; write --config.{key}=<value>'
+      )
+    keys = [k for k, _ in flatten(config)]
+    if key not in keys:
+      near = difflib.get_close_matches(key, keys, 1)
+      raise ValueError(
+        f'--config.{key}: no such key'
+        + (f'; did you mean --config.{near[0]}?' if near else '')
+        + (
+          f' {key} is a section with keys '
+          f'{[k for k in keys if k.startswith(key + ".")]}'
+          if any(k.startswith(key + '.') for k in keys)
+          else ''
+        )
+      )
+    section = config
+    *parents, last = key.split('.')
+    for parent in parents:
+      section = section[parent]
+    section[last] = _parse(text, section[last], key)
+  return config
+
+
+def _parse(text: str, old: Any, key: str) -> Any:
+  """Reads a value of the type of the one it replaces."""
+  wanted = type(old)
+  if wanted is str:
+    return text
+  if wanted is bool:
+    words = {'true': True, '1': True, 'false': False, '0': False}
+    if text.lower() not in words:
+      raise ValueError(f'--config.{key}: found {text!r}, wanted True or False')
+    return words[text.lower()]
+  try:
+    value = ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    value = text
+  if wanted is tuple and not isinstance(value, tuple):
+    value = tuple(value) if isinstance(value, list) else (value,)
+  if wanted is float and type(value) is int:
+    value = float(value)
+  if wanted is int and isinstance(value, float) and value.is_integer():
+    value = int(value)
+  if type(value) is not wanted:
+    raise ValueError(
+      f'--config.{key}: found {text!r}, wanted a {wanted.__name__} such as '
+      f'{old!r}'
+    )
+  return value
+
+
+def flatten(
+  config: ml_collections.ConfigDict, prefix: str = ''
+) -> list[tuple[str, Any]]:
+  """Returns `(dotted key, value)` of every leaf."""
+  out = []
+  for key, value in config.items():
+    if isinstance(value, ml_collections.ConfigDict):
+      out += flatten(value, f'{prefix}{key}.')
+    else:
+      out.append((prefix + key, value))
+  return out
+
+
+def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Returns the config as plain nested dicts, as JSON would read it back."""
+  return json.loads(json.dumps(config.to_dict(), default=list))
+
+
+def from_json(tree: dict[str, Any]) -> ml_collections.ConfigDict:
+  """Reads back `to_json`; JSON's lists are tuples again."""
+
+  def one(x: Any) -> Any:
+    if isinstance(x, dict):
+      return {k: one(v) for k, v in x.items()}
+    return tuple(one(v) for v in x) if isinstance(x, list) else x
+
+  return ml_collections.ConfigDict(one(tree))
+
+
+def difference(
+  before: ml_collections.ConfigDict,
+  after: ml_collections.ConfigDict,
+  except_for: tuple[str, ...] = (),
+) -> str:
+  """Returns a line for every key whose value differs; '' if none does.
+
+  Args:
+    before: one config.
+    after: another.
+    except_for: keys or sections that may differ.
+  """
+  a, b = dict(flatten(before)), dict(flatten(after))
+  lines = [
+    f'  {k}: was {a.get(k, "absent")!r}, is {b.get(k, "absent")!r}'
+    for k in sorted(a.keys() | b.keys())
+    if a.get(k) != b.get(k)
+    and not any(k == e or k.startswith(e + '.') for e in except_for)
+  ]
+  return '\n'.join(lines)
+
+
+def describe(
+  config: ml_collections.ConfigDict, base: ml_collections.ConfigDict
+) -> str:
+  """Returns one line for every key, marking those that differ from `base`."""
+  defaults = dict(flatten(base))
+  lines = []
+  for key, value in flatten(config):
+    mark = ' ' if defaults.get(key, value) == value else '*'
+    lines.append(f'{mark} {key} = {value!r}')
+  return '\n'.join(lines)

@@ -1,0 +1,197 @@
+"""Encoders by name: a run folder, published weights, or a hub id.
+
+    encoder = vssl_jax.load('runs/salt')
+    features = encoder(video)        # [B, N, D] from uint8 [B, T, H, W, 3]
+
+A run folder may be followed by `@<phase>` and `@<phase>/<average>`, as in
+`runs/salt@pixel_teacher` or `runs/vjepa2@latent_student/encoder`.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+from jaxtyping import Array, Float
+
+from vssl_jax import config as config_lib
+from vssl_jax import methods, trees, weights
+from vssl_jax.methods import base
+from vssl_jax.models import layers
+from vssl_jax.train import checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+  """A frozen encoder with its parameters.
+
+  Attributes:
+    module: the network.
+    params: its parameters.
+    name: where it came from.
+    video: (T, H, W, C) of the clips it was trained on.
+  """
+
+  module: nn.Module
+  params: Any
+  name: str
+  video: tuple[int, int, int, int]
+
+  @property
+  def width(self) -> int:
+    """Features per token, D."""
+    return self.module.width
+
+  @property
+  def grid(self) -> tuple[int, int, int]:
+    """Tokens (t, h, w) of a clip of the training shape."""
+    return layers.grid_of((1, *self.video), self.module.patch)
+
+  def __call__(
+    self, video: np.ndarray | Array, depth: float | None = None
+  ) -> Float[Array, 'B N D']:
+    """Returns the tokens of clips, in raster order of (t, h, w).
+
+    Args:
+      video: uint8, or float in [0, 1]: [B, T, H, W, C], or one clip without
+        B. T, H, W may differ from training where the positions allow it.
+      depth: fraction of the blocks to run; None: all, and the final norm.
+
+    Raises:
+      ValueError: the clip does not divide into patches.
+    """
+    video = video[None] if video.ndim == 4 else video
+    layers.grid_of(video.shape, self.module.patch)
+    return _apply(self.module, depth, self.params, video)
+
+  def shapes(self, video: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    """Returns the shape of the tokens without computing them."""
+    return jax.eval_shape(
+      functools.partial(_apply, self.module, None),
+      self.params,
+      jax.ShapeDtypeStruct(video, np.uint8),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _apply(
+  module: nn.Module, depth: float | None, params: Any, video: Array
+) -> Array:
+  return module.apply({'params': params}, video, depth=depth)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """A run folder's part that holds an encoder.
+
+  Attributes:
+    folder: the run's folder.
+    phase: the phase.
+    subtree: of the saved state: `params/encoder` or `ema/<name>`.
+    saved: the checkpoint.
+    video: (T, H, W, C).
+  """
+
+  folder: pathlib.Path
+  phase: base.Phase
+  subtree: str
+  saved: checkpoint.Saved
+  video: tuple[int, int, int, int]
+
+
+def is_run(source: str) -> bool:
+  """Returns whether a source names a run folder of ours."""
+  return (pathlib.Path(source.partition('@')[0]) / 'run.json').exists()
+
+
+def find(source: str) -> Source:
+  """Finds the encoder that a run folder holds.
+
+  Raises:
+    ValueError: the phase or average does not exist, or nothing is saved yet.
+  """
+  folder_text, _, part = source.partition('@')
+  folder = pathlib.Path(folder_text)
+  run = json.loads((folder / 'run.json').read_text())
+  config = config_lib.from_json(run['config'])
+  video = tuple(run['video'])
+  method = methods.build(config.method, video, module_of)
+  names = [p.name for p in method.phases()]
+  wanted, _, average = part.partition('/')
+  saved = _newest(folder, wanted or None, names)
+  if saved is None or (wanted and wanted not in names):
+    raise ValueError(
+      f'{source}: no finished checkpoint'
+      + (f' of phase {wanted!r}' if wanted else '')
+      + f'; the phases of this run are {names}'
+    )
+  phase = next(p for p in method.phases() if p.name == saved.phase)
+  if average and average not in phase.ema:
+    raise ValueError(
+      f'{source}: no average {average!r}; phase {phase.name!r} keeps '
+      f'{sorted(phase.ema)}'
+    )
+  subtree = f'ema/{average}' if average else 'params/encoder'
+  return Source(folder, phase, subtree, saved, video)
+
+
+def _newest(
+  folder: pathlib.Path, wanted: str | None, names: list[str]
+) -> checkpoint.Saved | None:
+  """Returns the newest checkpoint of a phase, finished or under way."""
+  found = checkpoint.listing(folder)
+  if wanted:
+    found = [s for s in found if s.phase == wanted]
+  found = [s for s in found if s.phase in names and not checkpoint.damage(s)]
+  return max(found, key=lambda s: s.step, default=None)
+
+
+def load(source: str) -> Encoder:
+  """Loads a frozen encoder.
+
+  Args:
+    source: a run folder (`runs/salt`, `runs/salt@pixel_teacher`), a local
+      folder with published weights, or a hub id.
+
+  Raises:
+    ValueError: the source does not exist or does not fit.
+    CheckpointError: the run's checkpoint is damaged.
+  """
+  if not is_run(source):
+    module, params, _ = weights.load_published(source)
+    size = weights.clip_shape(source)
+    return Encoder(module, params, source, size)
+  found = find(source)
+  place = SingleDeviceSharding(jax.local_devices()[0])
+  target = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+    found.saved.shapes(found.subtree),
+  )
+  params = checkpoint.restore(found.saved, target, found.subtree)
+  return Encoder(found.phase.encoder, params, source, found.video)
+
+
+def module_of(source: str) -> nn.Module:
+  """Returns the network of a source without reading its parameters."""
+  if is_run(source):
+    return find(source).phase.encoder
+  return weights.describe(source)
+
+
+def random(like: Encoder, seed: int = 0) -> Encoder:
+  """Returns the same encoder with parameters as they were before training."""
+  clip = jax.ShapeDtypeStruct((1, *like.video), np.uint8)
+  params = jax.jit(
+    lambda key: like.module.init(key, np.zeros(clip.shape, clip.dtype))
+  )(jax.random.key(seed))['params']
+  differing = trees.difference(params, like.params)
+  if differing:
+    raise ValueError(f'{like.name} differs from its own module:\n{differing}')
+  return dataclasses.replace(
+    like, params=params, name=f'{like.name} at random initialisation'
+  )

@@ -1,0 +1,159 @@
+"""The one entry for every job: flags -> config -> job.
+
+    python -m vssl_jax.main                                  the demo
+    python -m vssl_jax.main --config=configs/salt.py:L --config.data.source=...
+    python -m vssl_jax.main --config=configs/salt.py:L --plan
+
+Short on purpose: what a job does is importable, so that a notebook can call
+it.
+"""
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+import jax
+import ml_collections
+from absl import logging
+
+from vssl_jax import config as config_lib
+from vssl_jax import demo
+from vssl_jax.evals import run as evaluation
+from vssl_jax.train import plan, trainer
+
+Job = Callable[[ml_collections.ConfigDict], int]
+JOBS: dict[str, Job] = {
+  'train': trainer.train,
+  'probe': evaluation.run,
+  'demo': demo.run,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs one job and returns its exit status.
+
+  Args:
+    argv: flags without the program's name; those of the process when None.
+  """
+  logging.set_verbosity(logging.WARNING)
+  args, assignments = _flags(sys.argv[1:] if argv is None else argv)
+  try:
+    config = resolve(args.config, assignments, tuple(args.config_root))
+    if args.plan:
+      print(plan.describe(config, compile_phases=args.plan == 'compile'))
+      return 0
+    _join_cluster()
+    job = JOBS[config.job]
+  except ValueError as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 2
+  print(config_lib.describe(config, config_lib.default(config.method.name)))
+  try:
+    return job(config)
+  except trainer.EXPECTED as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 1
+
+
+def resolve(
+  page: str, assignments: Sequence[str], roots: tuple[str, ...] = ()
+) -> ml_collections.ConfigDict:
+  """Returns the config of a page with the command line's values in it.
+
+  Args:
+    page: `configs/x.py:variant`; '' for the demo.
+    assignments: `optim.lr=1e-3` and the like.
+    roots: further folders that pages may come from.
+
+  Raises:
+    ValueError: a page, key or value that does not fit.
+  """
+  if page:
+    name, config = config_lib.load(page, roots)
+  else:
+    name, config = 'demo', demo.get_config()
+  config = config_lib.override(config, list(assignments))
+  if config.job not in JOBS:
+    raise ValueError(
+      f'config.job: found {config.job!r}, wanted one of {sorted(JOBS)}'
+    )
+  if not config.workdir:
+    config.workdir = os.path.join('runs', name)
+  return config
+
+
+def _flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+  """Splits the command line into flags and config assignments."""
+  parser = argparse.ArgumentParser(
+    prog='python -m vssl_jax.main',
+    description='Pretrains and measures video encoders. Every key of '
+    'vssl_jax/config.py can be set as --config.<key>=<value>.',
+    allow_abbrev=False,
+  )
+  parser.add_argument(
+    '--config', default='', help='page.py or page.py:variant; demo if not given'
+  )
+  parser.add_argument(
+    '--config_root',
+    action='append',
+    default=[],
+    help='a further folder that pages may come from (a page is code)',
+  )
+  parser.add_argument(
+    '--plan',
+    nargs='?',
+    const='shapes',
+    choices=['shapes', 'compile'],
+    help='print phases, sizes, FLOPs and memory, and exit; "compile" also '
+    'compiles the first and the last phase',
+  )
+  args, rest = parser.parse_known_args(argv)
+  assignments, known = [], ['--config', '--config_root', '--plan', '--help']
+  while rest:
+    flag = rest.pop(0)
+    if not flag.startswith('--config.'):
+      near = difflib.get_close_matches(flag.partition('=')[0], known, 1)
+      hint = f'; did you mean {near[0]}?' if near else ''
+      parser.error(f'no such flag: {flag}{hint}')
+    if '=' not in flag and rest and not rest[0].startswith('--'):
+      flag += '=' + rest.pop(0)
+    assignments.append(flag.removeprefix('--config.'))
+  return args, assignments
+
+
+def _join_cluster() -> None:
+  """Joins the other processes, where there are any; never guesses a port.
+
+  Raises:
+    ValueError: JAX_COORDINATOR_ADDRESS is set without the other two.
+  """
+  env = os.environ
+  if 'JAX_COORDINATOR_ADDRESS' in env:
+    missing = {'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID'} - env.keys()
+    if missing:
+      raise ValueError(
+        f'JAX_COORDINATOR_ADDRESS is set and {sorted(missing)} are not; set '
+        'them for every process, or none of the three'
+      )
+    jax.distributed.initialize(
+      env['JAX_COORDINATOR_ADDRESS'],
+      int(env['JAX_NUM_PROCESSES']),
+      int(env['JAX_PROCESS_ID']),
+    )
+  elif (
+    int(env.get('SLURM_NTASKS', '1')) > 1
+    or ',' in env.get('TPU_WORKER_HOSTNAMES', '')
+    or int(env.get('OMPI_COMM_WORLD_SIZE', '1')) > 1
+  ):
+    jax.distributed.initialize()
+
+
+def run() -> None:
+  """Runs `main` as a program."""
+  sys.exit(main())
+
+
+if __name__ == '__main__':
+  run()

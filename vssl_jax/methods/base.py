@@ -1,0 +1,263 @@
+"""The contract between a method and the trainer.
+
+A run is a tuple of phases; a phase is the stretch of steps that shares one
+compiled step. What differs between phases is a static field of the phase;
+what changes inside one is an array. The trainer knows only what stands here,
+and a method knows no files, optimizers or meshes.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+from jaxtyping import Array, Float, UInt8
+
+from vssl_jax import rngs, trees
+
+Params = Mapping[str, Any]  # role -> tree: {'encoder': ..., 'predictor': ...}
+Video = UInt8[Array, 'B T H W C'] | Float[Array, 'B T H W C']
+
+
+class Aux(NamedTuple):
+  """What a loss returns beside its value.
+
+  Attributes:
+    metrics: scalars by name; loss terms under `loss/...`.
+    rows: new values of the batch's rows, for methods that keep any.
+  """
+
+  metrics: Mapping[str, Array]
+  rows: Mapping[str, Array] = {}
+
+
+class Cost(NamedTuple):
+  """Matrix FLOPs of one clip in one train step (2 per multiply-add).
+
+  Attributes:
+    trained: forward and backward (2x forward) of what is trained.
+    frozen: forward of the teachers.
+  """
+
+  trained: float
+  frozen: float = 0.0
+
+  @property
+  def total(self) -> float:
+    """FLOPs of the step per clip."""
+    return self.trained + self.frozen
+
+
+@dataclasses.dataclass(frozen=True)
+class Ema:
+  """An exponential moving average of a part of the parameters.
+
+  Attributes:
+    of: role whose tree is averaged, such as `encoder`.
+    momentum: (first, last), linear in the step over the phase:
+      `ema <- m * ema + (1 - m) * params[of]` after each optimizer step.
+  """
+
+  of: str
+  momentum: tuple[float, float]
+
+  def __post_init__(self) -> None:
+    if not all(0 <= m <= 1 for m in self.momentum):
+      raise ValueError(
+        f'EMA momentum of {self.of!r}: found {self.momentum}, wanted two '
+        'numbers between 0 and 1'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+  """A frozen model whose outputs are targets.
+
+  Its parameters are a tree of their own beside the train state: not
+  optimised, not donated, not saved again.
+
+  Attributes:
+    module: the network; also what a checkpoint is checked against.
+    source: `@phase` (an earlier phase of this run), `@ema/<name>` (an average
+      kept by this phase), or a run folder or published model.
+    subtree: which part of the source's parameters it takes.
+    dtype: its parameters are cast to this.
+  """
+
+  module: nn.Module
+  source: str
+  subtree: str = 'encoder'
+  dtype: str = 'bfloat16'
+
+  def __post_init__(self) -> None:
+    if not self.source:
+      raise ValueError(
+        'a teacher needs a source: @<phase>, @ema/<name>, a run folder or a '
+        'published model; an empty one would train against random weights'
+      )
+
+  def __call__(self, params: Any, video: Video, **kwargs: Any) -> Array:
+    """Returns the teacher's output, without a gradient."""
+    params = jax.lax.stop_gradient(trees.cast(params, self.dtype))
+    return jax.lax.stop_gradient(
+      self.module.apply({'params': params}, video, **kwargs)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RowSpec:
+  """Memory of one value per training example, kept in the train state.
+
+  Attributes:
+    shape: shape per example.
+    dtype: its type.
+    fill: value before an example is first seen.
+    window: every so many steps a second copy is refreshed; 0 for none.
+  """
+
+  shape: tuple[int, ...]
+  dtype: str = 'float32'
+  fill: float = 0.0
+  window: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Phase:
+  """A stretch of steps that shares one compiled step.
+
+  Attributes:
+    name: unique in the run; checkpoints and `@name` teachers refer to it.
+    steps: its length in optimizer steps.
+    encoder: the module behind `Method.encode`.
+    frozen: regular expressions over parameter names that get no gradient and
+      no update.
+    teachers: name -> teacher.
+    init: `carry` takes parameters by name from the phase before, `fresh`
+      starts from `Method.init`.
+    opt: the same for the optimizer's moments.
+    rows: the same for the rows.
+    init_from: role -> source, for parameters that start from a run folder or
+      a published model.
+    warmup: warm-up steps; None for the optimizer's own setting.
+    ema: name -> average to keep.
+  """
+
+  name: str
+  steps: int
+  encoder: nn.Module
+  frozen: tuple[str, ...] = ()
+  teachers: Mapping[str, Teacher] = dataclasses.field(default_factory=dict)
+  init: Literal['carry', 'fresh'] = 'carry'
+  opt: Literal['carry', 'fresh'] = 'carry'
+  rows: Literal['carry', 'fresh'] = 'carry'
+  init_from: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  warmup: int | None = None
+  ema: Mapping[str, Ema] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self) -> None:
+    if self.steps < 1:
+      raise ValueError(
+        f'phase {self.name!r}: found steps={self.steps}, wanted at least 1'
+      )
+    for name, teacher in self.teachers.items():
+      ema = teacher.source.removeprefix('@ema/')
+      if ema != teacher.source and ema not in self.ema:
+        raise ValueError(
+          f'phase {self.name!r}: teacher {name!r} reads @ema/{ema}, and the '
+          f'averages kept are {sorted(self.ema)}'
+        )
+
+
+class Method(abc.ABC):
+  """A way to pretrain: phases, initial parameters and one pure loss.
+
+  Implementations are frozen dataclasses of hyper-parameters and modules.
+  """
+
+  rows: Mapping[str, RowSpec] = {}
+
+  @abc.abstractmethod
+  def phases(self) -> tuple[Phase, ...]:
+    """Returns the plan of the run, a pure function of the fields."""
+
+  @abc.abstractmethod
+  def init(self, rng: Array, video: Video, phase: Phase) -> Params:
+    """Returns fresh parameters of a phase, role -> tree."""
+
+  @abc.abstractmethod
+  def loss(
+    self,
+    params: Params,
+    teachers: Mapping[str, Any],
+    batch: Mapping[str, Array],
+    rng: rngs.Rng,
+    phase: Phase,
+  ) -> tuple[Float[Array, ''], Aux]:
+    """Returns the loss to minimise and what to log.
+
+    Args:
+      params: role -> tree, of the phase.
+      teachers: name -> parameters of `phase.teachers[name].module`.
+      batch: `video` uint8 [B, T, H, W, C], `index` int32 [B], `progress`
+        float32 [] (fraction of the run) and more.
+      rng: named randomness of this step; masks are drawn from it here.
+      phase: one of `phases()`.
+    """
+
+  @abc.abstractmethod
+  def cost(self, phase: Phase, video: tuple[int, ...]) -> Cost:
+    """Returns the matrix FLOPs of one clip's train step.
+
+    Args:
+      phase: one of `phases()`.
+      video: (T, H, W, C) of a clip.
+    """
+
+  def encode(
+    self,
+    params: Params,
+    video: Video,
+    depth: float | None = None,
+    phase: Phase | None = None,
+  ) -> Float[Array, 'B N D']:
+    """Returns the tokens that evaluation and users consume.
+
+    Args:
+      params: role -> tree, of the phase; only `encoder` is read.
+      video: uint8, or float in [0, 1]: [B, T, H, W, C].
+      depth: fraction of the blocks to run; None for all of them and the final
+        norm.
+      phase: whose encoder; the last one's when None.
+    """
+    phase = phase or self.phases()[-1]
+    return phase.encoder.apply(
+      {'params': params['encoder']}, video, depth=depth
+    )
+
+
+def check(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
+  """Returns a plan after checking that it can run.
+
+  Raises:
+    ValueError: no phase, a name used twice, or a teacher `@phase` that is not
+      earlier in the run.
+  """
+  if not phases:
+    raise ValueError('the run has no phases: method.phases is empty')
+  seen: list[str] = []
+  for phase in phases:
+    if phase.name in seen:
+      raise ValueError(f'two phases are named {phase.name!r}')
+    for name, teacher in phase.teachers.items():
+      source = teacher.source
+      if source.startswith('@') and not source.startswith('@ema/'):
+        if source[1:] not in seen:
+          raise ValueError(
+            f'phase {phase.name!r}: teacher {name!r} has source {source!r}, '
+            f'and the phases before it are {seen}; run that phase first, or '
+            'give the folder of a run that has'
+          )
+    seen.append(phase.name)
+  return phases

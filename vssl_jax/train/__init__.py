@@ -1,0 +1,1 @@
+"""The trainer: phases, steps, checkpoints, metrics. It knows no method."""

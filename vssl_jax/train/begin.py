@@ -1,0 +1,151 @@
+"""How a phase starts: its state restored, carried over or fresh; its teachers."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vssl_jax import encoders, sharding, trees
+from vssl_jax.methods import base
+from vssl_jax.train import checkpoint, metrics, step
+from vssl_jax.train.run import Run, Span, TrainingError
+
+
+def param_shapes(run: Run, phase: base.Phase) -> Any:
+  """Returns the shapes of a phase's parameters."""
+  clip = jax.ShapeDtypeStruct((1, *run.video), jnp.uint8)
+  return jax.eval_shape(
+    lambda key, clip: run.method.init(key, clip, phase), run.key, clip
+  )
+
+
+def state(
+  run: Run,
+  span: Span,
+  tx: Any,
+  saved: checkpoint.Saved | None,
+  inside: bool,
+) -> step.TrainState:
+  """Returns the state to start from: restored, or begun."""
+
+  def fresh() -> step.TrainState:
+    return step.init_state(
+      run.method,
+      span.phase,
+      tx,
+      run.key,
+      run.video,
+      run.clips.num_examples,
+      span.start,
+    )
+
+  shapes = jax.eval_shape(fresh)
+  at = sharding.shardings(shapes, run.mesh, dict(run.config.mesh.overrides))
+  target = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, at
+  )
+  if inside:
+    with run.clock('checkpoint'):
+      state = _restore(run, saved, target)
+    lost = metrics.last_step(run.workdir) - int(state.step)
+    run.logger.say(f'resumed {saved.path.name} ({max(lost, 0)} steps lost)')
+    run.logger.write(
+      int(state.step), {'lost_steps': max(lost, 0)}, event='resumed'
+    )
+    return state
+  with run.clock('compile'):
+    state = jax.jit(fresh, out_shardings=at)()
+  return _begin(run, span, state, target, saved)
+
+
+def _restore(run: Run, saved: checkpoint.Saved, target: Any) -> Any:
+  """Restores; one whose values are rotten gives way to the one before."""
+  try:
+    return checkpoint.restore(saved, target)
+  except checkpoint.RottenError as error:
+    run.checkpoints.set_aside(saved, str(error))
+    older = run.checkpoints.newest()
+    if older is None or older.phase != saved.phase:
+      raise TrainingError(
+        f'{error}; no older state of phase {saved.phase!r} is kept. Start the '
+        'command again: the phase begins anew from the one before it'
+      ) from error
+    return _restore(run, older, target)
+
+
+def _begin(
+  run: Run,
+  span: Span,
+  state: step.TrainState,
+  target: step.TrainState,
+  saved: checkpoint.Saved | None,
+) -> step.TrainState:
+  """Carries over by name what the phase asks for, and loads `init_from`."""
+  phase = span.phase
+  parts = {
+    'params': phase.init == 'carry',
+    'ema': phase.init == 'carry',
+    'opt': phase.opt == 'carry',
+    'rows': phase.rows == 'carry',
+  }
+  if saved is not None and any(parts.values()):
+    there = dict(trees.named_leaves(saved.shapes()))
+    wanted = {
+      name: x
+      for name, x in trees.named_leaves(target)
+      if parts.get(name.split('/')[0])
+      and name in there
+      and (there[name].shape, there[name].dtype) == (x.shape, x.dtype)
+    }
+    carried = checkpoint.read_leaves(saved, wanted)
+    state = trees.map_named(lambda n, x: carried.get(n, x), state)
+    run.logger.say(
+      f'phase {phase.name}: carried {len(carried)} of '
+      f'{len(trees.named_leaves(target))} leaves from {saved.phase}'
+    )
+  if not phase.init_from:
+    return state
+  params = dict(state.params)
+  for role, source in phase.init_from.items():
+    loaded = encoders.load(source).params
+    differing = trees.difference(loaded, trees.shapes(params[role]))
+    if differing:
+      raise ValueError(
+        f'phase {phase.name!r}: {role} cannot start from {source}:\n{differing}'
+      )
+    at = jax.tree.map(lambda x: x.sharding, params[role])
+    params[role] = jax.device_put(jax.device_get(loaded), at)
+  return dataclasses.replace(state, params=params)
+
+
+def teacher_params(run: Run, teacher: base.Teacher) -> Any:
+  """Returns a teacher's parameters, sharded like any others, in its dtype."""
+  with run.clock('start'):
+    if teacher.source.startswith('@'):
+      params = _kept_params(run, teacher)
+    else:
+      params = jax.device_get(encoders.load(teacher.source).params)
+    at = sharding.shardings(params, run.mesh, dict(run.config.mesh.overrides))
+    params = jax.device_put(params, at)
+    return jax.jit(lambda p: trees.cast(p, teacher.dtype), out_shardings=at)(
+      params
+    )
+
+
+def _kept_params(run: Run, teacher: base.Teacher) -> Any:
+  """Reads what an earlier phase of this run ended with."""
+  saved = run.checkpoints.params_of(teacher.source[1:])
+  wrong = checkpoint.damage(saved) if saved else 'they were never saved'
+  if wrong:
+    raise TrainingError(
+      f'teacher {teacher.source}: no usable parameters under '
+      f'{run.checkpoints.params_folder}: {wrong}'
+    )
+  subtree = f'params/{teacher.subtree}'
+  shapes = saved.shapes(subtree)
+  at = sharding.shardings(shapes, run.mesh, dict(run.config.mesh.overrides))
+  target = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, at
+  )
+  return checkpoint.restore(saved, target, subtree)

@@ -1,0 +1,233 @@
+"""AdamW with the schedules that the methods need, over a tree of labels.
+
+Learning rate and weight decay are functions of the step inside the phase and
+not of the optimizer's own count, so a skipped step does not shift them.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jaxtyping import Array, Float, Int
+
+from vssl_jax import trees
+from vssl_jax.train import freezing
+
+Schedule = Callable[[Int[Array, ''] | int], Float[Array, '']]
+
+
+def default() -> ml_collections.ConfigDict:
+  """Returns the optimizer's knobs at SALT's published values."""
+  return ml_collections.ConfigDict(
+    dict(
+      # lr, lr_start and lr_end are for batches of lr_batch clips; they are
+      # multiplied by (batch / lr_batch) ** lr_power. The result is printed.
+      lr=6.25e-4,
+      lr_start=2e-4,
+      lr_end=1e-6,
+      lr_batch=3072,
+      lr_power=0.5,  # 1.0: linear rule (VideoMAE); 0.0: no scaling
+      schedule='cosine',  # 'constant': constant, then linear cooldown
+      warmup=-1,  # steps; -1: the smaller of 10,000 and a quarter of the phase
+      cooldown=0,  # steps at the end of a 'constant' schedule
+      weight_decay=0.04,
+      weight_decay_end=0.4,  # cosine over the phase
+      # Mask tokens and other learned tokens [1, D] are decayed in all the
+      # published codes.
+      decay_tokens=True,
+      b1=0.9,
+      b2=0.95,
+      eps=1e-8,
+      clip=0.02,  # global norm; 0: none
+      clip_scope='joint',  # 'per_role': encoder and predictor apart
+      accumulate=1,  # micro-batches per step; the result is the same
+      # Skip a step whose loss is this many times the running median; 0: never.
+      # Steps with a loss or gradient that is not finite are always skipped.
+      skip_spike=0.0,
+    )
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Horizon:
+  """The stretch of steps that a schedule covers.
+
+  Attributes:
+    start: first step of the phase, counted over the run.
+    steps: length of the phase.
+    warmup: warm-up steps asked for by the phase; None for the config's.
+  """
+
+  start: int
+  steps: int
+  warmup: int | None = None
+
+
+def warmup_steps(
+  optim: ml_collections.ConfigDict, horizon: Horizon, phase: str = ''
+) -> int:
+  """Returns the warm-up of a phase in steps.
+
+  Raises:
+    ValueError: it is as long as the phase or longer.
+  """
+  steps = optim.warmup if horizon.warmup is None else horizon.warmup
+  if steps < 0:
+    steps = min(10_000, horizon.steps // 4)
+  if steps >= horizon.steps:
+    raise ValueError(
+      f'optim.warmup: found {steps} steps in a phase {phase!r} of '
+      f'{horizon.steps}; the learning rate would never reach its peak. Set a '
+      'shorter warm-up, or -1 for a quarter of the phase'
+    )
+  return steps
+
+
+def lr_scale(optim: ml_collections.ConfigDict, batch_size: int) -> float:
+  """Returns the factor on the learning rates for this batch size."""
+  return (batch_size / optim.lr_batch) ** optim.lr_power
+
+
+def describe_lr(optim: ml_collections.ConfigDict, batch_size: int) -> str:
+  """Returns the learning rate as a formula with its result."""
+  factor = (
+    f' * ({batch_size}/{optim.lr_batch})^{optim.lr_power:g}'
+    if optim.lr_power
+    else ''
+  )
+  peak = optim.lr * lr_scale(optim, batch_size)
+  return f'lr = {optim.lr:g}{factor} = {peak:.3g}'
+
+
+def learning_rate(
+  optim: ml_collections.ConfigDict, horizon: Horizon, batch_size: int
+) -> Schedule:
+  """Returns step of the run -> learning rate."""
+  scale = lr_scale(optim, batch_size)
+  start, peak, end = (
+    x * scale for x in (optim.lr_start, optim.lr, optim.lr_end)
+  )
+  warmup = warmup_steps(optim, horizon)
+  rest = horizon.steps - warmup
+  if optim.schedule == 'cosine':
+    after = optax.cosine_decay_schedule(peak, rest, alpha=end / peak)
+  elif optim.schedule == 'constant':
+    down = min(optim.cooldown, rest)
+    after = optax.join_schedules(
+      [
+        optax.constant_schedule(peak),
+        optax.linear_schedule(peak, end, max(down, 1)),
+      ],
+      [rest - down if down else rest],
+    )
+  else:
+    raise ValueError(
+      f"optim.schedule: found {optim.schedule!r}, wanted 'cosine' or 'constant'"
+    )
+  joined = optax.join_schedules(
+    [optax.linear_schedule(start, peak, max(warmup, 1)), after], [warmup]
+  )
+  return lambda step: jnp.asarray(joined(step - horizon.start), jnp.float32)
+
+
+def weight_decay(
+  optim: ml_collections.ConfigDict, horizon: Horizon
+) -> Schedule:
+  """Returns step of the run -> weight decay, a half cosine over the phase."""
+  first, last = optim.weight_decay, optim.weight_decay_end
+
+  def schedule(step: Any) -> Float[Array, '']:
+    done = (step - horizon.start) / horizon.steps
+    return last + (first - last) * 0.5 * (1 + jnp.cos(math.pi * done))
+
+  return schedule
+
+
+def decayed(params: Any, decay_tokens: bool) -> Any:
+  """Returns True for leaves that weight decay acts on.
+
+  Matrices are decayed; biases, norms and position tables are not. A token
+  [1, D] is a matrix by shape, as in the published codes.
+  """
+
+  def one(name: str, x: Any) -> bool:
+    if x.ndim < 2 or name.endswith('position'):
+      return False
+    return decay_tokens or not name.endswith('token')
+
+  return trees.map_named(one, params)
+
+
+def make(
+  optim: ml_collections.ConfigDict,
+  labels: Any,
+  lr: Schedule,
+  decay: Schedule,
+) -> optax.GradientTransformationExtraArgs:
+  """Makes the optimizer; `update` takes the keyword `step`.
+
+  Clipping sits inside the trained branch, so that its norm, like the logged
+  one, is that of the trained leaves alone.
+
+  Args:
+    optim: `config.optim`.
+    labels: `freezing.labels`.
+    lr: step -> learning rate.
+    decay: step -> weight decay.
+  """
+  if optim.clip_scope not in ('joint', 'per_role'):
+    raise ValueError(
+      f'optim.clip_scope: found {optim.clip_scope!r}, wanted '
+      "'joint' or 'per_role'"
+    )
+
+  def trained() -> optax.GradientTransformationExtraArgs:
+    clip = optax.clip_by_global_norm(optim.clip) if optim.clip else ()
+    return optax.chain(
+      *([clip] if optim.clip else []),
+      optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
+      _decay_and_scale(lr, decay, optim.decay_tokens),
+    )
+
+  if optim.clip_scope == 'joint':
+    return optax.multi_transform(
+      {freezing.TRAIN: trained(), freezing.FREEZE: optax.set_to_zero()}, labels
+    )
+  roles = trees.map_named(
+    lambda name, label: (
+      label
+      if label == freezing.FREEZE
+      else f'{label}_{name.split("/", maxsplit=1)[0]}'
+    ),
+    labels,
+  )
+  transforms = {
+    role: optax.set_to_zero() if role == freezing.FREEZE else trained()
+    for role in set(jax.tree.leaves(roles))
+  }
+  return optax.multi_transform(transforms, roles)
+
+
+def _decay_and_scale(
+  lr: Schedule, decay: Schedule, decay_tokens: bool
+) -> optax.GradientTransformationExtraArgs:
+  """Turns Adam's direction u into -lr * (u + decay * p)."""
+
+  def update(
+    updates: Any, state: Any, params: Any, *, step: Any, **_: Any
+  ) -> tuple[Any, Any]:
+    rate, wd = lr(step), decay(step)
+    mask = decayed(params, decay_tokens)
+    updates = jax.tree.map(
+      lambda u, p, d: -rate * (u + wd * p if d else u), updates, params, mask
+    )
+    return updates, state
+
+  return optax.GradientTransformationExtraArgs(
+    lambda params: optax.EmptyState(), update
+  )

@@ -1,0 +1,122 @@
+"""Looks at the metrics of a step once the next one is on its way."""
+
+import collections
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from vssl_jax.train import metrics, step
+from vssl_jax.train.run import Run, Span, TrainingError, spans
+
+
+class Recorder:
+  """Looks at the metrics of a step once the next one is dispatched."""
+
+  def __init__(
+    self, run: Run, span: Span, schedules: Mapping[str, Any]
+  ) -> None:
+    self._run, self._span, self._schedules = run, span, schedules
+    self._pending: Any = None
+    self._recent: collections.deque[float] = collections.deque(maxlen=50)
+    self._last_time: float | None = None
+    self._cost = run.method.cost(span.phase, run.video)
+    self._first = True
+
+  def add(
+    self, step_index: int, local: Any, values: Any, state: step.TrainState
+  ) -> None:
+    """Remembers a dispatched step and looks at the one before."""
+    pending, self._pending = self._pending, (step_index, local, values)
+    if pending is not None:
+      self._look(*pending, state)
+
+  def flush(self, state: step.TrainState) -> None:
+    """Looks at the last step."""
+    if self._pending is not None:
+      self._look(*self._pending, state)
+      self._pending = None
+
+  def _look(
+    self, step_index: int, local: Any, values: Any, state: step.TrainState
+  ) -> None:
+    run = self._run
+    streak = int(values['streak'])  # waits for the step
+    now = time.perf_counter()
+    if self._last_time is not None:
+      self._recent.append(now - self._last_time)
+    self._last_time = now
+    if streak:
+      self._skipped(step_index, local, values, streak, state)
+    spike = float(values['spike'])
+    if spike > run.config.health.spike_alarm > 0:
+      run.logger.say(
+        f'step {step_index + 1}: the loss is {spike:.1f} times its running '
+        'median; optim.skip_spike skips such steps'
+      )
+    done = step_index + 1
+    first, self._first = self._first, False
+    if first or done % run.config.log.every == 0 or done == self._span.end:
+      self._write(done, values)
+
+  def _skipped(
+    self, step_index: int, local: Any, values: Any, streak: int, state: Any
+  ) -> None:
+    """Notes a step without an update; stops after too many in a row."""
+    run = self._run
+    record = {
+      'step': step_index,
+      'loss': str(float(values['loss'])),
+      'index': np.asarray(local['index']).tolist(),
+    }
+    path = run.workdir / f'skipped_{jax.process_index()}.jsonl'
+    with path.open('a') as f:
+      f.write(json.dumps(record) + '\n')
+    run.logger.say(
+      f'step {step_index + 1}: loss {record["loss"]}, no update (batch in '
+      f'{path.name})'
+    )
+    leaf = step.first_nonfinite(state.params) if streak == 1 else ''
+    if leaf or streak > run.config.health.max_skipped:
+      raise TrainingError(
+        f'parameter {leaf!r} holds a value that is not finite at step '
+        f'{step_index + 1}: restart to resume from the last checkpoint'
+        if leaf
+        else f'{streak} steps in a row had a loss or gradient that is not '
+        f'finite, up to step {step_index + 1}; their batches are in {path}. '
+        'Lower --config.optim.lr, or look at those clips'
+      )
+
+  def _write(self, done: int, values: Any) -> None:
+    run, span = self._run, self._span
+    numbers = {k: float(v) for k, v in jax.device_get(values).items()}
+    numbers |= {k: float(f(done - 1)) for k, f in self._schedules.items()}
+    seconds = float(np.median(self._recent)) if self._recent else 0.0
+    if seconds:
+      rate = run.config.batch_size / seconds
+      numbers |= {'step_seconds': seconds, 'clips_per_s': rate}
+      peak = metrics.peak_flops(run.config.log.peak_tflops)
+      if peak:
+        numbers['mfu'] = rate * self._cost.total / (peak * run.mesh.size)
+    numbers['teacher_share'] = self._cost.frozen / self._cost.total
+    numbers |= run.clips.report() | run.clock.goodput()
+    run.logger.write(done, numbers, phase=span.phase.name)
+    shown = {
+      k: v
+      for k, v in numbers.items()
+      if k in ('loss', 'lr', 'grad_norm', 'clips_per_s', 'mfu')
+    }
+    left = spans(run.method)[-1].end - done
+    run.logger.say(
+      metrics.progress_line(
+        span.phase.name,
+        done - span.start,
+        span.phase.steps,
+        shown,
+        seconds,
+        left,
+      )
+    )

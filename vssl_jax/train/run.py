@@ -1,0 +1,166 @@
+"""What all phases of a run share, and how a run is opened or resumed."""
+
+import dataclasses
+import json
+import pathlib
+import signal
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from jax.experimental import multihost_utils
+
+from vssl_jax import config as config_lib
+from vssl_jax import encoders, methods, sharding
+from vssl_jax.data import pipeline
+from vssl_jax.methods import base
+from vssl_jax.train import checkpoint, health, metrics, provenance
+
+
+class TrainingError(RuntimeError):
+  """The run cannot go on; the message says why and what to do."""
+
+
+@dataclasses.dataclass
+class Run:
+  """What all phases of one run share."""
+
+  config: ml_collections.ConfigDict
+  workdir: pathlib.Path
+  mesh: jax.sharding.Mesh
+  clips: pipeline.Clips
+  method: base.Method
+  checkpoints: checkpoint.Checkpoints
+  logger: metrics.Logger
+  clock: metrics.Clock
+  panel: health.Panel
+  preempted: bool = False
+
+  @property
+  def video(self) -> tuple[int, ...]:
+    """(T, H, W, C) of a clip."""
+    return tuple(self.clips.shapes['video'])
+
+  @property
+  def key(self) -> jax.Array:
+    """Key of all randomness on the device."""
+    return jax.random.key(self.config.seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+  """A phase and where it lies in the run: steps `start` to `end`."""
+
+  phase: base.Phase
+  start: int
+  end: int
+
+
+def spans(method: base.Method) -> tuple[Span, ...]:
+  """Returns the phases with their cumulative boundaries."""
+  out, start = [], 0
+  for phase in method.phases():
+    out.append(Span(phase, start, start + phase.steps))
+    start += phase.steps
+  return tuple(out)
+
+
+def open_run(config: ml_collections.ConfigDict) -> Run:
+  """Opens everything that a run needs, and checks that it fits together."""
+  clock = metrics.Clock('start')
+  workdir = pathlib.Path(config.workdir)
+  workdir.mkdir(parents=True, exist_ok=True)
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+  _check_batch(config, mesh)
+  clips = pipeline.make(
+    config.data,
+    batch_size=config.batch_size,
+    seed=config.seed,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    workdir=workdir,
+  )
+  method = methods.build(
+    config.method, tuple(clips.shapes['video']), encoders.module_of
+  )
+  total = sum(p.steps for p in method.phases())
+  return Run(
+    config=config,
+    workdir=workdir,
+    mesh=mesh,
+    clips=clips,
+    method=method,
+    checkpoints=checkpoint.Checkpoints(workdir, config.checkpoint.keep),
+    logger=metrics.Logger(workdir, config.log.tensorboard),
+    clock=clock,
+    panel=health.Panel(config.health, clips, total),
+  )
+
+
+def _check_batch(
+  config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
+) -> None:
+  pieces = mesh.size * config.optim.accumulate
+  if config.batch_size % pieces:
+    raise ValueError(
+      f'batch_size: found {config.batch_size}, wanted a multiple of {pieces} '
+      f'({mesh.size} devices x {config.optim.accumulate} micro-batches)'
+    )
+
+
+def check_same_run(run: Run, saved: checkpoint.Saved | None) -> None:
+  """Writes `run.json`, or compares it with a resumed run's config."""
+  path = run.workdir / 'run.json'
+  config = config_lib.to_json(run.config)
+  if saved is not None and not run.config.checkpoint.resume:
+    raise TrainingError(
+      f'{run.workdir} holds a run at step {saved.step} and '
+      'checkpoint.resume is False; give a new --config.workdir'
+    )
+  if path.exists() and saved is not None:
+    before = config_lib.from_json(json.loads(path.read_text())['config'])
+    changed = config_lib.difference(
+      before, run.config, run.config.checkpoint.may_change
+    )
+    if changed:
+      raise TrainingError(
+        f'{run.workdir} was started with another config:\n{changed}\n'
+        'resume with the old values, or give a new --config.workdir'
+      )
+  record = {
+    'config': config,
+    'video': list(run.video),
+    'data_fingerprint': run.clips.fingerprint,
+    'num_examples': run.clips.num_examples,
+    'classes': run.clips.classes,
+    'provenance': provenance.describe(config),
+  }
+  if jax.process_index() == 0:
+    path.write_text(json.dumps(record, indent=1))
+
+
+class Preemption:
+  """Turns the first SIGTERM into a request to save; a second one ends us."""
+
+  def __init__(self, run: Run) -> None:
+    self._run = run
+
+  def __enter__(self) -> None:
+    self._before = signal.signal(signal.SIGTERM, self._ask)
+
+  def _ask(self, *_: Any) -> None:
+    self._run.preempted = True
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+  def __exit__(self, *_: Any) -> None:
+    signal.signal(signal.SIGTERM, self._before)
+
+
+def should_stop(run: Run) -> bool:
+  """Returns whether all processes are to save and stop after this step."""
+  if jax.process_count() > 1:
+    run.preempted |= bool(
+      multihost_utils.process_allgather(np.bool_(run.preempted)).any()
+    )
+  return run.preempted

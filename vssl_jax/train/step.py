@@ -1,0 +1,270 @@
+"""The train step: one pure function, compiled once per phase."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from vssl_jax import rngs, sharding, trees
+from vssl_jax.methods import base
+from vssl_jax.train import freezing, rows
+
+# Losses that the running median of the spike guard looks back on.
+HISTORY = 64
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """Everything that a step reads and writes, and a checkpoint holds.
+
+  Attributes:
+    step: int32 scalar, steps done over the whole run.
+    params: role -> tree, float32.
+    opt: the optimizer's state.
+    ema: name -> averaged tree, float32.
+    rows: name -> memory of every training example, `[num_examples, ...]`.
+    guard: `skipped` int32 and `streak` int32 (steps without an update, in all
+      and in a row), `history` float32 [HISTORY] of accepted losses (NaN:
+      empty).
+  """
+
+  step: Any
+  params: Any
+  opt: Any
+  ema: Any
+  rows: Any
+  guard: Any
+
+
+def init_guard() -> dict[str, Any]:
+  """Returns the guard's state at the start of a phase."""
+  return {
+    'skipped': jnp.zeros((), jnp.int32),
+    'streak': jnp.zeros((), jnp.int32),
+    'history': jnp.full((HISTORY,), jnp.nan, jnp.float32),
+  }
+
+
+def init_state(
+  method: base.Method,
+  phase: base.Phase,
+  tx: optax.GradientTransformation,
+  key: jax.Array,
+  video: tuple[int, ...],
+  num_examples: int,
+  start: int = 0,
+) -> TrainState:
+  """Returns the fresh state of a phase; to be jitted or `eval_shape`d.
+
+  Args:
+    method: the method.
+    phase: one of its phases.
+    tx: its optimizer.
+    key: the run's key; the phase's name is folded in.
+    video: (T, H, W, C) of a clip.
+    num_examples: rows to make room for.
+    start: first step of the phase, counted over the run.
+  """
+  clip = jnp.zeros((1, *video), jnp.uint8)
+  params = method.init(rngs.stream(key, f'init/{phase.name}'), clip, phase)
+  return TrainState(
+    step=jnp.asarray(start, jnp.int32),
+    params=params,
+    opt=tx.init(params),
+    # A copy: two donated arguments must not share a buffer.
+    ema={n: jax.tree.map(jnp.copy, params[e.of]) for n, e in phase.ema.items()},
+    rows=rows.init(method.rows, num_examples),
+    guard=init_guard(),
+  )
+
+
+def make_update(
+  method: base.Method,
+  phase: base.Phase,
+  tx: optax.GradientTransformationExtraArgs,
+  labels: Any,
+  *,
+  key: jax.Array,
+  start: int,
+  accumulate: int = 1,
+  skip_spike: float = 0.0,
+) -> Callable[[TrainState, Any, Mapping[str, Any]], tuple[TrainState, Any]]:
+  """Returns `(state, teachers, batch) -> (state, metrics)`, not yet jitted.
+
+  Args:
+    method: the method.
+    phase: its static knobs.
+    tx: `optimizer.make` over the same labels.
+    labels: `freezing.labels`.
+    key: the run's key.
+    start: first step of the phase, counted over the run.
+    accumulate: micro-batches per step.
+    skip_spike: skip a loss over this multiple of the running median; 0: never.
+  """
+
+  def update(
+    state: TrainState, teachers: Any, batch: Mapping[str, Any]
+  ) -> tuple[TrainState, Any]:
+    rng = rngs.Rng(key, state.step)
+    targets = dict(teachers) | _ema_teachers(phase, state.ema)
+    batch = dict(batch) | rows.gather(method.rows, state.rows, batch)
+
+    def loss(params: Any, batch: Any) -> tuple[jax.Array, base.Aux]:
+      params = freezing.stop(params, labels)
+      return method.loss(params, targets, batch, rng, phase)
+
+    grad = jax.value_and_grad(loss, has_aux=True)
+    (value, aux), grads = _accumulate(grad, accumulate)(state.params, batch)
+    norm = optax.global_norm(_trained(grads, labels))
+    ok, spike = _accept(value, norm, state.guard['history'], skip_spike)
+    updates, opt = tx.update(grads, state.opt, state.params, step=state.step)
+    params = optax.apply_updates(state.params, updates)
+    ema = _average(phase, state.ema, params, state.step - start)
+    new_rows = rows.scatter(
+      method.rows, state.rows, batch, aux.rows, state.step + 1 - start
+    )
+    kept = jax.tree.map(
+      lambda new, old: jnp.where(ok, new, old),
+      (params, opt, ema, new_rows),
+      (state.params, state.opt, state.ema, state.rows),
+    )
+    new_state = TrainState(
+      state.step + 1, *kept, _advance_guard(state.guard, value, ok, state.step)
+    )
+    metrics = dict(aux.metrics) | {
+      'loss': value,
+      'grad_norm': norm,
+      'skipped': new_state.guard['skipped'],
+      'streak': new_state.guard['streak'],
+      'spike': spike,
+    }
+    return new_state, metrics
+
+  return update
+
+
+def jit_update(
+  update: Callable[..., Any],
+  state: TrainState,
+  teachers: Any,
+  mesh: Mesh,
+  overrides: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+  """Compiles `update` with shardings; the state is donated, teachers are not.
+
+  Args:
+    update: from `make_update`.
+    state: the state or its shapes.
+    teachers: name -> parameters or their shapes.
+    mesh: device mesh.
+    overrides: of `sharding.shardings`.
+  """
+  state_at = sharding.shardings(state, mesh, overrides)
+  teachers_at = sharding.shardings(teachers, mesh, overrides)
+  return jax.jit(
+    update,
+    in_shardings=(state_at, teachers_at, None),
+    out_shardings=(state_at, sharding.replicated(mesh)),
+    donate_argnums=0,
+  )
+
+
+def _ema_teachers(phase: base.Phase, ema: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the averages that teachers of this phase read."""
+  prefix = '@ema/'
+  return {
+    name: ema[teacher.source.removeprefix(prefix)]
+    for name, teacher in phase.teachers.items()
+    if teacher.source.startswith(prefix)
+  }
+
+
+def _accumulate(grad: Callable[..., Any], micro: int) -> Callable[..., Any]:
+  """Wraps value_and_grad to run over micro-batches and average."""
+  if micro == 1:
+    return grad
+
+  def averaged(params: Any, batch: Mapping[str, Any]) -> Any:
+    shared = {k: x for k, x in batch.items() if not x.ndim}
+    # Interleaved, so that each device splits only what it already holds.
+    split = {
+      k: jnp.moveaxis(x.reshape(-1, micro, *x.shape[1:]), 1, 0)
+      for k, x in batch.items()
+      if x.ndim
+    }
+
+    def body(total: Any, part: Any) -> tuple[Any, Any]:
+      (value, aux), grads = grad(params, part | shared)
+      total = jax.tree.map(jnp.add, total, (value, aux.metrics, grads))
+      return total, aux.rows
+
+    first = jax.tree.map(lambda x: x[0], split)
+    (value, aux), grads = jax.eval_shape(grad, params, first | shared)
+    zero = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype), (value, aux.metrics, grads)
+    )
+    total, row_parts = jax.lax.scan(body, zero, split)
+    value, metrics, grads = jax.tree.map(lambda x: x / micro, total)
+    new_rows = jax.tree.map(
+      lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), row_parts
+    )
+    return (value, base.Aux(metrics, new_rows)), grads
+
+  return averaged
+
+
+def _trained(grads: Any, labels: Any) -> list[jax.Array]:
+  pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(labels), strict=True)
+  return [g for g, label in pairs if label == freezing.TRAIN]
+
+
+def _accept(
+  value: jax.Array, norm: jax.Array, history: jax.Array, skip_spike: float
+) -> tuple[jax.Array, jax.Array]:
+  """Returns whether to take the step, and loss over its running median."""
+  ratio = value / jnp.nanmedian(history)
+  ratio = jnp.where(jnp.isnan(ratio), 1.0, ratio)
+  ok = jnp.isfinite(value) & jnp.isfinite(norm)
+  if skip_spike:
+    ok &= ratio < skip_spike
+  return ok, ratio
+
+
+def _advance_guard(
+  guard: Mapping[str, Any], value: jax.Array, ok: jax.Array, step: jax.Array
+) -> dict[str, Any]:
+  """Counts the step and remembers its loss if it was accepted."""
+  history = guard['history']
+  here = jnp.arange(HISTORY) == step % HISTORY
+  return {
+    'skipped': guard['skipped'] + (~ok).astype(jnp.int32),
+    'streak': jnp.where(ok, 0, guard['streak'] + 1),
+    'history': jnp.where(here & ok, value.astype(jnp.float32), history),
+  }
+
+
+def _average(
+  phase: base.Phase, ema: Mapping[str, Any], params: Any, done: jax.Array
+) -> dict[str, Any]:
+  """Moves each average towards the new parameters."""
+  out = {}
+  for name, spec in phase.ema.items():
+    first, last = spec.momentum
+    m = first + (last - first) * (done / phase.steps).astype(jnp.float32)
+    out[name] = jax.tree.map(
+      lambda e, p, m=m: m * e + (1 - m) * p, ema[name], params[spec.of]
+    )
+  return out
+
+
+def first_nonfinite(params: Any) -> str:
+  """Returns the name of the first leaf with a value that is not finite."""
+  for name, leaf in trees.named_leaves(params):
+    if not bool(jnp.all(jnp.isfinite(leaf))):
+      return name
+  return ''

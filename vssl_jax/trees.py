@@ -1,0 +1,123 @@
+"""Trees of arrays whose leaves have names such as `encoder/block_00/norm`."""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def name_of(path: tuple[Any, ...]) -> str:
+  """Returns a JAX key path as slash-separated text."""
+  return '/'.join(
+    str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k))))
+    for k in path
+  )
+
+
+def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+  """Returns `(name, leaf)` of every leaf, in JAX's own order."""
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return [(name_of(path), leaf) for path, leaf in leaves]
+
+
+def map_named(fn: Callable[[str, Any], Any], tree: Any) -> Any:
+  """Maps `fn(name, leaf)` over a tree."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: fn(name_of(path), leaf), tree
+  )
+
+
+def shapes(tree: Any) -> Any:
+  """Returns the tree with a `ShapeDtypeStruct` for every leaf."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def count(tree: Any) -> int:
+  """Returns the number of scalars in a tree of arrays or shapes."""
+  return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
+
+
+def nbytes(tree: Any) -> int:
+  """Returns the size of a tree of arrays or shapes in bytes."""
+  return sum(
+    int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+  )
+
+
+def cast(tree: Any, dtype: Any) -> Any:
+  """Casts floating-point leaves to `dtype` and leaves the others alone."""
+
+  def one(x: Any) -> Any:
+    floating = jnp.issubdtype(x.dtype, jnp.floating)
+    return x.astype(dtype) if floating else x
+
+  return jax.tree.map(one, tree)
+
+
+def subtree(tree: Any, path: str) -> Any:
+  """Returns the part of a nested dict under a slash-separated `path`.
+
+  Raises:
+    KeyError: a name on the path does not exist; the message lists those that
+      do.
+  """
+  for name in filter(None, path.split('/')):
+    if name not in tree:
+      raise KeyError(
+        f'no subtree {path!r}: {name!r} is not among {sorted(tree)}'
+      )
+    tree = tree[name]
+  return tree
+
+
+def matcher(
+  patterns: Iterable[str], names: Iterable[str], what: str
+) -> Callable[[str], bool]:
+  """Returns a test for names that match one of the patterns.
+
+  A pattern is a regular expression that must match from the start of the
+  name. Every pattern must match something, so that a typing error is found.
+
+  Args:
+    patterns: regular expressions.
+    names: every name there is.
+    what: the key the patterns came from, for the message.
+
+  Raises:
+    ValueError: a pattern matches no name.
+  """
+  names, compiled = list(names), [re.compile(p) for p in patterns]
+  for p in compiled:
+    if not any(p.match(n) for n in names):
+      raise ValueError(
+        f'{what}: pattern {p.pattern!r} matches no parameter; '
+        f'names look like {names[:3]}'
+      )
+  return lambda name: any(p.match(name) for p in compiled)
+
+
+def difference(found: Any, wanted: Any) -> str:
+  """Describes how two trees differ in names, shapes and dtypes.
+
+  Returns:
+    Text of at most about 20 lines; empty where there is no difference.
+  """
+
+  def describe(tree: Any) -> dict[str, str]:
+    return {n: f'{x.dtype}{list(x.shape)}' for n, x in named_leaves(tree)}
+
+  a, b = describe(found), describe(wanted)
+  lines = [f'  only in the file: {n} {a[n]}' for n in sorted(a.keys() - b)]
+  lines += [f'  only wanted: {n} {b[n]}' for n in sorted(b.keys() - a)]
+  lines += [
+    f'  {n}: found {a[n]}, wanted {b[n]}'
+    for n in sorted(a.keys() & b)
+    if a[n] != b[n]
+  ]
+  rest = len(lines) - 20
+  return '\n'.join(
+    lines[:20] + ([f'  ... and {rest} more'] if rest > 0 else [])
+  )

@@ -1,0 +1,1 @@
+"""Network parts: pure functions of parameters, tokens and indices."""

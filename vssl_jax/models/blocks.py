@@ -1,0 +1,192 @@
+"""Transformer blocks: pre-norm attention and MLP, one named block a layer.
+
+Blocks are unrolled and named, so that each can be frozen, tapped, given a
+learning rate or counted alone; a scan over stacked weights could not.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from vssl_jax.models import attention, layers, positions
+
+REMAT = {
+  # Keeps the results of matrix products with weights, recomputes the rest.
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  # Keeps the input of each block only.
+  'full': jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+  """What all blocks of one stack share.
+
+  Attributes:
+    num_heads: attention heads.
+    mlp_width: hidden channels of the MLP.
+    qkv_bias: `full`, or `qv` for a key projection without bias.
+    gelu: `exact` (erf) or `tanh`.
+    norm_eps: added to the variance in layer norms.
+    init: family of initial values, see `layers.kernel_init`.
+    dtype: of activations and matrix products; parameters are float32.
+    remat: `none`, `dots` or `full`: what is recomputed in the backward pass.
+    attention: implementation, see `attention.choose`.
+    drop_path: drop rate of the last block; it rises linearly from 0.
+  """
+
+  num_heads: int
+  mlp_width: int
+  qkv_bias: str = 'full'
+  gelu: str = 'exact'
+  norm_eps: float = 1e-6
+  init: str = 'vjepa'
+  dtype: str = 'bfloat16'
+  remat: str = 'none'
+  attention: str = 'auto'
+  drop_path: float = 0.0
+
+  def __post_init__(self) -> None:
+    wanted = {
+      'qkv_bias': ('full', 'qv'),
+      'gelu': ('exact', 'tanh'),
+      'remat': ('none', *REMAT),
+      'dtype': ('bfloat16', 'float32'),
+    }
+    for field, values in wanted.items():
+      if getattr(self, field) not in values:
+        raise ValueError(
+          f'{field} is {getattr(self, field)!r}, wanted one of {values}'
+        )
+
+
+class Attention(nn.Module):
+  """Self-attention with three separate projections and an output one.
+
+  Attributes:
+    spec: what all blocks share.
+    index: of the block, from 0.
+  """
+
+  spec: Spec
+  index: int
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, 'B N D'], rope: positions.Rope | None
+  ) -> Float[Array, 'B N D']:
+    """Returns the mixed tokens; `rope` turns queries and keys."""
+    spec, width = self.spec, x.shape[-1]
+    if width % spec.num_heads:
+      raise ValueError(
+        f'width {width} is not a multiple of num_heads {spec.num_heads}'
+      )
+    heads = (*x.shape[:2], spec.num_heads, width // spec.num_heads)
+    kernel = layers.kernel_init(spec.init, 'qkv')
+
+    def project(name: str, use_bias: bool = True) -> Array:
+      layer = layers.dense(
+        width, name, kernel=kernel, dtype=spec.dtype, use_bias=use_bias
+      )
+      return layer(x).reshape(heads)
+
+    q = project('q')
+    k = project('k', use_bias=spec.qkv_bias == 'full')
+    v = project('v')
+    if rope is not None:
+      q, k = positions.rotate(q, rope), positions.rotate(k, rope)
+    y = attention.attend(q, k, v, spec.attention).reshape(x.shape)
+    kernel = layers.kernel_init(spec.init, 'out', self.index + 1)
+    return layers.dense(width, 'out', kernel=kernel, dtype=spec.dtype)(y)
+
+
+class Mlp(nn.Module):
+  """Two linear layers with a GELU between them.
+
+  Attributes:
+    spec: what all blocks share.
+    index: of the block, from 0.
+  """
+
+  spec: Spec
+  index: int
+
+  @nn.compact
+  def __call__(self, x: Float[Array, 'B N D']) -> Float[Array, 'B N D']:
+    """Returns tokens of the same width."""
+    spec = self.spec
+    kernel = layers.kernel_init(spec.init, 'fc1')
+    y = layers.dense(spec.mlp_width, 'fc1', kernel=kernel, dtype=spec.dtype)(x)
+    y = nn.gelu(y, approximate=spec.gelu == 'tanh')
+    kernel = layers.kernel_init(spec.init, 'fc2', self.index + 1)
+    return layers.dense(x.shape[-1], 'fc2', kernel=kernel, dtype=spec.dtype)(y)
+
+
+class Block(nn.Module):
+  """x += attention(norm(x)); x += mlp(norm(x)).
+
+  Attributes:
+    spec: what all blocks share.
+    index: of the block, from 0.
+    drop_path: probability of leaving out each branch, per example.
+  """
+
+  spec: Spec
+  index: int
+  drop_path: float = 0.0
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, 'B N D'], rope: positions.Rope | None
+  ) -> Float[Array, 'B N D']:
+    """Returns tokens of the same shape and type."""
+    spec = self.spec
+    y = layers.layer_norm('norm_1', spec.norm_eps, spec.dtype)(x)
+    x = x + self._drop(Attention(spec, self.index, name='attn')(y, rope))
+    y = layers.layer_norm('norm_2', spec.norm_eps, spec.dtype)(x)
+    return x + self._drop(Mlp(spec, self.index, name='mlp')(y))
+
+  def _drop(self, x: Float[Array, 'B N D']) -> Float[Array, 'B N D']:
+    if not self.drop_path:
+      return x
+    keep = 1 - self.drop_path
+    shape = (x.shape[0], 1, 1)
+    kept = jax.random.bernoulli(self.make_rng('dropout'), keep, shape)
+    return jnp.where(kept, x / jnp.asarray(keep, x.dtype), jnp.zeros_like(x))
+
+
+def run(
+  spec: Spec,
+  depth: int,
+  x: Float[Array, 'B N D'],
+  rope: positions.Rope | None,
+  *,
+  upto: int | None = None,
+  deterministic: bool = True,
+) -> tuple[Float[Array, 'B N D'], ...]:
+  """Runs `block_00` ... inside the module that calls it.
+
+  Args:
+    spec: what the blocks share.
+    depth: blocks in the stack.
+    x: tokens.
+    rope: rotation of queries and keys, if any.
+    upto: run only the first so many blocks; None for all.
+    deterministic: no drop path.
+
+  Returns:
+    The input and the output of every block that ran; entry k is what k blocks
+    made. Outputs that nobody uses cost nothing once compiled.
+  """
+  cls = Block
+  if spec.remat != 'none':
+    cls = nn.remat(Block, policy=REMAT[spec.remat])
+  outputs = [x.astype(jnp.dtype(spec.dtype))]
+  for i in range(depth if upto is None else upto):
+    rate = 0.0 if deterministic else spec.drop_path * i / max(depth - 1, 1)
+    block = cls(spec, i, rate, name=f'block_{i:02d}')
+    outputs.append(block(outputs[-1], rope))
+  return tuple(outputs)

@@ -1,0 +1,95 @@
+"""The pixel decoder of VideoMAE."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from vssl_jax import masking
+from vssl_jax.models import blocks, layers, positions, predictor
+
+# By the encoder's size. Source: VideoMAE (arXiv 2203.12602), released code;
+# its four-block decoders, and twelve blocks for L.
+SIZES = {
+  'S': dict(width=192, depth=4, num_heads=3),
+  'B': dict(width=384, depth=4, num_heads=6),
+  'L': dict(width=512, depth=12, num_heads=8),
+  'H': dict(width=640, depth=12, num_heads=8),
+}
+
+
+class VideoMaeDecoder(nn.Module):
+  """A transformer over visible and mask tokens with added sinusoids.
+
+  Attributes:
+    out_width: values of a patch.
+    width: channels inside.
+    depth: number of blocks.
+    num_heads: attention heads.
+    mlp_width: hidden channels of the MLPs; None for 4 * width.
+    gelu: `exact` or `tanh`.
+    norm_eps: added to variances in layer norms.
+    dtype: of activations and matrix products.
+    remat: `none`, `dots` or `full`.
+    attention: `auto`, `xla`, `cudnn` or `splash`.
+  """
+
+  out_width: int
+  width: int = 384
+  depth: int = 4
+  num_heads: int = 6
+  mlp_width: int | None = None
+  gelu: str = 'exact'
+  norm_eps: float = 1e-6
+  dtype: str = 'bfloat16'
+  remat: str = 'none'
+  attention: str = 'auto'
+
+  @property
+  def block_spec(self) -> blocks.Spec:
+    """What the blocks share: no bias for keys, Glorot start."""
+    return blocks.Spec(
+      num_heads=self.num_heads,
+      mlp_width=self.mlp_width or 4 * self.width,
+      qkv_bias='qv',
+      gelu=self.gelu,
+      norm_eps=self.norm_eps,
+      init='videomae',
+      dtype=self.dtype,
+      remat=self.remat,
+      attention=self.attention,
+    )
+
+  @nn.compact
+  def __call__(
+    self,
+    z: Float[Array, 'B V D'],
+    mask: masking.Mask,
+    grid: layers.Grid,
+    token: int = 0,
+  ) -> Float[Array, 'B M out']:
+    """Predicts the masked patches.
+
+    Args:
+      z: the encoder's visible tokens.
+      mask: where those stand, and which tokens to predict.
+      grid: tokens of the whole clip along (time, height, width).
+      token: unused: there is one mask token for all masks.
+
+    Returns:
+      float32 predictions in the order of `mask.masked`.
+    """
+    del token
+    head = layers.kernel_init('videomae', 'head')
+    z = layers.dense(
+      self.width, 'embed', kernel=head, dtype=self.dtype, use_bias=False
+    )(z)
+    # The released code cuts at one standard deviation.
+    init = nn.initializers.truncated_normal(0.02, lower=-1, upper=1)
+    learned = self.param('mask_token', init, (1, self.width), jnp.float32)
+    table = positions.table(self, 'sinusoid_1d', grid, self.width)
+    x = predictor.join(z, learned, mask, table)
+    x = blocks.run(self.block_spec, self.depth, x, None)[-1]
+    x = x[:, mask.visible.shape[1] :]
+    x = layers.layer_norm('norm', self.norm_eps, self.dtype)(x)
+    x = layers.dense(self.out_width, 'head', kernel=head, dtype=self.dtype)(x)
+    return x.astype(jnp.float32)

@@ -1,0 +1,156 @@
+"""Video to patches, and the layers and initial values that models share.
+
+Shape legend of the whole package: B batch, T frames, H W pixels, C channels,
+t h w grid of tokens, N = t*h*w tokens, V visible tokens, M masked tokens,
+P values of a patch, D width, L layers (blocks).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Num
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Grid = tuple[int, int, int]
+Initializer = Callable[..., Array]
+
+
+def to_unit(
+  video: Num[Array | np.ndarray, '*shape'],
+) -> Float[Array | np.ndarray, '*shape']:
+  """Returns uint8 pixels as float32 in [0, 1]; floats pass through.
+
+  Raises:
+    TypeError: pixels of another type.
+  """
+  if jnp.issubdtype(video.dtype, jnp.floating):
+    return video
+  if video.dtype != jnp.uint8:
+    raise TypeError(
+      f'video has dtype {video.dtype}, wanted uint8 (0..255) or floats in '
+      '[0, 1]; convert it before the call'
+    )
+  return jnp.asarray(video, jnp.float32) / 255.0
+
+
+def grid_of(video_shape: Sequence[int], patch: Grid) -> Grid:
+  """Returns (t, h, w), the tokens along time, height and width.
+
+  Args:
+    video_shape: (B, T, H, W, C).
+    patch: frames and pixels of one token, (pt, py, px).
+
+  Raises:
+    ValueError: the shape is not a clip or is no multiple of the patch.
+  """
+  if len(video_shape) != 5:
+    raise ValueError(
+      f'video has shape {tuple(video_shape)}, wanted [B, T, H, W, C]; add a '
+      'batch axis to a single clip'
+    )
+  size = tuple(video_shape[1:4])
+  if any(n % p or n < p for n, p in zip(size, patch, strict=True)):
+    raise ValueError(
+      f'video of (T, H, W) = {size} cannot be cut into patches of '
+      f'{tuple(patch)}; each side must be a multiple of the patch'
+    )
+  t, h, w = (n // p for n, p in zip(size, patch, strict=True))
+  return t, h, w
+
+
+def patchify(
+  video: Num[Array | np.ndarray, 'B T H W C'], patch: Grid
+) -> Num[Array, 'B N P']:
+  """Cuts a clip into non-overlapping patches, in raster order.
+
+  Args:
+    video: any pixel type; the type is kept.
+    patch: (pt, py, px).
+
+  Returns:
+    One row of (pt, py, px, c) values per token.
+  """
+  t, h, w = grid_of(video.shape, patch)
+  pt, py, px = patch
+  batch, channels = video.shape[0], video.shape[-1]
+  x = jnp.asarray(video).reshape(batch, t, pt, h, py, w, px, channels)
+  x = x.transpose(0, 1, 3, 5, 2, 4, 6, 7)
+  return x.reshape(batch, t * h * w, pt * py * px * channels)
+
+
+def normalise(
+  patches: Float[Array, 'B N P'],
+  mean: tuple[float, ...],
+  std: tuple[float, ...],
+) -> Float[Array, 'B N P']:
+  """Subtracts a mean and divides by a deviation per colour channel."""
+  colours = patches.reshape(*patches.shape[:2], -1, len(mean))
+  shape = (1, 1, 1, len(mean))
+  colours = colours - jnp.asarray(mean, jnp.float32).reshape(shape)
+  colours = colours / jnp.asarray(std, jnp.float32).reshape(shape)
+  return colours.reshape(patches.shape)
+
+
+def fan_in_uniform(key: Array, shape: Sequence[int], dtype: Any) -> Array:
+  """Draws a kernel in +-1/sqrt(fan in), the start of torch's layers."""
+  bound = 1 / math.sqrt(math.prod(shape[:-1]))
+  return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def kernel_init(family: str, role: str, block: int = 1) -> Initializer:
+  """Returns the initialiser of a kernel.
+
+  Args:
+    family: `vjepa` (normal of deviation 0.02; the kernels that write to the
+      residual stream are divided by sqrt(2 * block)) or `videomae`
+      (Glorot uniform).
+    role: `embed`, `qkv`, `out`, `fc1`, `fc2` or `head`.
+    block: number of the block, from 1.
+
+  Raises:
+    ValueError: no such family.
+  """
+  # The released V-JEPA code truncates at +-2, which is 100 deviations away.
+  if family == 'vjepa':
+    deep = role in ('out', 'fc2')
+    return nn.initializers.normal(0.02 / math.sqrt(2 * block if deep else 1))
+  if family == 'videomae':
+    if role == 'embed':  # a convolution left as torch makes it
+      return fan_in_uniform
+    if role == 'qkv':  # Glorot's bound for one [D, 3D] kernel
+      return nn.initializers.variance_scaling(0.5, 'fan_avg', 'uniform')
+    return nn.initializers.xavier_uniform()
+  raise ValueError(f"init is {family!r}, wanted 'vjepa' or 'videomae'")
+
+
+def dense(
+  features: int,
+  name: str,
+  *,
+  kernel: Initializer,
+  dtype: str,
+  use_bias: bool = True,
+) -> nn.Dense:
+  """Returns a linear layer: float32 parameters, zero bias, `dtype` maths."""
+  return nn.Dense(
+    features,
+    use_bias=use_bias,
+    dtype=jnp.dtype(dtype),
+    param_dtype=jnp.float32,
+    kernel_init=kernel,
+    name=name,
+  )
+
+
+def layer_norm(name: str, eps: float, dtype: str = 'float32') -> nn.LayerNorm:
+  """Returns a layer norm with float32 statistics and a `dtype` result."""
+  return nn.LayerNorm(
+    epsilon=eps, dtype=jnp.dtype(dtype), param_dtype=jnp.float32, name=name
+  )

@@ -1,0 +1,210 @@
+"""The video transformer (ViT) encoder and its sizes."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Num
+
+from vssl_jax import masking
+from vssl_jax.models import blocks, layers, positions
+
+# width, depth, heads, MLP width. S to G: SALT (arXiv 2509.24317); M and e:
+# 4DS (arXiv 2412.15212); g22: the released V-JEPA 2 ViT-g, which has 22 heads
+# where the papers say 16.
+FIELDS = ('width', 'depth', 'num_heads', 'mlp_width')
+SIZES = {
+  name: dict(zip(FIELDS, row, strict=True))
+  for name, row in {
+    'Ti': (192, 12, 3, 768),
+    'S': (384, 12, 6, 1536),
+    'M': (512, 12, 8, 2048),
+    'B': (768, 12, 12, 3072),
+    'L': (1024, 24, 16, 4096),
+    'H': (1280, 32, 16, 5120),
+    'g': (1408, 40, 16, 6144),
+    'g22': (1408, 40, 22, 6144),
+    'G': (1664, 48, 16, 8192),
+    'e': (1792, 56, 16, 15360),
+  }.items()
+}
+
+
+class Vit(nn.Module):
+  """Encoder of a clip, or of its visible tokens only.
+
+  Attributes:
+    width: channels of a token.
+    depth: number of blocks.
+    num_heads: attention heads.
+    mlp_width: hidden channels of the MLPs; None for 4 * width.
+    patch: frames and pixels of one token.
+    positions: one of `positions.NAMES`.
+    rope_pairing: `paired`, or `vjepa2` for weights of V-JEPA 2.
+    qkv_bias: `full`, or `qv` (no bias for keys) as in VideoMAE.
+    final_norm: layer norm after the last block.
+    init_family: family of initial values, `vjepa` or `videomae`.
+    gelu: `exact` or `tanh`.
+    norm_eps: added to variances in layer norms.
+    drop_path: drop rate of the last block, linear from 0.
+    dtype: of activations and matrix products; parameters are float32.
+    remat: `none`, `dots` or `full`.
+    attention: `auto`, `xla`, `cudnn` or `splash`.
+    mean: subtracted from pixels in [0, 1], per channel.
+    std: pixels are then divided by this.
+  """
+
+  width: int
+  depth: int
+  num_heads: int
+  mlp_width: int | None = None
+  patch: tuple[int, int, int] = (2, 16, 16)
+  positions: str = 'rope_3d'
+  rope_pairing: str = 'paired'
+  qkv_bias: str = 'full'
+  final_norm: bool = True
+  init_family: str = 'vjepa'
+  gelu: str = 'exact'
+  norm_eps: float = 1e-6
+  drop_path: float = 0.0
+  dtype: str = 'bfloat16'
+  remat: str = 'none'
+  attention: str = 'auto'
+  mean: tuple[float, ...] = layers.IMAGENET_MEAN
+  std: tuple[float, ...] = layers.IMAGENET_STD
+
+  @property
+  def block_spec(self) -> blocks.Spec:
+    """What the blocks of this encoder share."""
+    return blocks.Spec(
+      num_heads=self.num_heads,
+      mlp_width=self.mlp_width or 4 * self.width,
+      qkv_bias=self.qkv_bias,
+      gelu=self.gelu,
+      norm_eps=self.norm_eps,
+      init=self.init_family,
+      dtype=self.dtype,
+      remat=self.remat,
+      attention=self.attention,
+      drop_path=self.drop_path,
+    )
+
+  @nn.compact
+  def __call__(
+    self,
+    video: Num[Array | np.ndarray, 'B T H W C'],
+    visible: Int[Array, 'B V'] | None = None,
+    *,
+    depth: float | None = None,
+    features: bool = False,
+    deterministic: bool = True,
+  ) -> Float[Array, 'B K D'] | tuple[Float[Array, 'B K D'], ...]:
+    """Encodes the tokens of a clip.
+
+    Args:
+      video: uint8, or floats in [0, 1]; normalised here.
+      visible: flat indices of the tokens to embed; None for all N.
+      depth: run only part of the blocks: the tap of 4DS, see `tap`. The final
+        norm belongs to the last block and is left out.
+      features: return the tokens at every depth.
+      deterministic: no drop path.
+
+    Returns:
+      float32 tokens [B, V or N, D] after the final norm. With `features` a
+      tuple in the activations' type, without the final norm: the embedded
+      tokens, then the output of each block; entry k is what k blocks made.
+    """
+    grid = layers.grid_of(video.shape, self.patch)
+    x = self._embed(layers.patchify(video, self.patch), visible, grid)
+    rope = None
+    if self.positions in positions.ROTATIONS:
+      index = visible
+      if index is None:  # one row of angles serves the whole batch
+        index = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+      rope = positions.rope_3d(
+        index, grid, self.width // self.num_heads, self.rope_pairing
+      )
+    outputs = blocks.run(
+      self.block_spec,
+      self.depth,
+      x,
+      rope,
+      upto=None if depth is None else tap(self.depth, depth),
+      deterministic=deterministic,
+    )
+    if features:
+      return outputs
+    if depth is not None or not self.final_norm:
+      return outputs[-1].astype(jnp.float32)
+    return layers.layer_norm('norm', self.norm_eps)(outputs[-1])
+
+  def _embed(
+    self,
+    patches: Num[Array, 'B N P'],
+    visible: Int[Array, 'B V'] | None,
+    grid: layers.Grid,
+  ) -> Float[Array, 'B K D']:
+    table = positions.table(self, self.positions, grid, self.width)
+    if visible is not None:  # before any arithmetic: hidden pixels cost none
+      patches = masking.gather(patches, visible)
+    x = layers.normalise(layers.to_unit(patches), self.mean, self.std)
+    x = layers.dense(
+      self.width,
+      'embed',
+      kernel=layers.kernel_init(self.init_family, 'embed'),
+      dtype=self.dtype,
+    )(x)
+    if table is None:
+      return x
+    table = table[None] if visible is None else table[visible]
+    return x + table.astype(x.dtype)
+
+
+def tap(depth: int, fraction: float) -> int:
+  """Returns how many of `depth` blocks run for a fraction of 4DS.
+
+  4DS lists [tokens, input of block 1, ..., input of block L] and takes entry
+  int((L + 1) * fraction) - 1, so 0.95 of 24 blocks is the output of block 21.
+
+  Source: 4DS, arXiv 2412.15212, released code.
+
+  Raises:
+    ValueError: the fraction is not in (0, 1].
+  """
+  if not 0 < fraction <= 1:
+    raise ValueError(f'depth is {fraction}, wanted a fraction in (0, 1]')
+  return max(int((depth + 1) * fraction) - 2, 0)
+
+
+def make(size: str | Mapping[str, Any], **overrides: Any) -> Vit:
+  """Returns an encoder of a named size, or from a mapping of fields.
+
+  Args:
+    size: a name in `SIZES`, or at least width, depth and num_heads.
+    **overrides: fields of `Vit`; `init` stands for `init_family`.
+
+  Raises:
+    ValueError: an unknown name or field; the message has the nearest one.
+  """
+  if isinstance(size, str):
+    if size not in SIZES:
+      raise ValueError(
+        f'encoder size is {size!r}, wanted one of {list(SIZES)} or a mapping '
+        f'of {", ".join(FIELDS)}'
+      )
+    size = SIZES[size]
+  fields = {**size, **overrides}
+  if 'init' in fields:  # Linen modules have a method of that name
+    fields['init_family'] = fields.pop('init')
+  known = [f for f in Vit.__dataclass_fields__ if f not in ('parent', 'name')]
+  for name in fields:
+    if name not in known:
+      near = difflib.get_close_matches(name, known, n=1) or known
+      raise ValueError(f'encoder has no field {name!r}; nearest: {near[0]!r}')
+  for name in ('patch', 'mean', 'std'):
+    if name in fields:  # lists of a config would not hash
+      fields[name] = tuple(fields[name])
+  return Vit(**fields)

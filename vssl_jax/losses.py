@@ -1,0 +1,134 @@
+"""Distances, pixel targets and normalisations that losses are made of.
+
+Everything is float32 whatever the models compute in.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Distance = Callable[[Array, Array], Float[Array, '']]
+
+
+def l1(
+  prediction: Float[Array, '*shape'], target: Float[Array, '*shape']
+) -> Float[Array, '']:
+  """Returns the mean absolute difference (SALT Eq. 2.1; V-JEPA)."""
+  return jnp.mean(jnp.abs(_difference(prediction, target)))
+
+
+def mse(
+  prediction: Float[Array, '*shape'], target: Float[Array, '*shape']
+) -> Float[Array, '']:
+  """Returns the mean squared difference (VideoMAE)."""
+  return jnp.mean(jnp.square(_difference(prediction, target)))
+
+
+def smooth_l1(
+  prediction: Float[Array, '*shape'], target: Float[Array, '*shape']
+) -> Float[Array, '']:
+  """Returns the mean of d^2/2 where |d| < 1 and of |d| - 1/2 elsewhere."""
+  size = jnp.abs(_difference(prediction, target))
+  return jnp.mean(jnp.where(size < 1, 0.5 * jnp.square(size), size - 0.5))
+
+
+def _difference(prediction: Array, target: Array) -> Array:
+  return prediction.astype(jnp.float32) - target.astype(jnp.float32)
+
+
+def layer_norm0(
+  x: Float[Array, '*batch D'], eps: float = 1e-6
+) -> Float[Array, '*batch D']:
+  """Returns tokens with mean 0 and variance 1, without parameters.
+
+  Args:
+    x: features; the last axis is normalised, its variance has divisor D.
+    eps: added to the variance.
+  """
+  x = x.astype(jnp.float32)
+  x = x - jnp.mean(x, axis=-1, keepdims=True)
+  return x / jnp.sqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+
+
+def patchify(
+  video: Float[Array, 'B T H W C'], patch: tuple[int, int, int]
+) -> Float[Array, 'B N P C']:
+  """Returns the pixels of each patch of a clip.
+
+  Args:
+    video: clip; every side is a multiple of the patch's.
+    patch: (frames, rows, columns) of a patch.
+
+  Returns:
+    Patches in raster order, time first; the P = pt * py * px pixels of a
+    patch in the same order.
+  """
+  b, t, h, w, c = video.shape
+  pt, py, px = patch
+  x = video.reshape(b, t // pt, pt, h // py, py, w // px, px, c)
+  x = x.transpose(0, 1, 3, 5, 2, 4, 6, 7)
+  return x.reshape(b, -1, pt * py * px, c)
+
+
+def pixel_targets(
+  video: Float[Array, 'B T H W C'],
+  patch: tuple[int, int, int],
+  kind: str = 'patch_channel',
+) -> Float[Array, 'B N PC']:
+  """Returns what a pixel decoder has to predict.
+
+  Args:
+    video: clip in [0, 1], before mean and standard deviation of the data set.
+    patch: (frames, rows, columns) of a patch.
+    kind: `patch_channel` normalises each colour channel of each patch
+      (VideoMAE), `patch` all values of a patch together (MAE), `none` leaves
+      the pixels alone.
+
+  Returns:
+    Targets per patch, channels innermost.
+
+  Raises:
+    ValueError: unknown kind.
+  """
+  if kind not in _PIXEL_NORMS:
+    raise ValueError(
+      f'pixel_norm: found {kind!r}, wanted one of {sorted(_PIXEL_NORMS)}'
+    )
+  x = _PIXEL_NORMS[kind](patchify(video.astype(jnp.float32), patch))
+  return x.reshape(*x.shape[:2], -1)
+
+
+def _normalise_channels(x: Float[Array, 'B N P C']) -> Float[Array, 'B N P C']:
+  # eps outside the root, as published; both codes divide by P - 1.
+  x = x - jnp.mean(x, axis=2, keepdims=True)
+  variance = jnp.sum(jnp.square(x), axis=2, keepdims=True) / (x.shape[2] - 1)
+  return x / (jnp.sqrt(variance) + 1e-6)
+
+
+def _normalise_patches(x: Float[Array, 'B N P C']) -> Float[Array, 'B N P C']:
+  size = x.shape[2] * x.shape[3]
+  x = x - jnp.mean(x, axis=(2, 3), keepdims=True)
+  variance = jnp.sum(jnp.square(x), axis=(2, 3), keepdims=True) / (size - 1)
+  return x / jnp.sqrt(variance + 1e-6)
+
+
+_PIXEL_NORMS: Mapping[str, Callable[[Array], Array]] = {
+  'patch_channel': _normalise_channels,
+  'patch': _normalise_patches,
+  'none': lambda x: x,
+}
+
+# What the knobs `pixel_loss` and `latent_loss` may say.
+DISTANCES: Mapping[str, Distance] = {
+  'l1': l1,
+  'l2': mse,
+  'mse': mse,
+  'smooth_l1': smooth_l1,
+}
+
+# What the knob `target_norm` may say.
+TARGET_NORMS: Mapping[str, Callable[[Array], Array]] = {
+  'ln': layer_norm0,
+  'none': lambda x: x.astype(jnp.float32),
+}

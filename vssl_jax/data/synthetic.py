@@ -1,0 +1,346 @@
+"""Generated video whose classes are kinds of motion: real files, no download.
+
+One textured shape moves over a textured background that shakes, in a world
+that wraps around at the edges. Position, angle, size, colour and phase are
+drawn from the same distributions whatever the class, and wrapping keeps them
+so in every frame: one frame alone has the same distribution for all classes,
+by construction and not by luck. What tells the classes apart is motion.
+"""
+
+import csv
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import zlib
+from collections.abc import Mapping
+
+import av
+import numpy as np
+from absl import logging
+from jaxtyping import Float, UInt8
+
+MOTIONS = (
+  'right',
+  'left',
+  'down',
+  'up',
+  'clockwise',
+  'anticlockwise',
+  'orbit_clockwise',
+  'orbit_anticlockwise',
+  'sway',
+  'bob',
+)
+VERSION = 1  # of the pictures: raise it when the same seed draws other clips.
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+  """What a clip looks like; lengths are pixels of a frame `size` pixels wide.
+
+  Ranges are `(low, high)` of uniform draws, one draw per clip.
+
+  Attributes:
+    size: height and width in pixels, even (the video codec wants it).
+    frames: frames per clip.
+    fps: frames per second written into the file; motion is per frame.
+    speed: speed of straight paths and top speed of the others, pixels/frame.
+    turn: degrees per frame of turning shapes.
+    period: frames per cycle of orbits and swings.
+    radius: half the longer axis of the shape, pixels.
+    slenderness: longer over shorter axis, so that turning can be seen.
+    contrast: mean brightness of the shape against the background's, 0 to 1.
+    polarity: 'bright', 'dark' or 'both' (either, at even odds).
+    texture: amplitude of the shape's texture, 0 to 1.
+    background: amplitude of the background's texture, 0 to 1.
+    detail: highest spatial frequency of the background, cycles per frame.
+    shake: standard deviation of the background's place per frame, pixels.
+    flicker: standard deviation of a brightness offset per frame, 0 to 1.
+    shapes: shapes that share the motion.
+    distractors: shapes that stay where they are.
+    noise: standard deviation of pixel noise, 0 to 1.
+  """
+
+  size: int = 32
+  frames: int = 8
+  fps: int = 8
+  speed: tuple[float, float] = (2.0, 3.5)
+  turn: tuple[float, float] = (20.0, 30.0)
+  period: tuple[float, float] = (7.0, 10.0)
+  radius: tuple[float, float] = (5.0, 8.0)
+  slenderness: tuple[float, float] = (1.5, 2.2)
+  contrast: tuple[float, float] = (0.3, 0.5)
+  polarity: str = 'bright'
+  texture: float = 0.1
+  background: float = 0.1
+  detail: int = 2
+  shake: float = 1.0
+  flicker: float = 0.0
+  shapes: int = 1
+  distractors: int = 0
+  noise: float = 0.0
+
+  def __post_init__(self) -> None:
+    if self.size % 2 or self.size < 16:
+      raise ValueError(f'size={self.size}: wanted an even number >= 16.')
+    if self.polarity not in ('bright', 'dark', 'both'):
+      raise ValueError(
+        f"polarity={self.polarity!r}: wanted 'bright', 'dark' or 'both'."
+      )
+
+
+def path(
+  motion: str, scene: Scene, rng: np.random.Generator
+) -> tuple[Float[np.ndarray, 'T 2'], Float[np.ndarray, 'T']]:
+  """Where the shape is in each frame, relative to a start drawn elsewhere.
+
+  Args:
+    motion: one of `MOTIONS`.
+    scene: ranges of speed, turn and period.
+    rng: drawn from in the same order for every motion.
+
+  Returns:
+    Offsets (x to the right, y downwards) in pixels, [T, 2], and angles in
+    radians (clockwise as seen on the screen), [T].
+
+  Raises:
+    ValueError: if the motion is unknown.
+  """
+  t = np.arange(scene.frames, dtype=np.float32)
+  speed = rng.uniform(*scene.speed)
+  turn = np.deg2rad(rng.uniform(*scene.turn))
+  cycle = 2 * np.pi / rng.uniform(*scene.period)  # Radians per frame.
+  phase = rng.uniform(0, 2 * np.pi)
+  swing = speed / cycle  # This radius makes `speed` the (top) speed.
+  zero = np.zeros_like(t)
+  cos, sin = (swing * f(cycle * t + phase) for f in (np.cos, np.sin))
+  paths = {
+    'right': (speed * t, zero, zero),
+    'left': (-speed * t, zero, zero),
+    'down': (zero, speed * t, zero),
+    'up': (zero, -speed * t, zero),
+    'clockwise': (zero, zero, turn * t),
+    'anticlockwise': (zero, zero, -turn * t),
+    'orbit_clockwise': (cos, sin, zero),
+    'orbit_anticlockwise': (cos, -sin, zero),
+    'sway': (sin, zero, zero),
+    'bob': (zero, sin, zero),
+  }
+  if motion not in paths:
+    raise ValueError(f'motion {motion!r}: wanted one of {", ".join(MOTIONS)}.')
+  x, y, angle = paths[motion]
+  return np.stack([x, y], -1).astype(np.float32), angle.astype(np.float32)
+
+
+def render(
+  motion: str, scene: Scene, rng: np.random.Generator
+) -> UInt8[np.ndarray, 'T H W 3']:
+  """Draws one clip.
+
+  Args:
+    motion: one of `MOTIONS`.
+    scene: what it looks like.
+    rng: everything random comes from here, in the same order for every motion.
+
+  Returns:
+    RGB frames, [T, size, size, 3].
+  """
+  offsets, angles = path(motion, scene, rng)
+  video = _background(scene, rng)
+  sign = {'bright': 1, 'dark': -1, 'both': rng.choice([-1, 1])}[scene.polarity]
+  still = np.zeros_like(offsets), np.zeros_like(angles)
+  for number in range(scene.distractors + scene.shapes):
+    moving = number >= scene.distractors  # Last, so that they are in front.
+    cover, shade = _shape(scene, rng, *((offsets, angles) if moving else still))
+    tint = rng.uniform(-0.08, 0.08, 3)
+    level = 0.5 + sign * (rng.uniform(*scene.contrast) + tint) / 2
+    colour = level.astype(np.float32) + shade[..., None]
+    video += cover[..., None] * (colour - video)
+  video += rng.normal(0, scene.flicker, (scene.frames, 1, 1, 1))
+  if scene.noise:
+    video += rng.normal(0, scene.noise, video.shape)
+  return (np.clip(video, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def write(
+  folder: str | os.PathLike[str],
+  *,
+  clips: int | Mapping[str, int],
+  seed: int = 0,
+  **scene: object,
+) -> pathlib.Path:
+  """Writes a labelled set of video files, once.
+
+  `<folder>/<split>/<motion>/<number>.mp4` and `<folder>/labels.csv` (path,
+  label, split), so that each split is a folder of class folders. The label
+  list is written last: a folder without it is unfinished and is made again, a
+  folder with it is taken as it is.
+
+  Args:
+    folder: where to write.
+    clips: clips per split (`{'train': 2560, 'test': 500}`), or of 'train'.
+    seed: another seed, other clips; splits never share a clip.
+    **scene: fields of `Scene`.
+
+  Returns:
+    The path of the label list.
+
+  Raises:
+    ValueError: if the folder holds clips of another recipe, or other files.
+  """
+  look = Scene(**scene)
+  folder = pathlib.Path(folder)
+  splits = {'train': clips} if isinstance(clips, int) else dict(clips)
+  recipe = json.loads(
+    json.dumps(
+      {'version': VERSION, 'seed': seed, 'clips': splits}
+      | dataclasses.asdict(look)
+    )
+  )
+  labels = folder / 'labels.csv'
+  if _finished(folder, recipe):
+    return labels
+  rows = []
+  logging.info('Writing %s generated clips into %s.', splits, folder)
+  for split, count in splits.items():
+    for motion in MOTIONS[:count]:
+      (folder / split / motion).mkdir(parents=True)
+    for index in range(count):
+      motion = MOTIONS[index % len(MOTIONS)]
+      name = f'{split}/{motion}/{index:06d}.mp4'
+      encode(folder / name, clip(motion, look, seed, split, index), look.fps)
+      rows.append((name, motion, split))
+  unfinished = labels.with_suffix('.unfinished')
+  with unfinished.open('w', newline='') as file:
+    csv.writer(file).writerows([('path', 'label', 'split'), *rows])
+  unfinished.replace(labels)
+  return labels
+
+
+def clip(
+  motion: str, scene: Scene, seed: int, split: str, index: int
+) -> UInt8[np.ndarray, 'T H W 3']:
+  """The clip with this number: a pure function of its arguments.
+
+  Args:
+    motion: one of `MOTIONS`.
+    scene: what it looks like.
+    seed: of the whole set.
+    split: name of the split.
+    index: number within the split.
+
+  Returns:
+    RGB frames, [T, size, size, 3].
+  """
+  rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index])
+  return render(motion, scene, rng)
+
+
+def encode(
+  file: str | os.PathLike[str],
+  video: UInt8[np.ndarray, 'T H W 3'],
+  fps: int,
+) -> None:
+  """Writes frames as H.264 in mp4, nearly without loss of brightness.
+
+  Args:
+    file: path of the file, overwritten.
+    video: RGB frames with even height and width, [T, H, W, 3].
+    fps: frames per second.
+  """
+  with av.open(os.fspath(file), 'w', format='mp4') as container:
+    stream = container.add_stream('libx264', rate=fps)
+    stream.height, stream.width = video.shape[1:3]
+    stream.pix_fmt = 'yuv420p'
+    stream.thread_count = 1
+    stream.options = {'crf': '8', 'preset': 'veryfast', 'bf': '0'}
+    for picture in video:
+      frame = av.VideoFrame.from_ndarray(picture, format='rgb24')
+      container.mux(stream.encode(frame))
+    container.mux(stream.encode())
+
+
+def _waves(
+  x: Float[np.ndarray, '...'],
+  y: Float[np.ndarray, '...'],
+  frequencies: Float[np.ndarray, 'K 2'],
+  rng: np.random.Generator,
+) -> Float[np.ndarray, '...']:
+  """A smooth texture: plane waves with random phases, variance one half."""
+  total = np.zeros(np.broadcast_shapes(x.shape, y.shape), np.float32)
+  for fx, fy in frequencies.astype(np.float32):
+    total += np.cos(fx * x + fy * y + np.float32(rng.uniform(0, 2 * np.pi)))
+  return total / np.float32(np.sqrt(len(frequencies)))
+
+
+def _background(
+  scene: Scene, rng: np.random.Generator
+) -> Float[np.ndarray, 'T H W 3']:
+  """Waves around mid-grey, the whole plane displaced anew in every frame."""
+  line = np.arange(scene.size, dtype=np.float32)
+  shake = rng.normal(0, scene.shake, (scene.frames, 2)).astype(np.float32)
+  x = line[None, None, :] + shake[:, :1, None]
+  y = line[None, :, None] + shake[:, 1:, None]
+  cycles = rng.integers(-scene.detail, scene.detail + 1, (4, 2))
+  texture = _waves(x, y, cycles * (2 * np.pi / scene.size), rng)
+  colour = 0.5 + rng.uniform(-0.06, 0.06, 3)
+  return (colour + scene.background * texture[..., None]).astype(np.float32)
+
+
+def _shape(
+  scene: Scene,
+  rng: np.random.Generator,
+  offsets: Float[np.ndarray, 'T 2'],
+  angles: Float[np.ndarray, 'T'],
+) -> tuple[Float[np.ndarray, 'T H W'], Float[np.ndarray, 'T H W']]:
+  """Cover (0 outside, 1 inside, soft edge) and texture of one shape."""
+  size = np.float32(scene.size)
+  place = rng.uniform(0, scene.size, 2).astype(np.float32) + offsets
+  angle = np.float32(rng.uniform(0, 2 * np.pi)) + angles
+  long = np.float32(rng.uniform(*scene.radius))
+  short = np.float32(long / rng.uniform(*scene.slenderness))
+  power = int(rng.choice([2, 6]))  # An ellipse, or a box with round corners.
+  line = np.arange(scene.size, dtype=np.float32)
+  # The nearest copy of the shape: the world wraps around.
+  x = (line[None, :] - place[:, :1] + size / 2) % size - size / 2
+  y = (line[None, :] - place[:, 1:] + size / 2) % size - size / 2
+  x, y = x[:, None, :], y[:, :, None]
+  cos, sin = (f(angle)[:, None, None] for f in (np.cos, np.sin))
+  u, v = (cos * x + sin * y) / long, (cos * y - sin * x) / short
+  away = (u**power + v**power) ** np.float32(1 / power)
+  cover = np.clip((1 - away) * short + np.float32(0.5), 0, 1)
+  shade = scene.texture * _waves(u, v, rng.uniform(-6, 6, (2, 2)), rng)
+  return cover, shade.astype(np.float32)
+
+
+def _finished(folder: pathlib.Path, recipe: Mapping[str, object]) -> bool:
+  """Whether the folder holds exactly this; clears what was left half done."""
+  note = folder / 'recipe.json'
+  if not note.exists():
+    if folder.exists() and any(folder.iterdir()):
+      raise ValueError(
+        f'{folder} holds files that were not generated here: choose another '
+        'folder, or empty it.'
+      )
+  elif (found := json.loads(note.read_text())) != recipe:
+    keys = sorted(
+      key
+      for key in found.keys() | recipe.keys()
+      if found.get(key) != recipe.get(key)
+    )
+    raise ValueError(
+      f'{folder} holds clips of another recipe: '
+      + ', '.join(
+        f'{k}={found.get(k)!r}, wanted {recipe.get(k)!r}' for k in keys
+      )
+      + '. Choose another folder, or remove it.'
+    )
+  elif (folder / 'labels.csv').exists():
+    return True
+  else:
+    shutil.rmtree(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  note.write_text(json.dumps(recipe, indent=2))
+  return False

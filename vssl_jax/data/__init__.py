@@ -1,0 +1,1 @@
+"""Videos in, numpy batches out: sources, decoding, transforms, pipeline."""

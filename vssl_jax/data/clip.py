@@ -1,0 +1,295 @@
+"""Clips out of one video: what to take (Spec), and taking it (read)."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import av
+import numpy as np
+from av import filter as av_filter
+
+from vssl_jax.data import decode, transforms
+
+CROPS = ('random_resized', 'multi_scale', 'centre')
+SAMPLINGS = ('window', 'scattered', 'spread', 'interleaved')
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+  """What a clip is. Fields are explained at `pipeline.default()`.
+
+  `segments` x `views` clips of a video are made for evaluation (samplings
+  'spread' and 'interleaved'), `repeats` clips for training.
+  """
+
+  frames: int = 16
+  stride: int = 4
+  fps: float = 0.0
+  height: int = 224
+  width: int = 224
+  channels: int = 3
+  sampling: str = 'window'
+  crop: str = 'random_resized'
+  crop_scale: tuple[float, float] = (0.3, 1.0)
+  crop_aspect: tuple[float, float] = (0.75, 4 / 3)
+  crop_part: float = 1.0
+  flip: bool = True
+  repeats: int = 1
+  repeat_frames: str = 'own'
+  segments: int = 1
+  views: int = 1
+  min_frames: int = 1
+  max_pixels: int = 2**26
+  threads: int = 1
+
+  def __post_init__(self) -> None:
+    checks = (
+      ('crop', CROPS),
+      ('sampling', SAMPLINGS),
+      ('repeat_frames', ('own', 'shared')),
+      ('channels', (1, 3)),
+    )
+    for name, allowed in checks:
+      if getattr(self, name) not in allowed:
+        raise ValueError(
+          f'data.{name} is {getattr(self, name)!r}; wanted one of {allowed}'
+        )
+    if self.fps and self.stride != 1:
+      raise ValueError(
+        f'data.fps is {self.fps} and data.stride is {self.stride}: frames are '
+        'picked by time or by number, not both. Set data.stride to 1 or '
+        'data.fps to 0.'
+      )
+    for name in ('frames', 'stride', 'height', 'width', 'repeats', 'segments'):
+      if getattr(self, name) < 1:
+        raise ValueError(
+          f'data.{name} is {getattr(self, name)}; wanted 1 or more'
+        )
+
+  @property
+  def testing(self) -> bool:
+    """True where clips cover the video in a fixed way."""
+    return self.sampling in ('spread', 'interleaved')
+
+  @property
+  def clips(self) -> int:
+    """Clips per video."""
+    return self.segments * self.views if self.testing else self.repeats
+
+  @property
+  def shape(self) -> tuple[int, int, int, int]:
+    """[T, H, W, C] of one clip."""
+    return self.frames, self.height, self.width, self.channels
+
+
+@dataclasses.dataclass(frozen=True)
+class Clips:
+  """Clips of one video.
+
+  Attributes:
+    video: uint8 [clips, T, H, W, C].
+    crop: float32 [clips, 4], the box that was cut: top, left, bottom, right
+      in fractions of the upright picture.
+    flipped: bool [clips].
+    short: whether frames had to be repeated.
+  """
+
+  video: np.ndarray
+  crop: np.ndarray
+  flipped: np.ndarray
+  short: bool = False
+
+
+def read(
+  media: str | bytes,
+  spec: Spec,
+  entropy: Sequence[int],
+  out: np.ndarray | None = None,
+) -> Clips:
+  """Reads clips out of a video.
+
+  Args:
+    media: path of a file, or a file's content.
+    spec: what to take.
+    entropy: seeds of everything random.
+    out: uint8 [clips, T, H, W, C] to write into, or None for a new array.
+
+  Returns:
+    The clips, a pure function of the arguments.
+
+  Raises:
+    decode.VideoError: with the reason.
+  """
+  rng = np.random.default_rng(entropy)
+  if out is None:
+    out = np.empty((spec.clips, *spec.shape), np.uint8)
+  with decode.Video(
+    media, max_pixels=spec.max_pixels, threads=spec.threads
+  ) as video:
+    count = _count(video, spec)
+    numbers = _numbers(count, spec, rng)
+    places = _places(numbers)
+    pictures = None
+    for number, frame in video.frames(sorted(places), spec.fps or None):
+      if pictures is None:
+        pictures = [
+          Cutter(*plan, spec) for plan in _plans(_size(video, frame), spec, rng)
+        ]
+      for clip, position in places[number]:
+        pictures[clip].cut(frame, out[clip, position])
+  return Clips(
+    video=out,
+    crop=np.asarray([p.done for p in pictures], np.float32),
+    flipped=np.asarray([p.flip for p in pictures]),
+    short=bool(spec.frames > 1 and (np.diff(numbers, axis=-1) == 0).any()),
+  )
+
+
+def _count(video: decode.Video, spec: Spec) -> int:
+  """Numbers that the video offers, at its own rate or at spec.fps."""
+  if not video.still and video.count < spec.min_frames:
+    raise decode.VideoError(
+      'too_short', f'{video.count} frames, wanted {spec.min_frames}'
+    )
+  if not spec.fps or video.still:
+    return video.count
+  return max(1, int(video.seconds * spec.fps + 1e-3))
+
+
+def _numbers(count: int, spec: Spec, rng: np.random.Generator) -> np.ndarray:
+  """Frame numbers [clips, T]."""
+  if spec.testing:
+    if spec.sampling == 'spread':
+      rows = transforms.spread(count, spec.frames, spec.stride, spec.segments)
+    else:
+      rows = transforms.interleaved(count, spec.frames, spec.segments)
+    return np.tile(rows, (spec.views, 1))
+  rows = []
+  for _ in range(spec.repeats if spec.repeat_frames == 'own' else 1):
+    if spec.sampling == 'window':
+      row = transforms.window(count, spec.frames, spec.stride, rng.random())
+    else:
+      row = transforms.scattered(count, spec.frames, rng.random(spec.frames))
+    rows.append(row)
+  return np.broadcast_to(np.stack(rows), (spec.repeats, spec.frames))
+
+
+def _places(numbers: np.ndarray) -> dict[int, list[tuple[int, int]]]:
+  """Where each frame number goes: (clip, position) pairs."""
+  places = {}
+  for (clip, position), number in np.ndenumerate(numbers):
+    places.setdefault(int(number), []).append((clip, position))
+  return places
+
+
+def _size(video: decode.Video, frame: av.VideoFrame) -> tuple[float, float]:
+  """Height and width of the upright picture with square pixels."""
+  height, width = frame.height, frame.width * video.pixel_aspect
+  return (width, height) if _quarters(frame) % 2 else (height, width)
+
+
+def _quarters(frame: av.VideoFrame) -> int:
+  """Counter-clockwise quarter turns that bring a frame upright."""
+  return round(frame.rotation / 90) % 4
+
+
+def _plans(
+  size: tuple[float, float], spec: Spec, rng: np.random.Generator
+) -> list[tuple[transforms.Box, bool]]:
+  """(box, flip) of each clip."""
+  if spec.testing:
+    boxes = transforms.views(
+      *size, spec.width / spec.height, spec.views, spec.crop_part
+    )
+    return [(box, False) for box in boxes for _ in range(spec.segments)]
+  make = {
+    'random_resized': lambda: transforms.random_resized(
+      rng, *size, spec.crop_scale, spec.crop_aspect
+    ),
+    'multi_scale': lambda: transforms.multi_scale(rng, *size),
+    'centre': lambda: transforms.centre(
+      *size, spec.width / spec.height, spec.crop_part
+    ),
+  }[spec.crop]
+  # Chance for the flip is drawn even when it is off: switching it shifts
+  # nothing else.
+  return [
+    (make(), bool(rng.random() < 0.5) and spec.flip)
+    for _ in range(spec.repeats)
+  ]
+
+
+class Cutter:
+  """Cuts one box out of frames, scales it, turns and flips it.
+
+  Attributes:
+    done: the box that was cut, after rounding to whole pixels.
+  """
+
+  def __init__(self, box: transforms.Box, flip: bool, spec: Spec) -> None:
+    self.box, self.flip, self.spec, self.done = box, flip, spec, None
+    self._graph = functools.lru_cache(maxsize=2)(_crop_graph)
+
+  def cut(self, frame: av.VideoFrame, out: np.ndarray) -> None:
+    """Writes the part of a frame that the box names.
+
+    Args:
+      frame: a decoded frame.
+      out: uint8 [H, W, C].
+    """
+    quarters = _quarters(frame)
+    x, y, w, h = _pixels(transforms.turn_back(self.box, quarters), frame)
+    if self.done is None:
+      cut = (y / frame.height, x / frame.width)
+      cut += ((y + h) / frame.height, (x + w) / frame.width)
+      self.done = transforms.turn_back(cut, -quarters)
+    if (w, h) != (frame.width, frame.height):
+      _, source, sink = self._graph(
+        frame.width, frame.height, frame.format.name, x, y, w, h
+      )
+      source.push(frame)
+      frame = sink.pull()
+    height, width = out.shape[:2]
+    if quarters % 2:
+      height, width = width, height
+    small = frame.reformat(
+      width=width,
+      height=height,
+      format='gray' if self.spec.channels == 1 else 'rgb24',
+      interpolation='BILINEAR',
+      threads=1,
+    ).to_ndarray()
+    small = np.rot90(small, quarters)
+    out[...] = (small[:, ::-1] if self.flip else small).reshape(out.shape)
+
+
+def _pixels(
+  box: transforms.Box, frame: av.VideoFrame
+) -> tuple[int, int, int, int]:
+  """x, y, width, height of a box, on the grid that colour is stored in."""
+  form = frame.format
+  step_x, step_y = 4 // form.chroma_width(4), 4 // form.chroma_height(4)
+  top, bottom = _snap(box[0], box[2], frame.height, step_y)
+  left, right = _snap(box[1], box[3], frame.width, step_x)
+  return left, top, right - left, bottom - top
+
+
+def _snap(low: float, high: float, size: int, step: int) -> tuple[int, int]:
+  start = min(round(low * size / step) * step, (size - 1) // step * step)
+  stop = min(max(round(high * size / step) * step, start + step), size)
+  return start, size if high >= 1 else stop
+
+
+def _crop_graph(
+  width: int, height: int, form: str, x: int, y: int, w: int, h: int
+) -> tuple:
+  graph = av_filter.Graph()
+  graph.threads = 1
+  source = graph.add(
+    'buffer',
+    f'video_size={width}x{height}:pix_fmt={form}:time_base=1/1000',
+  )
+  crop = graph.add('crop', f'{w}:{h}:{x}:{y}')
+  sink = graph.add('buffersink')
+  graph.link_nodes(source, crop, sink).configure()
+  return graph, source, sink  # the filters do not keep their graph alive

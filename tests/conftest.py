@@ -1,0 +1,92 @@
+"""What all tests share: fake devices, checked shapes, strict arrays, skips."""
+
+import os
+import pathlib
+
+import jax
+import jaxtyping
+import pytest
+
+# Before the package is imported: its annotations are checked in every test.
+jaxtyping.install_import_hook('vssl_jax', 'beartype.beartype')
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+jax.config.update('jax_platforms', os.environ['JAX_PLATFORMS'])
+jax.config.update('jax_num_cpu_devices', 8)
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+# A test must not depend on what an earlier run left in the user's home, nor
+# leave anything there; the programs that tests start read this too.
+os.environ.setdefault('JAX_ENABLE_COMPILATION_CACHE', 'false')
+jax.config.update('jax_enable_compilation_cache', False)
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+# Programs that tests start in other folders find the package of this clone.
+os.environ['PYTHONPATH'] = os.pathsep.join(
+  [str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]
+)
+VIDEO_DATA = 'VSSL_TEST_DATA'
+
+
+@pytest.fixture(scope='session')
+def video_data() -> pathlib.Path:
+  """Real videos that the user offers; tests without them are not run."""
+  return pathlib.Path(os.environ[VIDEO_DATA])
+
+
+def pytest_addoption(parser):
+  parser.addoption('--slow', action='store_true', help='run slow tests too')
+  parser.addoption(
+    '--no-skips', action='store_true', help='a test that skips itself fails'
+  )
+
+
+def pytest_collection_modifyitems(config, items):
+  left_out = {}
+  asked_for = config.option.slow or 'slow' in config.option.markexpr
+  for item in items:
+    if item.get_closest_marker('slow') and not asked_for:
+      left_out[item] = 'slow: run with --slow, or alone with -m slow'
+    elif 'video_data' in item.fixturenames and VIDEO_DATA not in os.environ:
+      left_out[item] = f'real videos: set {VIDEO_DATA} to their folder'
+  items[:] = [item for item in items if item not in left_out]
+  config.hook.pytest_deselected(items=list(left_out))
+  config.stash[LEFT_OUT] = list(left_out.values())
+
+
+LEFT_OUT = pytest.StashKey[list[str]]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+  report = yield
+  return _refuse_skip(item.config, report)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+  report = yield
+  return _refuse_skip(collector.config, report)
+
+
+def _refuse_skip(config, report):
+  """Makes a skip a failure where none is allowed."""
+  expected = hasattr(report, 'wasxfail')
+  if config.option.no_skips and report.skipped and not expected:
+    report.outcome = 'failed'
+    report.longrepr = f'skipped, and --no-skips is set: {report.longrepr}'
+  return report
+
+
+def pytest_terminal_summary(terminalreporter, config):
+  skips = [
+    report
+    for report in terminalreporter.stats.get('skipped', [])
+    if not hasattr(report, 'wasxfail')
+  ]
+  terminalreporter.write_line(f'skips: {len(skips)}')
+  for report in skips:
+    terminalreporter.write_line(f'  {report.nodeid}: {report.longrepr[2]}')
+  reasons = config.stash.get(LEFT_OUT, [])
+  for reason in sorted(set(reasons)):
+    terminalreporter.write_line(f'left out {reasons.count(reason)}: {reason}')

@@ -1,0 +1,161 @@
+"""Closed-form FLOPs against published numbers and the compiler's count."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from vssl_jax import flops, masking
+from vssl_jax.models import decoder, predictor, vit
+
+GRID = (8, 14, 14)  # 16 x 224 x 224 in tubelets of 2 x 16 x 16
+SHORT_LONG = ((320, 656), (80, 1096))
+
+
+@pytest.mark.parametrize(
+  ('size', 'gmacs'),
+  [
+    ('Ti', 20.12),
+    ('S', 56.88),
+    ('M', 90.63),
+    ('B', 180.34),
+    ('L', 596.83),
+    ('H', 1190.99),
+    ('g', 1862.84),
+    ('G', 3282.27),
+    ('e', 6459.52),
+  ],
+)
+def test_dense_encoders(size, gmacs):
+  found = flops.forward(vit.make(size), GRID) / 2e9
+  assert found == pytest.approx(gmacs, abs=0.006)
+
+
+def both_masks(encoder, head):
+  return sum(
+    flops.train(encoder, GRID, visible)
+    + flops.train(head, GRID, (visible, masked), encoder.width)
+    for visible, masked in SHORT_LONG
+  )
+
+
+@pytest.mark.parametrize(
+  ('student', 'teacher', 'tflop'),
+  [('B', 'B', 0.986), ('L', 'L', 2.361), ('L', 'B', 1.527)],
+)
+def test_salt_step(student, teacher, tflop):
+  student, teacher = vit.make(student), vit.make(teacher)
+  head = predictor.Predictor(teacher.width)
+  found = both_masks(student, head) + flops.forward(teacher, GRID)
+  assert found / 1e12 == pytest.approx(tflop, abs=6e-4)
+
+
+@pytest.mark.parametrize(('size', 'tflop'), [('B', 0.628), ('L', 1.170)])
+def test_pixel_teacher_step(size, tflop):
+  found = both_masks(vit.make(size), predictor.Predictor(1536))
+  assert found / 1e12 == pytest.approx(tflop, abs=6e-4)
+
+
+@pytest.mark.parametrize(('size', 'tflop'), [('B', 0.209), ('L', 0.851)])
+def test_videomae_step(size, tflop):
+  encoder = vit.make(size)
+  head = decoder.VideoMaeDecoder(1536, **decoder.SIZES[size])
+  found = flops.train(encoder, GRID, 160)
+  found += flops.train(head, GRID, (160, 1408), encoder.width)
+  # The published code embeds hidden patches too, forward and backward.
+  hidden = 2 * flops.embedding(encoder, 1408)
+  assert (found + hidden) / 1e12 == pytest.approx(tflop, abs=6e-4)
+  assert 0.02 * hidden < hidden < 0.04 * found  # what we save
+
+
+def compiled(function, *args):
+  return jax.jit(function).lower(*args).compile().cost_analysis()['flops']
+
+
+def test_encoder_agrees_with_the_compiler():
+  encoder = vit.make(
+    {'width': 1024, 'depth': 2, 'num_heads': 4, 'patch': (2, 16, 16)},
+    dtype='float32',
+  )
+  video = jax.ShapeDtypeStruct((1, 8, 112, 112, 3), jnp.uint8)
+  params = jax.eval_shape(encoder.init, jax.random.key(0), video)
+  visible = jax.ShapeDtypeStruct((1, 100), jnp.int32)
+  for index, count in ((None, 196), (visible, 100)):
+    found = compiled(encoder.apply, params, video, index)
+    wanted = flops.forward(encoder, (4, 7, 7), count)
+    assert found == pytest.approx(wanted, rel=0.02)
+    assert found > wanted
+
+
+@pytest.mark.parametrize('kind', ['predictor', 'videomae'])
+def test_heads_agree_with_the_compiler(kind):
+  fields = {'out_width': 600, 'width': 1024, 'depth': 2, 'num_heads': 4}
+  cls = {
+    'predictor': predictor.Predictor, 'videomae': decoder.VideoMaeDecoder,
+  }[kind]  # fmt: skip
+  head = cls(**fields, dtype='float32')
+  z = jax.ShapeDtypeStruct((1, 60, 700), jnp.float32)
+  mask = masking.Mask(
+    jax.ShapeDtypeStruct((1, 60), jnp.int32),
+    jax.ShapeDtypeStruct((1, 90), jnp.int32),
+  )
+
+  def init(z, mask):
+    return head.init(jax.random.key(0), z, mask, (4, 7, 7))
+
+  params = jax.eval_shape(init, z, mask)
+  found = compiled(
+    lambda p, z, mask: head.apply(p, z, mask, (4, 7, 7)), params, z, mask
+  )
+  wanted = flops.forward(head, (4, 7, 7), (60, 90), in_width=700)
+  assert found == pytest.approx(wanted, rel=0.02)
+  assert found > wanted
+
+
+def test_what_has_no_count_says_so():
+  with pytest.raises(TypeError, match='in_width=None'):
+    flops.forward(predictor.Predictor(8), GRID, (3, 4))
+  with pytest.raises(TypeError, match='FlopsUnknown'):
+    flops.forward(type('FlopsUnknown', (), {})(), GRID)
+
+
+PARAMETERS = {'L': 0.303e9, 'H': 0.632e9, 'g': 1.012e9, 'G': 1.843e9}
+
+
+def salt_rule(teacher_steps, student_steps, student='L'):
+  """Parameters and tokens as the SALT paper counts them, in 1e21."""
+  step = 3072 * 1568
+  encoder, head = 0.1 * 2 * step, 2 * step
+  small = 0.022e9
+  teacher = teacher_steps * flops.rule_of_six(
+    [(PARAMETERS['L'], encoder), (small, head)]
+  )
+  latent = student_steps * flops.rule_of_six(
+    [(PARAMETERS[student], encoder), (small, head)], [(PARAMETERS['L'], step)]
+  )
+  return teacher / 1e21, latent / 1e21
+
+
+@pytest.mark.parametrize(
+  ('teacher_steps', 'student_steps', 'wanted'),
+  [
+    (80e3, 160e3, (0.242, 0.951, 1.193)),
+    (40e3, 200e3, (0.121, 1.188, 1.309)),
+    (20e3, 220e3, (0.060, 1.307, 1.368)),
+    (80e3, 80e3, (0.242, 0.475, 0.717)),
+    (40e3, 120e3, (0.121, 0.713, 0.834)),
+    (80e3, 40e3, (0.242, 0.238, 0.480)),
+  ],
+)
+def test_the_papers_rule_for_compute_splits(
+  teacher_steps, student_steps, wanted
+):
+  teacher, student = salt_rule(teacher_steps, student_steps)
+  found = (teacher, student, teacher + student)
+  assert found == pytest.approx(wanted, abs=0.002)
+
+
+@pytest.mark.parametrize(
+  ('student', 'total'), [('L', 1.193), ('H', 1.497), ('g', 1.848), ('G', 2.617)]
+)
+def test_the_papers_rule_for_student_sizes(student, total):
+  assert sum(salt_rule(80e3, 160e3, student)) == pytest.approx(total, abs=0.002)

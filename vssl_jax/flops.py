@@ -1,0 +1,101 @@
+"""Matrix FLOPs of a model, by closed form.
+
+Conventions: 2 FLOPs per multiply-add; matrix products only; full attention;
+backward = 2x the forward of what is trained; rematerialisation not counted.
+The compiler's own count differs by elementwise work, and counts the body of a
+loop once, so it is compared with unrolled blocks only.
+"""
+
+import math
+from collections.abc import Iterable
+
+import flax.linen as nn
+
+from vssl_jax.models import decoder, layers, predictor, vit
+
+Head = predictor.Predictor | decoder.VideoMaeDecoder
+
+
+def forward(
+  module: nn.Module,
+  grid: layers.Grid,
+  tokens: int | tuple[int, int] | None = None,
+  in_width: int | None = None,
+) -> float:
+  """Returns the FLOPs of one clip's forward pass.
+
+  Args:
+    module: an encoder, predictor or decoder.
+    grid: tokens of the whole clip along (time, height, width).
+    tokens: for an encoder the visible tokens (None for all); for a predictor
+      or decoder (visible, masked).
+    in_width: width of the tokens that enter a predictor or decoder.
+
+  Raises:
+    TypeError: another kind of module, or a predictor without its counts.
+  """
+  if isinstance(module, vit.Vit):
+    n = math.prod(grid) if tokens is None else tokens
+    return embedding(module, n) + 2.0 * _blocks(module, n)
+  if isinstance(module, Head):
+    if not isinstance(tokens, tuple) or in_width is None:
+      raise TypeError(
+        f'FLOPs of a {type(module).__name__} need tokens=(visible, masked) '
+        f'and in_width; found tokens={tokens}, in_width={in_width}'
+      )
+    visible, masked = tokens
+    ends = visible * in_width + masked * module.out_width
+    return 2.0 * (ends * module.width + _blocks(module, visible + masked))
+  raise TypeError(
+    f'no FLOP count for {type(module).__name__}; known are Vit, Predictor and '
+    'VideoMaeDecoder'
+  )
+
+
+def train(
+  module: nn.Module,
+  grid: layers.Grid,
+  tokens: int | tuple[int, int] | None = None,
+  in_width: int | None = None,
+) -> float:
+  """Returns the FLOPs of one clip's forward and backward pass.
+
+  Three times the forward pass, but for the gradient of the pixels, which
+  nobody needs. Arguments and errors as in `forward`.
+  """
+  total = 3.0 * forward(module, grid, tokens, in_width)
+  if isinstance(module, vit.Vit):
+    total -= embedding(module, math.prod(grid) if tokens is None else tokens)
+  return total
+
+
+def embedding(encoder: vit.Vit, tokens: int) -> float:
+  """Returns the forward FLOPs of embedding `tokens` patches."""
+  pixels = math.prod(encoder.patch) * len(encoder.mean)
+  return 2.0 * tokens * pixels * encoder.width
+
+
+def rule_of_six(
+  trained: Iterable[tuple[float | int, float | int]],
+  frozen: Iterable[tuple[float | int, float | int]] = (),
+) -> float:
+  """Returns the FLOPs of the papers' rule, 6ND trained and 2ND frozen.
+
+  It counts parameters and not attention, and is printed beside the true count.
+
+  Args:
+    trained: (parameters, tokens) of each network that is trained.
+    frozen: the same for networks that only run forward.
+
+  Source: SALT, arXiv 2509.24317, FLOPs accounting.
+  """
+  return 6.0 * sum(n * d for n, d in trained) + 2.0 * sum(
+    n * d for n, d in frozen
+  )
+
+
+def _blocks(module: vit.Vit | Head, tokens: int) -> int:
+  """Returns the multiply-adds of all blocks over `tokens`."""
+  width, mlp = module.width, module.mlp_width or 4 * module.width
+  weights = 4 * width**2 + 2 * width * mlp
+  return module.depth * (tokens * weights + 2 * tokens**2 * width)

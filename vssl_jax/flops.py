@@ -69,6 +69,30 @@ def train(
   return total
 
 
+def activations(module: vit.Vit | Head, tokens: int) -> float:
+  """Returns an estimate of the bytes that one clip's backward pass keeps.
+
+  Per token and block, in the activations' type: two norms' inputs and
+  outputs, q, k, v, attention's output and its projection (9 D) and two
+  MLP-wide arrays; with rematerialisation `dots` 6 D + one of those, with
+  `full` the block's input alone. The weights of attention are not counted:
+  fused attention does not keep them, unfused attention adds
+  heads x tokens^2 values of 4 bytes.
+
+  Args:
+    module: an encoder, predictor or decoder.
+    tokens: that go through its blocks.
+  """
+  size = 2 if module.dtype == 'bfloat16' else 4
+  mlp = module.mlp_width or 4 * module.width
+  wide = {
+    'none': 9 * module.width + 2 * mlp,
+    'dots': 6 * module.width + mlp,
+    'full': module.width,
+  }
+  return float(size * tokens * module.depth * wide[module.remat])
+
+
 def embedding(encoder: vit.Vit, tokens: int) -> float:
   """Returns the forward FLOPs of embedding `tokens` patches."""
   pixels = math.prod(encoder.patch) * len(encoder.mean)

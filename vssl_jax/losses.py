@@ -91,11 +91,11 @@ def pixel_targets(
   Raises:
     ValueError: unknown kind.
   """
-  if kind not in _PIXEL_NORMS:
+  if kind not in PIXEL_NORMS:
     raise ValueError(
-      f'pixel_norm: found {kind!r}, wanted one of {sorted(_PIXEL_NORMS)}'
+      f'pixel_norm: found {kind!r}, wanted one of {sorted(PIXEL_NORMS)}'
     )
-  x = _PIXEL_NORMS[kind](patchify(video.astype(jnp.float32), patch))
+  x = PIXEL_NORMS[kind](patchify(video.astype(jnp.float32), patch))
   return x.reshape(*x.shape[:2], -1)
 
 
@@ -113,7 +113,8 @@ def _normalise_patches(x: Float[Array, 'B N P C']) -> Float[Array, 'B N P C']:
   return x / jnp.sqrt(variance + 1e-6)
 
 
-_PIXEL_NORMS: Mapping[str, Callable[[Array], Array]] = {
+# What the knob `pixel_norm` may say.
+PIXEL_NORMS: Mapping[str, Callable[[Array], Array]] = {
   'patch_channel': _normalise_channels,
   'patch': _normalise_patches,
   'none': lambda x: x,

@@ -44,7 +44,7 @@ class Rng:
     return jax.random.fold_in(stream(self.key, name), self.step)
 
   def per_example(
-    self, name: str, batch: Mapping[str, Array]
+    self, name: str, batch: Mapping[str, Any]
   ) -> Key[Array, 'B']:
     """Returns one key per example of the batch.
 

@@ -13,12 +13,14 @@ from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
-from jaxtyping import Array, Float, UInt8
+import numpy as np
+from jaxtyping import Array, Float, Num
 
 from vssl_jax import rngs, trees
 
 Params = Mapping[str, Any]  # role -> tree: {'encoder': ..., 'predictor': ...}
-Video = UInt8[Array, 'B T H W C'] | Float[Array, 'B T H W C']
+# uint8, or float in [0, 1].
+Video = Num[Array | np.ndarray, 'B T H W C']
 
 
 class Aux(NamedTuple):
@@ -34,15 +36,17 @@ class Aux(NamedTuple):
 
 
 class Cost(NamedTuple):
-  """Matrix FLOPs of one clip in one train step (2 per multiply-add).
+  """Matrix FLOPs (2 per multiply-add) and memory of one clip's train step.
 
   Attributes:
     trained: forward and backward (2x forward) of what is trained.
     frozen: forward of the teachers.
+    activations: an estimate of the bytes that the backward pass keeps.
   """
 
   trained: float
   frozen: float = 0.0
+  activations: float = 0.0
 
   @property
   def total(self) -> float:
@@ -191,7 +195,7 @@ class Method(abc.ABC):
     self,
     params: Params,
     teachers: Mapping[str, Any],
-    batch: Mapping[str, Array],
+    batch: Mapping[str, Any],
     rng: rngs.Rng,
     phase: Phase,
   ) -> tuple[Float[Array, ''], Aux]:
@@ -208,7 +212,7 @@ class Method(abc.ABC):
 
   @abc.abstractmethod
   def cost(self, phase: Phase, video: tuple[int, ...]) -> Cost:
-    """Returns the matrix FLOPs of one clip's train step.
+    """Returns what one clip costs in a train step.
 
     Args:
       phase: one of `phases()`.

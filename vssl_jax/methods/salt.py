@@ -97,7 +97,7 @@ class Salt(base.Method):
     self,
     params: base.Params,
     teachers: Mapping[str, Any],
-    batch: Mapping[str, Array],
+    batch: Mapping[str, Any],
     rng: rngs.Rng,
     phase: base.Phase,
   ) -> tuple[Float[Array, ''], base.Aux]:
@@ -143,18 +143,20 @@ class Salt(base.Method):
     """Returns FLOPs per clip from true token counts."""
     grid = layers.grid_of((1, *video), phase.encoder.patch)
     _, head = _head(phase)
-    forward = 0.0
+    trained = kept = 0.0
     for spec in phase.masks:
       visible, masked = spec.counts(grid)
-      forward += flops.forward(phase.encoder, grid, visible)
-      forward += flops.forward(
+      trained += flops.train(phase.encoder, grid, visible)
+      trained += flops.train(
         head, grid, (visible, masked), in_width=phase.encoder.width
       )
+      kept += flops.activations(phase.encoder, visible)
+      kept += flops.activations(head, visible + masked)
     frozen = sum(
       flops.forward(t.module, layers.grid_of((1, *video), t.module.patch))
       for t in phase.teachers.values()
     )
-    return base.Cost(3.0 * forward, frozen)
+    return base.Cost(trained, float(frozen), kept)
 
 
 def _head(phase: base.Phase) -> tuple[str, nn.Module]:
@@ -305,6 +307,13 @@ def build(
   return Salt(tuple(plan))
 
 
+def _known(name: str, value: str, table: Mapping[str, Any]) -> str:
+  """Returns a knob's value if the table has it."""
+  if value not in table:
+    raise ValueError(f'{name}: found {value!r}, wanted one of {sorted(table)}')
+  return value
+
+
 def _encoder(
   section: ml_collections.ConfigDict, shared: ml_collections.ConfigDict
 ) -> vit.Vit:
@@ -336,8 +345,8 @@ def _pixel_phase(
   return PixelTeacher(
     **common,
     decoder=decoder,
-    pixel_norm=section.pixel_norm,
-    pixel_loss=section.pixel_loss,
+    pixel_norm=_known('pixel_norm', section.pixel_norm, losses.PIXEL_NORMS),
+    pixel_loss=_known('pixel_loss', section.pixel_loss, losses.DISTANCES),
   )
 
 
@@ -349,6 +358,11 @@ def _latent_phase(
   common: dict[str, Any],
 ) -> LatentStudent:
   source, ema = section.teacher, {}
+  if not source:
+    raise ValueError(
+      f'method.{common["name"]}.teacher: found nothing; it needs a source, '
+      'or it would be a random model'
+    )
   if source.startswith('@ema/'):
     module = encoder
     ema[source.removeprefix('@ema/')] = base.Ema('encoder', section.ema)
@@ -375,8 +389,8 @@ def _latent_phase(
       'target': base.Teacher(module, source, dtype=section.teacher_dtype)
     },
     ema=ema,
-    latent_loss=section.latent_loss,
-    target_norm=section.target_norm,
+    latent_loss=_known('latent_loss', section.latent_loss, losses.DISTANCES),
+    target_norm=_known('target_norm', section.target_norm, losses.TARGET_NORMS),
   )
 
 

@@ -126,11 +126,14 @@ class Checkpoints:
       self._committer = None
     if self._error is not None:
       error, self._error = self._error, None
-      raise CheckpointError(
-        f'saving under {self.folder} failed: {error!r}; free disk space or '
-        'mend the file system and start again: the run resumes from the '
-        'newest whole checkpoint'
-      ) from error
+      raise self._failed(error) from error
+
+  def _failed(self, error: BaseException) -> CheckpointError:
+    return CheckpointError(
+      f'saving under {self.folder} failed: {error!r}; free disk space or mend '
+      'the file system and start again: the run resumes from the newest whole '
+      'checkpoint'
+    )
 
   def _start(
     self, path: pathlib.Path, tree: Any, manifest: dict[str, Any]
@@ -145,10 +148,13 @@ class Checkpoints:
       }
       for name, x in leaves.items()
     }
-    if jax.process_index() == 0:
-      # Writing again over an old or unreadable one of the same name.
-      _manifest_path(path).unlink(missing_ok=True)
-    self._saver.save(path, nest(leaves), force=True)
+    try:
+      if jax.process_index() == 0:
+        # Writing again over an old or unreadable one of the same name.
+        _manifest_path(path).unlink(missing_ok=True)
+      self._saver.save(path, nest(leaves), force=True)
+    except Exception as error:
+      raise self._failed(error) from error
     self._committer = threading.Thread(
       target=self._commit, args=(path, manifest), daemon=True
     )
@@ -162,7 +168,7 @@ class Checkpoints:
         _write_atomic(_manifest_path(path), manifest)
         if path.parent == self.folder:
           self._prune()
-    except BaseException as error:  # noqa: BLE001 - raised again by finish()
+    except BaseException as error:  # raised again by finish()
       self._error = error
 
   def _prune(self) -> None:

@@ -158,7 +158,8 @@ def decayed(params: Any, decay_tokens: bool) -> Any:
   def one(name: str, x: Any) -> bool:
     if x.ndim < 2 or name.endswith('position'):
       return False
-    return decay_tokens or not name.endswith('token')
+    is_token = 'token' in name.rsplit('/', maxsplit=1)[-1]
+    return decay_tokens or not is_token
 
   return trees.map_named(one, params)
 
@@ -187,9 +188,9 @@ def make(
     )
 
   def trained() -> optax.GradientTransformationExtraArgs:
-    clip = optax.clip_by_global_norm(optim.clip) if optim.clip else ()
+    clip = [optax.clip_by_global_norm(optim.clip)] if optim.clip else []
     return optax.chain(
-      *([clip] if optim.clip else []),
+      *clip,
       optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
       _decay_and_scale(lr, decay, optim.decay_tokens),
     )

@@ -79,7 +79,7 @@ def open_run(config: ml_collections.ConfigDict) -> Run:
     seed=config.seed,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
-    workdir=workdir,
+    folder=str(workdir),
   )
   method = methods.build(
     config.method, tuple(clips.shapes['video']), encoders.module_of

@@ -120,7 +120,7 @@ def make_update(
 
     grad = jax.value_and_grad(loss, has_aux=True)
     (value, aux), grads = _accumulate(grad, accumulate)(state.params, batch)
-    norm = optax.global_norm(_trained(grads, labels))
+    norm = optax.tree.norm(_trained(grads, labels))
     ok, spike = _accept(value, norm, state.guard['history'], skip_spike)
     updates, opt = tx.update(grads, state.opt, state.params, step=state.step)
     params = optax.apply_updates(state.params, updates)

@@ -140,7 +140,10 @@ def _loop(
       # Waits for the step before, so the device always has one in hand.
       recorder.add(done, local, values, state)
     done += 1
-    run.panel.maybe(run, span, state, done)
+    if run.panel.due(done, span.start):
+      with run.clock('evaluation'):
+        for warning in run.panel.look(run, span, state, done):
+          run.logger.say(warning)
     if done % run.config.checkpoint.every == 0 and done < span.end:
       _save(run, span, state)
   recorder.flush(state)

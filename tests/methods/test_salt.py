@@ -1,0 +1,377 @@
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vssl_jax import losses, mask_specs, masking, rngs, trees
+from vssl_jax.methods import base, salt
+from vssl_jax.models import predictor, vit
+
+VIDEO = (4, 32, 32, 3)
+GRID = (2, 4, 4)
+VIT = dict(width=24, depth=2, num_heads=2, patch=(2, 8, 8), dtype='float32')
+SPECS = mask_specs.parse('short:8/12+long:4/20')
+
+
+def _config(**sections):
+  config = salt.default()
+  config.vit.update(patch=(2, 8, 8), dtype='float32')
+  small = dict(size='Ti', width=24, depth=2, num_heads=2, mlp_width=48)
+  for name in ('pixel_teacher', 'latent_student', 'latent_student_2'):
+    config[name].encoder.update(small)
+    config[name].masks = 'short:8/12+long:4/20'
+    config[name].steps = 5
+  head = dict(width=24, depth=1, num_heads=2)
+  config.pixel_teacher.decoder.update(head)
+  config.latent_student.predictor.update(head)
+  config.latent_student_2.predictor.update(head)
+  for name, values in sections.items():
+    section = config[name] if name != 'top' else config
+    section.update(values)
+  return config
+
+
+def _build(**sections):
+  def resolve(source):
+    raise AssertionError(f'{source} is not outside')
+
+  return salt.build(_config(**sections), VIDEO, resolve)
+
+
+def _batch(size=3):
+  rng = np.random.default_rng(0)
+  return {
+    'video': rng.integers(0, 255, (size, *VIDEO), dtype=np.uint8),
+    'index': np.arange(size, dtype=np.int32),
+    'progress': np.float32(0),
+  }
+
+
+def _rng(step=0):
+  return rngs.Rng(jax.random.key(7), jnp.int32(step))
+
+
+def _run(method, phase, teachers=None, batch=None, params=None, step=0):
+  batch = batch or _batch()
+  if params is None:
+    params = method.init(jax.random.key(1), batch['video'], phase)
+  return method.loss(params, teachers or {}, batch, _rng(step), phase)
+
+
+def test_pixel_loss_is_the_mean_over_masks_of_the_mean_squared_error():
+  method = _build()
+  phase = method.phases()[0]
+  batch = _batch()
+  params = method.init(jax.random.key(1), batch['video'], phase)
+  loss, aux = _run(method, phase, params=params)
+  terms = []
+  pixels = batch['video'].astype(np.float64) / 255
+  patches = pixels.reshape(3, 2, 2, 4, 8, 4, 8, 3)
+  patches = patches.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(3, 32, 128, 3)
+  patches = (patches - patches.mean(2, keepdims=True)) / (
+    patches.std(2, ddof=1, keepdims=True) + 1e-6
+  )
+  target = patches.reshape(3, 32, 384)
+  for token, spec in enumerate(SPECS):
+    mask, _ = spec.draw(_rng(), batch, GRID)
+    z = phase.encoder.apply(
+      {'params': params['encoder']}, batch['video'], mask.visible
+    )
+    p = phase.decoder.apply(
+      {'params': params['decoder']}, z, mask, GRID, token=token
+    )
+    want = np.take_along_axis(target, np.asarray(mask.masked)[..., None], 1)
+    terms.append(np.mean((np.asarray(p) - want) ** 2))
+    np.testing.assert_allclose(
+      aux.metrics[f'loss/pixel/{spec.name}'], terms[-1], rtol=1e-4
+    )
+  np.testing.assert_allclose(loss, np.mean(terms), rtol=1e-4)
+
+
+SHAPE = (3, 32, 24)
+
+
+class Fixed(nn.Module):
+  """Stands for the teacher: the same tokens whatever the clip."""
+
+  patch: tuple = (2, 8, 8)
+
+  @nn.compact
+  def __call__(self, video):
+    return self.param('values', nn.initializers.ones, SHAPE)
+
+
+class Oracle(nn.Module):
+  """Stands for the predictor: returns the masked rows of its values."""
+
+  @nn.compact
+  def __call__(self, tokens, mask, grid, token=0):
+    values = self.param('values', nn.initializers.zeros, SHAPE)
+    return masking.gather(values, mask.masked)
+
+
+def _with_teacher(phase, module):
+  teacher = dataclasses.replace(
+    phase.teachers['target'], module=module, dtype='float32'
+  )
+  return dataclasses.replace(phase, teachers={'target': teacher})
+
+
+def _latent(values, target, **kwargs):
+  """The latent loss with fixed predictions and a fixed teacher."""
+  method = _build(latent_student=kwargs)
+  phase = _with_teacher(method.phases()[1], Fixed())
+  params = method.init(jax.random.key(1), _batch()['video'], phase)
+  params = dict(params, predictor={'values': jnp.asarray(values)})
+  phase = dataclasses.replace(phase, predictor=Oracle())
+  teachers = {'target': {'values': jnp.asarray(target)}}
+  return method.loss(params, teachers, _batch(), _rng(), phase)
+
+
+def test_latent_loss_in_numpy():
+  rng = np.random.default_rng(0)
+  p = rng.normal(size=(3, 32, 24)).astype(np.float32)
+  t = (5 * rng.normal(size=(3, 32, 24)) + 3).astype(np.float32)
+  loss, aux = _latent(p, jnp.asarray(t))
+  norm = (t - t.mean(-1, keepdims=True)) / np.sqrt(
+    t.var(-1, keepdims=True) + 1e-6
+  )
+  terms = []
+  for spec in SPECS:
+    mask, _ = spec.draw(_rng(), _batch(), GRID)
+    index = np.asarray(mask.masked)[..., None]
+    difference = np.take_along_axis(p - norm, index, 1)
+    terms.append(np.abs(difference).mean())
+  # Equal weight for both masks although they hide 12 and 20 tokens.
+  np.testing.assert_allclose(loss, np.mean(terms), rtol=1e-5)
+  np.testing.assert_allclose(aux.metrics['target/std'], t.std(), rtol=1e-4)
+
+
+def test_a_perfect_prediction_costs_nothing_and_zeros_cost_0_8():
+  rng = np.random.default_rng(1)
+  t = jnp.asarray(rng.normal(size=(3, 32, 24)), jnp.float32)
+  perfect = losses.layer_norm0(t)
+  assert _latent(perfect, t)[0] < 1e-6
+  dead, _ = _latent(jnp.zeros_like(t), t)
+  np.testing.assert_allclose(dead, np.sqrt(2 / np.pi), atol=0.03)
+  raw, _ = _latent(t, t, target_norm='none')
+  assert raw == 0
+
+
+@pytest.mark.parametrize('scale', [0.1, 100.0])
+def test_the_target_norm_takes_the_teachers_scale_away(scale):
+  rng = np.random.default_rng(1)
+  t = jnp.asarray(rng.normal(size=(3, 32, 24)), jnp.float32)
+  p = jnp.asarray(rng.normal(size=(3, 32, 24)), jnp.float32)
+  base_loss, _ = _latent(p, t)
+  np.testing.assert_allclose(_latent(p, scale * t)[0], base_loss, rtol=1e-3)
+
+
+def test_the_teacher_runs_once_for_all_masks():
+  calls = []
+
+  class Counted(Fixed):
+    @nn.compact
+    def __call__(self, video):
+      calls.append(video.shape)
+      return self.param('values', nn.initializers.ones, SHAPE)
+
+  method = _build()
+  phase = _with_teacher(method.phases()[1], Counted())
+  _run(method, phase, {'target': {'values': jnp.ones(SHAPE)}})
+  assert calls == [(3, *VIDEO)]  # once, and on the whole clip
+
+
+def _student(**kwargs):
+  method = _build(latent_student=kwargs)
+  phase = method.phases()[1]
+  video = _batch()['video']
+  teacher = phase.teachers['target'].module.init(jax.random.key(9), video)
+  return method, phase, {'target': teacher['params']}
+
+
+def test_no_gradient_reaches_the_teacher():
+  method, phase, teachers = _student(teacher_dtype='float32')
+  params = method.init(jax.random.key(1), _batch()['video'], phase)
+  grads = jax.grad(
+    lambda t: method.loss(params, t, _batch(), _rng(), phase)[0]
+  )(teachers)
+  assert all(not np.any(g) for g in jax.tree.leaves(grads))
+  # And the loss does depend on it.
+  moved = jax.tree.map(lambda x: x + 0.1, teachers)
+  a = method.loss(params, teachers, _batch(), _rng(), phase)[0]
+  assert method.loss(params, moved, _batch(), _rng(), phase)[0] != a
+
+
+def test_masked_pixels_reach_the_loss_only_through_the_target():
+  """With constant targets, hidden pixels have exactly no gradient."""
+  method, phase, _ = _student()
+  spec = phase.masks[0]
+  phase = dataclasses.replace(_with_teacher(phase, Fixed()), masks=(spec,))
+  teachers = {'target': {'values': jnp.ones(SHAPE)}}
+  params = method.init(jax.random.key(1), _batch()['video'], phase)
+  # Nothing is learned from a predictor that starts at zero output.
+  params = jax.tree.map(lambda x: x + 0.01, params)
+
+  def loss(video):
+    batch = dict(_batch(), video=video)
+    return method.loss(params, teachers, batch, _rng(), phase)[0]
+
+  grad = np.asarray(jax.grad(loss)(_batch()['video'].astype(np.float32) / 255))
+  patches = np.asarray(losses.patchify(jnp.asarray(grad), (2, 8, 8)))
+  touched = np.abs(patches).sum((2, 3)) > 0
+  mask, _ = spec.draw(_rng(), _batch(), GRID)
+  for row, visible in zip(touched, np.asarray(mask.visible), strict=True):
+    assert set(np.flatnonzero(row)) == set(visible.tolist())
+
+
+def test_every_parameter_gets_a_gradient():
+  method, phase, teachers = _student()
+  video = _batch()['video']
+  for phase in (method.phases()[0], phase):
+    params = method.init(jax.random.key(1), video, phase)
+    params = jax.tree.map(lambda x: x + 0.01, params)
+    grads = jax.grad(
+      lambda p, phase=phase: method.loss(p, teachers, _batch(), _rng(), phase)[
+        0
+      ]
+    )(params)
+    for name, g in trees.named_leaves(grads):
+      assert np.any(g), name
+
+
+def test_mask_tokens_are_shared_or_one_per_mask():
+  method, phase, teachers = _student()
+  for count in (1, 2):
+    shared, shared_phase, _ = _student(mask_tokens=count)
+    params = shared.init(jax.random.key(1), _batch()['video'], shared_phase)
+    tokens = [n for n in params['predictor'] if n.startswith('mask_token')]
+    assert len(tokens) == count
+    loss, _ = shared.loss(params, teachers, _batch(), _rng(), shared_phase)
+    assert np.isfinite(loss)
+  del method, phase
+
+
+def test_the_loss_depends_on_seed_step_and_clip_only():
+  method, phase, teachers = _student()
+  batch = _batch(4)
+  params = method.init(jax.random.key(1), batch['video'], phase)
+
+  def at(batch, step=0):
+    return float(
+      method.loss(params, teachers, batch, _rng(step), phase)[0]
+    )
+
+  order = np.array([2, 0, 3, 1])
+  shuffled = dict(
+    batch, video=batch['video'][order], index=batch['index'][order]
+  )
+  np.testing.assert_allclose(at(shuffled), at(batch), rtol=1e-5)
+  assert at(batch) == at(batch)
+  assert abs(at(batch, 1) - at(batch)) > 1e-6
+  other = dict(batch, index=batch['index'] + 100)
+  assert abs(at(other) - at(batch)) > 1e-6
+
+
+def test_student_and_teacher_of_other_sizes():
+  method, phase, _ = _student(
+    encoder=dict(size='Ti', width=48, depth=1, num_heads=3, mlp_width=48)
+  )
+  video = _batch()['video']
+  teacher = phase.teachers['target'].module
+  assert (teacher.width, phase.encoder.width) == (24, 48)
+  teachers = {'target': teacher.init(jax.random.key(0), video)['params']}
+  params = method.init(jax.random.key(1), video, phase)
+  assert params['predictor']['head']['kernel'].shape == (24, 24)
+  assert np.isfinite(_run(method, phase, teachers, params=params)[0])
+
+
+def test_a_teacher_on_another_grid_is_an_error_with_both_grids():
+  method, phase, _ = _student()
+  module = vit.make({**VIT, 'patch': (2, 16, 16)})
+  phase = _with_teacher(phase, module)
+  video = _batch()['video']
+  teachers = {'target': module.init(jax.random.key(0), video)['params']}
+  with pytest.raises(ValueError, match=r'8 tokens .* grid of \(2, 4, 4\) = 32'):
+    _run(method, phase, teachers)
+
+
+def test_chained_students_and_plans():
+  method = _build(
+    top=dict(phases=('pixel_teacher', 'latent_student', 'latent_student_2'))
+  )
+  first, second, third = method.phases()
+  assert second.teachers['target'].source == '@pixel_teacher'
+  assert third.teachers['target'].source == '@latent_student'
+  assert third.teachers['target'].module == second.encoder
+  assert (second.init, second.opt) == ('fresh', 'fresh')
+  assert [p.steps for p in (first, second, third)] == [5, 5, 5]
+
+
+def test_vjepa_is_a_student_of_its_own_average():
+  method = _build(
+    top=dict(phases=('latent_student',)),
+    latent_student=dict(teacher='@ema/encoder', ema=(0.9, 1.0)),
+  )
+  (phase,) = method.phases()
+  assert phase.ema == {'encoder': base.Ema('encoder', (0.9, 1.0))}
+  assert phase.teachers['target'].module.width == phase.encoder.width
+
+
+@pytest.mark.parametrize(
+  ('sections', 'message'),
+  [
+    (dict(top=dict(phases=('pixel_techer',))), "found 'pixel_techer'"),
+    (dict(top=dict(phases=())), 'method.phases is empty'),
+    (
+      dict(top=dict(phases=('latent_student',))),
+      "latent_student.teacher: found '@pixel_teacher'",
+    ),
+    (dict(latent_student=dict(teacher='')), 'needs a source'),
+    (dict(pixel_teacher=dict(steps=0)), 'wanted at least 1'),
+    (dict(pixel_teacher=dict(masks='shrt')), "nearest is 'short"),
+    (
+      dict(pixel_teacher=dict(decoder=dict(kind='cnn'))),
+      "decoder.kind: found 'cnn'",
+    ),
+    (dict(pixel_teacher=dict(pixel_loss='l3')), "pixel_loss: found 'l3'"),
+    (dict(latent_student=dict(latent_loss='l3')), "latent_loss: found 'l3'"),
+    (dict(latent_student=dict(target_norm='x')), "target_norm: found 'x'"),
+    (dict(pixel_teacher=dict(pixel_norm='x')), "pixel_norm: found 'x'"),
+    (dict(latent_student=dict(ema=(2.0, 1.0), teacher='@ema/e')), 'momentum'),
+  ],
+)
+def test_bad_configs_are_refused_by_name(sections, message):
+  with pytest.raises(ValueError, match=message):
+    _build(**sections).phases()
+
+
+def test_videomae_by_knobs():
+  method = _build(
+    top=dict(phases=('pixel_teacher',)),
+    pixel_teacher=dict(
+      masks='tube:0.75',
+      mask_tokens=1,
+      decoder=dict(kind='videomae', width=24, depth=1, num_heads=2),
+    ),
+    vit=dict(positions='sinusoid_1d', qkv_bias='qv', init='videomae'),
+  )
+  (phase,) = method.phases()
+  assert isinstance(phase.masks[0], mask_specs.Tube)
+  loss, aux = _run(method, phase)
+  assert np.isfinite(loss)
+  assert aux.metrics['mask/tube/visible_tokens'] == 8
+
+
+def test_encode_is_the_encoder_with_its_final_norm():
+  method = _build()
+  phase = method.phases()[1]
+  video = _batch()['video']
+  params = method.init(jax.random.key(1), video, phase)
+  tokens = method.encode(params, video)
+  assert tokens.shape == (3, 32, 24)
+  np.testing.assert_allclose(np.mean(tokens, -1), 0, atol=1e-5)
+  assert isinstance(phase.predictor, predictor.Predictor)

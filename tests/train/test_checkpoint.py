@@ -1,0 +1,305 @@
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vssl_jax import sharding, trees
+from vssl_jax.train import checkpoint
+
+
+def _tree(seed=0):
+  rng = np.random.default_rng(seed)
+  return {
+    'params': {
+      'encoder': {
+        'kernel': jnp.asarray(rng.normal(size=(256, 128)), jnp.float32),
+        'bias': jnp.asarray(rng.normal(size=(7,)), jnp.bfloat16),
+      }
+    },
+    'opt': ({'count': jnp.int32(seed)}, {'mask': jnp.array([True, False])}),
+    'step': jnp.int32(seed),
+  }
+
+
+def _target(tree, mesh=None):
+  mesh = mesh or sharding.make_mesh(1, -1)
+  at = sharding.shardings(tree, mesh)
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, at
+  )
+
+
+def _same(a, b):
+  for name, x in trees.named_leaves(a):
+    y = dict(trees.named_leaves(b))[name]
+    assert x.dtype == y.dtype
+    np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=name)
+
+
+def _mesh(data, fsdp):
+  return jax.make_mesh(
+    (data, fsdp),
+    ('data', 'fsdp'),
+    devices=jax.devices()[: data * fsdp],
+    axis_types=(jax.sharding.AxisType.Auto,) * 2,
+  )
+
+
+def test_round_trip_keeps_bits_names_and_node_types(tmp_path):
+  saver = checkpoint.Checkpoints(tmp_path)
+  saver.save(_tree(3), 3, 'one', extra={'note': 'x'})
+  saver.finish()
+  saved = saver.newest()
+  assert (saved.step, saved.phase) == (3, 'one')
+  assert saved.manifest['note'] == 'x'
+  back = checkpoint.restore(saved, _target(_tree()))
+  _same(_tree(3), back)
+  assert isinstance(back['opt'], tuple)
+  part = checkpoint.restore(
+    saved, _target(_tree()['params']['encoder']), 'params/encoder'
+  )
+  _same(_tree(3)['params']['encoder'], part)
+
+
+@pytest.mark.parametrize('shape', [(1, 1), (2, 2), (4, 1), (1, 2)])
+def test_another_mesh_restores_the_same_values(tmp_path, shape):
+  tree = jax.device_put(_tree(1), sharding.shardings(_tree(), _mesh(1, 4)))
+  saver = checkpoint.Checkpoints(tmp_path)
+  saver.save(tree, 1, 'one')
+  saver.finish()
+  back = checkpoint.restore(saver.newest(), _target(tree, _mesh(*shape)))
+  _same(tree, back)
+  spec = back['params']['encoder']['kernel'].sharding.spec
+  assert ('fsdp' in spec) == (shape[1] > 1)
+
+
+def test_the_state_may_be_donated_while_it_is_written(tmp_path):
+  advance = jax.jit(
+    lambda t: jax.tree.map(lambda x: x + x.dtype.type(1), t), donate_argnums=0
+  )
+  saver = checkpoint.Checkpoints(tmp_path)
+  for i in range(5):
+    state = {'w': jnp.full((512, 512), i, jnp.float32)}
+    saver.save(state, i, 'one')
+    for _ in range(20):
+      state = advance(state)
+    saver.finish()
+    back = checkpoint.restore(saver.newest(), _target(state))
+    np.testing.assert_array_equal(back['w'], i)
+
+
+def test_old_states_are_removed_and_phase_parameters_kept(tmp_path):
+  saver = checkpoint.Checkpoints(tmp_path, keep=2)
+  saver.save_params({'params': _tree()['params']}, 1, 'first')
+  for i in range(1, 5):
+    saver.save(_tree(i), i, 'one')
+  saver.finish()
+  left = sorted(p.name for p in (tmp_path / 'checkpoints').iterdir())
+  assert left == ['00000003', '00000003.json', '00000004', '00000004.json']
+  assert saver.params_of('first').step == 1
+  assert saver.params_of('second') is None
+
+
+def test_leftovers_are_removed_at_start(tmp_path):
+  saver = checkpoint.Checkpoints(tmp_path)
+  saver.save(_tree(), 1, 'one')
+  saver.finish()
+  folder = tmp_path / 'checkpoints'
+  (folder / '00000002').mkdir()
+  (folder / '00000002' / 'x').write_text('half')
+  (folder / '00000003.orbax-checkpoint-tmp').mkdir()
+  (folder / '00000001.partial').write_text('{')
+  assert checkpoint.Checkpoints(tmp_path).newest().step == 1
+  left = sorted(p.name for p in folder.iterdir())
+  assert left == ['00000001', '00000001.json']
+
+
+def _files(path):
+  return [p for p in path.rglob('*') if p.is_file()]
+
+
+def _flip(path, rng):
+  data = bytearray(path.read_bytes())
+  data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+  path.write_bytes(data)
+
+
+DAMAGE = {
+  'flip': _flip,
+  'truncate': lambda p, rng: p.write_bytes(p.read_bytes()[:-1]),
+  'remove': lambda p, rng: p.unlink(),
+  'empty': lambda p, rng: p.write_bytes(b''),
+  'add': lambda p, rng: (p.parent / 'extra').write_bytes(b'1'),
+}
+
+
+@pytest.mark.parametrize('kind', DAMAGE)
+def test_rot_is_found_in_every_file(tmp_path, kind):
+  """Each file in turn; the good step before is taken each time."""
+  rng = random.Random(0)
+  saver = checkpoint.Checkpoints(tmp_path, keep=2)
+  saver.save(_tree(1), 1, 'one')
+  saver.finish()
+  count = 1
+  while count:
+    saver.save(_tree(2), 2, 'one')
+    saver.finish()
+    files = sorted(_files(tmp_path / 'checkpoints' / '00000002'))
+    count = count + 1 if count < len(files) else 0
+    DAMAGE[kind](files[count - 1], rng)
+    assert saver.newest().step == 1, files[count - 1]
+    assert (tmp_path / 'checkpoints' / '00000002.rotten').exists()
+
+
+def test_swapped_files_are_found(tmp_path):
+  saver = checkpoint.Checkpoints(tmp_path, keep=2)
+  for i in (1, 2):
+    saver.save(_tree(i), i, 'one')
+  saver.finish()
+  files = sorted(_files(tmp_path / 'checkpoints' / '00000002'), key=os.path.getsize)
+  a, b = files[-1].read_bytes(), files[-2].read_bytes()
+  files[-1].write_bytes(b)
+  files[-2].write_bytes(a)
+  assert saver.newest().step == 1
+
+
+def test_a_damaged_manifest_is_found(tmp_path):
+  saver = checkpoint.Checkpoints(tmp_path, keep=2)
+  for i in (1, 2):
+    saver.save(_tree(i), i, 'one')
+  saver.finish()
+  (tmp_path / 'checkpoints' / '00000002.json').write_text('{"step": 2')
+  assert saver.newest().step == 1
+
+
+def test_only_damaged_checkpoints_are_an_error(tmp_path):
+  saver = checkpoint.Checkpoints(tmp_path)
+  saver.save(_tree(1), 1, 'one')
+  saver.finish()
+  _files(tmp_path / 'checkpoints' / '00000001')[0].unlink()
+  with pytest.raises(checkpoint.CheckpointError, match='every checkpoint'):
+    saver.newest()
+
+
+def test_values_that_rot_past_the_file_hashes_are_found(tmp_path):
+  """The per-leaf sum, when the files' own hashes agree."""
+  saver = checkpoint.Checkpoints(tmp_path)
+  saver.save(_tree(1), 1, 'one')
+  saver.finish()
+  path = tmp_path / 'checkpoints' / '00000001.json'
+  manifest = json.loads(path.read_text())
+  manifest['leaves']['params/encoder/kernel']['sum'][0] ^= 1
+  path.write_text(json.dumps(manifest))
+  with pytest.raises(checkpoint.RottenError, match='params/encoder/kernel'):
+    checkpoint.restore(saver.newest(), _target(_tree()))
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'int32', 'uint8'])
+def test_bit_sum_changes_with_every_bit_and_place(dtype):
+  rng = np.random.default_rng(0)
+  x = np.asarray(jnp.asarray(rng.integers(0, 100, (5, 7)), dtype))
+  base = np.asarray(checkpoint.bit_sum(jnp.asarray(x)))
+  for _ in range(50):
+    raw = bytearray(x.tobytes())
+    raw[rng.integers(len(raw))] ^= 1 << int(rng.integers(8))
+    y = np.frombuffer(bytes(raw), x.dtype).reshape(x.shape)
+    assert (np.asarray(checkpoint.bit_sum(jnp.asarray(y))) != base).all()
+  swapped = x.copy()
+  swapped[0, 0], swapped[4, 6] = x[4, 6], x[0, 0] + x.dtype.type(1)
+  assert (np.asarray(checkpoint.bit_sum(jnp.asarray(swapped))) != base).any()
+
+
+def test_bit_sum_against_numpy():
+  x = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+  bits = x.view(np.uint32).ravel().astype(np.uint64)
+  place = np.arange(12, dtype=np.uint64)
+  want = int(np.sum(bits * (2 * place + 1)) % 2**32)
+  assert int(checkpoint.bit_sum(jnp.asarray(x))[0]) == want
+
+
+def test_a_config_that_does_not_fit_names_the_keys(tmp_path):
+  saver = checkpoint.Checkpoints(tmp_path)
+  saver.save(_tree(1), 1, 'one')
+  saver.finish()
+  other = _tree()
+  other['params']['encoder']['scale'] = other['params']['encoder'].pop('bias')
+  other['params']['encoder']['kernel'] = jnp.zeros((2, 2))
+  with pytest.raises(checkpoint.CheckpointError) as error:
+    checkpoint.restore(saver.newest(), _target(other))
+  text = str(error.value)
+  assert 'only in the file: params/encoder/bias bfloat16[7]' in text
+  assert 'only wanted: params/encoder/scale' in text
+  assert 'kernel: found float32[256, 128], wanted float32[2, 2]' in text
+
+
+def test_a_save_that_fails_is_an_error(tmp_path):
+  saver = checkpoint.Checkpoints(tmp_path)
+  (tmp_path / 'checkpoints').rmdir()
+  (tmp_path / 'checkpoints').write_text('a file where the folder was')
+  with pytest.raises(checkpoint.CheckpointError, match='free disk space'):
+    saver.save(_tree(1), 1, 'one')
+    saver.finish()
+
+
+SAVER = """
+import sys, jax, jax.numpy as jnp
+from vssl_jax.train import checkpoint
+saver = checkpoint.Checkpoints(sys.argv[1], keep=1)
+start = saver.newest()
+step = start.step if start else 0
+print('ready', step, flush=True)
+while True:
+  step += 1
+  tree = {f'w{i}': jnp.full((64, 256), step, jnp.float32) for i in range(8)}
+  saver.save(tree, step, 'one')
+  saver.finish()
+  print(step, flush=True)
+"""
+
+
+def _kills(tmp_path, count, seed):
+  """Kills a process that saves without a pause, at random moments."""
+  rng = random.Random(seed)
+  env = dict(os.environ, PYTHONPATH=str(pathlib.Path(__file__).parents[2]))
+  for _ in range(count):
+    process = subprocess.Popen(
+      [sys.executable, '-c', SAVER, str(tmp_path)],
+      stdout=subprocess.PIPE, text=True, env=env,
+    )
+    assert process.stdout.readline().startswith('ready')
+    finished = 0
+    for _ in range(rng.randrange(1, 4)):
+      finished = int(process.stdout.readline())
+    time.sleep(rng.uniform(0, 0.05))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    rest = process.stdout.read().split()
+    finished = int(rest[-1]) if rest else finished
+    process.stdout.close()
+    saver = checkpoint.Checkpoints(tmp_path, keep=1)
+    saved = saver.newest()
+    assert saved.step >= finished
+    left = {p.name for p in (tmp_path / 'checkpoints').iterdir()}
+    assert all(
+      name.removesuffix('.json') + '.json' in left for name in left
+    ), left
+    tree = checkpoint.restore(saved, _target(saved.shapes()))
+    np.testing.assert_array_equal(tree['w7'], saved.step)
+
+
+def test_a_kill_never_loses_the_last_finished_one(tmp_path):
+  _kills(tmp_path, 3, seed=0)
+
+
+@pytest.mark.slow
+def test_thirty_kills_lose_nothing(tmp_path):
+  _kills(tmp_path, 30, seed=1)

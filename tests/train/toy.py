@@ -1,0 +1,60 @@
+"""A method small enough to know every number of, for tests of the trainer."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from vssl_jax.methods import base
+
+
+class Mean(nn.Module):
+  """Tokens [B, 1, width] from the mean pixel of every channel."""
+
+  width: int = 4
+  patch: tuple = (1, 1, 1)
+
+  @nn.compact
+  def __call__(self, video, depth=None):
+    x = jnp.mean(video.astype(jnp.float32) / 255, axis=(1, 2, 3))
+    for i in range(2):
+      x = nn.Dense(self.width, name=f'layer_{i}')(x)
+    return x[:, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Toy(base.Method):
+  """Encoder and head whose product is pulled to 1; rows count visits."""
+
+  plan: tuple
+  rows: dict = dataclasses.field(default_factory=dict)
+  noise: float = 0.0
+
+  def phases(self):
+    return base.check(self.plan)
+
+  def init(self, rng, video, phase):
+    encoder = phase.encoder.init(rng, video)['params']
+    head = nn.Dense(1).init(rng, jnp.zeros((1, phase.encoder.width)))['params']
+    return {'encoder': encoder, 'head': head}
+
+  def loss(self, params, teachers, batch, rng, phase):
+    x = phase.encoder.apply({'params': params['encoder']}, batch['video'])
+    y = nn.Dense(1).apply({'params': params['head']}, x[:, 0])[:, 0]
+    if 'weight' in batch:
+      y = y * batch['weight']
+    target = 1.0
+    for name, teacher in phase.teachers.items():
+      target = teacher(teachers[name], batch['video'])[:, 0, 0]
+    per_clip = jnp.square(y - target)
+    rows = {name: batch[f'rows/{name}'] + 1 for name in self.rows}
+    return jnp.mean(per_clip), base.Aux({'loss/toy': jnp.mean(y)}, rows)
+
+  def cost(self, phase, video):
+    return base.Cost(1.0)
+
+
+def phase(**kwargs):
+  """A phase of the toy with short defaults."""
+  fields = dict(name='one', steps=10, encoder=Mean())
+  return base.Phase(**(fields | kwargs))

@@ -1,0 +1,181 @@
+"""The health panel: is the encoder learning, or collapsing?
+
+At intervals a fixed set of clips, the first of the run's own data, goes
+through `encode`. Spread and rank of the features are logged, and the accuracy
+of a nearest-neighbour vote where the clips have labels.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jaxtyping import Array, Float
+
+from vssl_jax.data import pipeline
+from vssl_jax.evals import knn, statistics
+
+# A panel this far under the reference of the early run raises the alarm.
+COLLAPSE = 0.1
+REFERENCE_AT = 0.02  # fraction of the run
+
+ADVICE = (
+  'COLLAPSE? {name} fell to {value:.3g}, from {before:.3g} early in the phase. '
+  'The features of different clips grow alike. If the teacher is an average '
+  'of the student, raise its momentum or lower optim.lr; with a frozen '
+  'teacher look at target/std and at the variety of the data.'
+)
+
+
+class Panel:
+  """Looks at the encoder at intervals.
+
+  Args:
+    config: `config.health`.
+    clips: the run's data; its first batches are kept for the panel.
+    total: steps of the run.
+  """
+
+  def __init__(
+    self, config: ml_collections.ConfigDict, clips: pipeline.Clips, total: int
+  ) -> None:
+    every = config.every
+    self._every = max(round(every * total if 0 < every <= 1 else every), 0)
+    self._count = config.clips
+    self._clips = clips
+    self._total = total
+    self._held: dict[str, np.ndarray] | None = None
+    self._early: dict[str, Mapping[str, float]] = {}
+    self._encode: Any = None
+    self._phase = ''
+
+  def due(self, done: int, span_start: int) -> bool:
+    """Returns whether the panel looks after this step."""
+    if not self._every:
+      return False
+    early = span_start + max(round(REFERENCE_AT * self._total), 1)
+    return done == early or done % self._every == 0
+
+  def look(self, run: Any, span: Any, state: Any, done: int) -> list[str]:
+    """Logs the panel and returns warnings.
+
+    Args:
+      run: with method, mesh and logger.
+      span: the phase and its boundaries.
+      state: train state.
+      done: steps done.
+    """
+    if self._phase != span.phase.name:
+      self._phase = span.phase.name
+      self._encode = jax.jit(
+        lambda params, video: _summary(
+          run.method.encode(params, video, phase=span.phase)
+        )
+      )
+    values = self._measure(run, state)
+    run.logger.write(done, values, phase=span.phase.name)
+    before = self._early.setdefault(span.phase.name, values)
+    return collapsed(values, before)
+
+  def _measure(self, run: Any, state: Any) -> dict[str, float]:
+    from vssl_jax import sharding
+
+    held = self._hold()
+    size = run.config.batch_size // jax.process_count()
+    means, spreads = [], []
+    for i in range(0, len(held['video']) - size + 1, size):
+      batch = sharding.put_batch(
+        {'video': held['video'][i : i + size]}, run.mesh
+      )
+      mean, spread = self._encode(state.params, batch['video'])
+      means.append(_gather(mean))
+      spreads.append(_gather(spread))
+    features = np.concatenate(means)
+    labels = held.get('label')
+    if labels is not None:
+      labels = _gather_host(labels[: len(features) // jax.process_count()])
+    return panel(features, np.concatenate(spreads), labels)
+
+  def _hold(self) -> dict[str, np.ndarray]:
+    """Returns the first clips of the run, read once."""
+    if self._held is None:
+      wanted, parts, seen = self._count // jax.process_count(), [], set()
+      for batch in self._clips.iterator(0):
+        parts.append(batch)
+        seen.update(batch['index'].tolist())
+        count = sum(len(p['index']) for p in parts)
+        # A small data set comes round again before there are enough.
+        if count >= wanted or len(seen) < count:
+          break
+      keys = [k for k in ('video', 'label') if k in parts[0]]
+      self._held = {k: np.concatenate([p[k] for p in parts]) for k in keys}
+    return self._held
+
+
+def _summary(
+  tokens: Float[Array, 'B N D'],
+) -> tuple[Float[Array, 'B D'], Float[Array, 'B']]:
+  """Returns the mean token of each clip and the variance of its tokens."""
+  tokens = tokens.astype(jnp.float32)
+  return jnp.mean(tokens, axis=1), jnp.mean(jnp.var(tokens, axis=1), axis=-1)
+
+
+def panel(
+  features: np.ndarray, spread: np.ndarray, labels: np.ndarray | None = None
+) -> dict[str, float]:
+  """Returns the health figures of some clips.
+
+  Args:
+    features: mean tokens [n, D].
+    spread: variance of the tokens within each clip [n].
+    labels: classes [n], -1 where unknown.
+  """
+  unit = features / np.maximum(
+    np.linalg.norm(features, axis=1, keepdims=True), 1e-12
+  )
+  n = len(unit)
+  similarity = (np.square(unit.sum(0)).sum() - n) / (n * (n - 1))
+  values = {
+    'health/feature_std': float(features.std(axis=0).mean()),
+    'health/rankme': float(statistics.rankme(features)),
+    'health/token_variance': float(spread.mean()),
+    'health/cosine': float(similarity),
+  }
+  known = labels is not None and (labels >= 0).all()
+  if known and len(np.unique(labels)) > 1 and n >= 16:
+    half = n // 2
+    values['health/knn'] = knn.accuracy(
+      features[:half], labels[:half], features[half:], labels[half:], k=20
+    )
+  return values
+
+
+def collapsed(
+  values: Mapping[str, float], before: Mapping[str, float]
+) -> list[str]:
+  """Returns a sentence of advice for each figure that has collapsed."""
+  watched = ('health/token_variance', 'health/rankme', 'health/feature_std')
+  return [
+    ADVICE.format(name=name, value=values[name], before=before[name])
+    for name in watched
+    if values[name] < COLLAPSE * before[name]
+  ]
+
+
+def _gather(x: Array) -> np.ndarray:
+  """Returns a global array whole on every host."""
+  if jax.process_count() == 1:
+    return np.asarray(x)
+  from jax.experimental import multihost_utils
+
+  return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def _gather_host(x: np.ndarray) -> np.ndarray:
+  if jax.process_count() == 1:
+    return x
+  from jax.experimental import multihost_utils
+
+  return np.asarray(multihost_utils.process_allgather(x, tiled=True))

@@ -77,7 +77,7 @@ class Attentive(nn.Module):
     y = query + mixed.reshape(query.shape)
     z = layers.layer_norm('norm_2', spec.norm_eps, self.dtype)(y)
     # Numbered like the last block before it: V-JEPA scales fc2 by that.
-    return y + blocks.Mlp(spec, self.self_blocks - 1, name='mlp')(z)
+    return y + blocks.Mlp(spec, max(self.self_blocks - 1, 0), name='mlp')(z)
 
 
 class Linear(nn.Module):

@@ -1,0 +1,138 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from vssl_jax.evals import heads
+from vssl_jax.models import readout
+
+RNG = np.random.default_rng(0)
+LRS = (5e-3, 3e-3, 1e-3, 3e-4, 1e-4)
+WDS = (0.8, 0.4, 0.1, 0.01)
+
+
+def spec_of(network, lrs=LRS, wds=WDS, **kwargs):
+  return heads.Spec(network, lrs, wds, **{'steps': 3, **kwargs})
+
+
+def rows(batches=3, n=6, width=8):
+  for _ in range(batches):
+    tokens = RNG.normal(size=(n, 4, width)).astype(np.float32)
+    label = RNG.integers(0, 3, size=n).astype(np.int32)
+    yield jnp.asarray(tokens), jnp.asarray(label), jnp.ones(n)
+
+
+def train(spec, batches, key=0):
+  state = heads.init(spec, jax.random.key(key), batches[0][0])
+  for batch in batches:
+    state, loss = heads.update(spec, state, *batch)
+  return state, loss
+
+
+NETWORKS = {
+  'attentive': readout.Attentive(
+    3, num_heads=2, self_blocks=1, dtype='float32'
+  ),
+  'linear': readout.Linear(3),
+}
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_twenty_heads_at_once_are_twenty_heads_apart(name):
+  network, batches = NETWORKS[name], list(rows())
+  spec = spec_of(network)
+  together, loss = train(spec, batches)
+  assert loss.shape == (20,)
+  first = heads.init(spec, jax.random.key(0), batches[0][0])
+
+  def objective(p, s, tokens, label, weight):
+    logits, new = network.apply(
+      {'params': p, **s}, tokens, weight, True, mutable=list(s)
+    )
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+    return each.mean(), dict(new)
+
+  gradient = jax.jit(jax.grad(objective, has_aux=True))
+  # Three of them, trained by optax, that know nothing of each other.
+  for i in (0, 7, 19):
+    lr, wd = spec.pairs[i]
+    params, stats = jax.tree.map(lambda x, i=i: x[i], first[1:3])
+    tx = optax.adamw(
+      optax.cosine_decay_schedule(lr, 3), 0.9, 0.999, 1e-8, weight_decay=wd
+    )
+    opt = tx.init(params)
+    for batch in batches:
+      grads, stats = gradient(params, stats, *batch)
+      steps, opt = tx.update(grads, opt, params)
+      params = optax.apply_updates(params, steps)
+    mine = jax.tree.map(lambda x, i=i: x[i], together.params)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), mine, params
+    )
+
+
+def test_heads_start_apart_and_move():
+  spec = spec_of(NETWORKS['linear'], (1e-3,), (0.0, 0.0))
+  batches = list(rows())
+  start = heads.init(spec, jax.random.key(0), batches[0][0])
+  kernel = np.asarray(start.params['head']['kernel'])
+  assert (kernel[0] != kernel[1]).all()
+  end, _ = train(spec, batches)
+  moved = np.abs(end.params['head']['kernel'] - kernel)
+  assert (moved > 0).all()
+  assert moved.max() < 4e-3
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_groups_change_nothing(name):
+  batches = list(rows())
+  whole = train(spec_of(NETWORKS[name]), batches)
+  spec = spec_of(NETWORKS[name], groups=5)
+  parts = train(spec, batches)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, parts
+  )
+  np.testing.assert_allclose(
+    heads.predict(spec, parts[0], batches[0][0]),
+    heads.predict(dataclasses.replace(spec, groups=1), whole[0], batches[0][0]),
+    atol=1e-6,
+  )
+
+
+def test_padding_and_unlabelled_rows_teach_nothing():
+  spec = spec_of(NETWORKS['linear'], (1e-3,), (0.1,))
+  (batch,) = rows(1)
+  tokens, label, weight = batch
+  short = [(tokens[:4], label[:4], weight[:4])]
+  padded = [(tokens, label, weight.at[4:].set(0))]
+  unknown = [(tokens, label.at[4:].set(-1), weight)]
+  wanted, _ = train(spec, short)
+  for batches in (padded, unknown):
+    found, _ = train(spec, batches)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), wanted, found
+    )
+  other, _ = train(spec, [batch])
+  assert (
+    np.asarray(other.params['head']['kernel'])
+    != np.asarray(wanted.params['head']['kernel'])
+  ).any()
+
+
+def test_predictions_are_probabilities_per_row_and_head():
+  spec = spec_of(NETWORKS['linear'])
+  (batch,) = rows(1)
+  state, _ = train(spec, [batch])
+  found = heads.predict(spec, state, batch[0])
+  assert found.shape == (6, 20, 3)
+  np.testing.assert_allclose(found.sum(-1), 1, rtol=1e-5)
+
+
+def test_impossible_specs_are_refused():
+  with pytest.raises(ValueError, match='divisor of the 20 heads'):
+    spec_of(NETWORKS['linear'], groups=3)
+  with pytest.raises(ValueError, match='0 training steps'):
+    spec_of(NETWORKS['linear'], steps=0)

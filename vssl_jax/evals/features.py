@@ -1,0 +1,253 @@
+"""From clips to features: tokens of a frozen encoder, and plain baselines.
+
+Evaluation data are finite iterables of batches of clips, numpy arrays: `video`
+uint8 [B, T, H, W, C], `label` and `index` int32 [B], `weight` float32 [B] (0:
+padding), and where a video gives several clips `view` and `segment` int32 [B],
+with the segments of a view in successive rows.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Array, Float, Int, UInt8
+
+from vssl_jax import sharding
+
+Encode = Callable[[Any], Array]
+Batches = Iterable[Mapping[str, Any]]
+
+
+class Tokens(NamedTuple):
+  """Features of some views of videos, one row per view.
+
+  Attributes:
+    tokens: of all segments of the view, one after the other.
+    label: class, -1 where unknown.
+    index: number of the video.
+    view: number of the view.
+    weight: 0 for padding.
+  """
+
+  tokens: Float[Array, 'R N D']
+  label: Int[Array, 'R']
+  index: Int[Array, 'R']
+  view: Int[Array, 'R']
+  weight: Float[Array, 'R']
+
+
+def encode_batches(
+  encode: Encode,
+  batches: Batches,
+  *,
+  segments: int = 1,
+  mesh: jax.sharding.Mesh | None = None,
+) -> Iterator[Tokens]:
+  """Encodes clips and joins the segments of each view along the tokens.
+
+  Args:
+    encode: clips [R, T, H, W, C] -> tokens [R, N, D].
+    batches: clips, see above; a whole number of views in each.
+    segments: clips per view.
+    mesh: its devices split the rows; None for one device.
+
+  Yields:
+    Tokens [R, segments * N, D] with R = B / segments.
+
+  Raises:
+    ValueError: the rows are not whole views in order.
+  """
+  for batch in batches:
+    rows = join(batch, segments)
+    video = rows.pop('video')
+    # One segment at a time: the encoder's memory is that of R clips.
+    parts = [
+      encode(put({'video': video[:, s]}, mesh)['video'])
+      for s in range(segments)
+    ]
+    tokens = parts[0] if segments == 1 else jnp.concatenate(parts, axis=1)
+    yield Tokens(jax.lax.stop_gradient(tokens), **put(rows, mesh))
+
+
+def join(batch: Mapping[str, Any], segments: int) -> dict[str, np.ndarray]:
+  """Returns a batch with one row per view: `video` [R, segments, T, H, W, C].
+
+  Raises:
+    ValueError: the rows are not whole views in order.
+  """
+  count = len(batch['video'])
+  if count % segments:
+    raise ValueError(
+      f'a batch of {count} clips holds no whole number of views of {segments} '
+      'segments; make the batch size a multiple of segments x views'
+    )
+  shape = (count // segments, segments)
+  zeros = np.zeros(count, np.int32)
+  row = {
+    'label': np.asarray(batch.get('label', zeros - 1), np.int32),
+    'index': np.asarray(batch['index'], np.int32),
+    'view': np.asarray(batch.get('view', zeros), np.int32),
+    'weight': np.asarray(batch.get('weight', zeros + 1), np.float32),
+  }
+  if 'substituted' in batch:
+    # Pixels of another video under this one's label teach the wrong thing.
+    row['weight'] = row['weight'] * ~np.asarray(batch['substituted'], bool)
+  row = {name: x.reshape(shape) for name, x in row.items()}
+  real = row['weight'].all(axis=1)
+  for name in ('index', 'view'):
+    if (row[name][real] != row[name][real, :1]).any():
+      raise ValueError(
+        f'clips of different {name} stand where the {segments} segments of one '
+        f'view were wanted: {row[name][real].tolist()}'
+      )
+  joined = {name: x[:, 0] for name, x in row.items()}
+  joined['weight'] = row['weight'].min(axis=1)
+  video = np.asarray(batch['video'])
+  return {'video': video.reshape(*shape, *video.shape[1:]), **joined}
+
+
+def put(
+  batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh | None
+) -> dict[str, Array]:
+  """Puts local rows on one device, or on all of a mesh."""
+  if mesh is None:
+    return {name: jnp.asarray(x) for name, x in batch.items()}
+  return sharding.put_batch(batch, mesh)
+
+
+def fetch(x: Array) -> np.ndarray:
+  """Returns all rows of an array on every host."""
+  if jax.process_count() == 1:
+    return np.asarray(x)
+  return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """Features held in memory, one row per view of a video.
+
+  Attributes:
+    tokens: float32 [n, N, D].
+    label: int32 [n].
+    index: int32 [n].
+    view: int32 [n].
+  """
+
+  tokens: np.ndarray
+  label: np.ndarray
+  index: np.ndarray
+  view: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.label)
+
+  def take(self, rows: np.ndarray) -> 'Table':
+    """Returns some rows, by number or by a mask."""
+    fields = dataclasses.asdict(self)
+    return Table(**{name: x[rows] for name, x in fields.items()})
+
+  def batches(
+    self,
+    size: int,
+    *,
+    rng: np.random.Generator | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+  ) -> Iterator[Tokens]:
+    """Yields one pass over the rows.
+
+    Args:
+      size: rows per batch.
+      rng: shuffles, and drops a last part that fills no batch; without it the
+        last batch is padded with weight 0, as is a table smaller than `size`.
+      mesh: its devices split the rows.
+    """
+    count, order = len(self), np.arange(len(self))
+    if rng is not None:
+      rng.shuffle(order)
+      order = order[: max(count // size * size, min(count, size))]
+    for start in range(0, len(order), size):
+      rows = order[start : start + size]
+      real = np.arange(size) < len(rows)
+      rows = np.resize(rows, size)
+      part = dataclasses.asdict(self.take(rows))
+      part['weight'] = real.astype(np.float32)
+      yield Tokens(**put(part, mesh))
+
+
+def table(
+  encode: Encode,
+  batches: Batches,
+  *,
+  segments: int = 1,
+  pool: bool = False,
+  mesh: jax.sharding.Mesh | None = None,
+) -> Table:
+  """Encodes clips once and keeps their features.
+
+  Args:
+    encode: clips [R, T, H, W, C] -> tokens [R, N, D] or vectors [R, D].
+    batches: clips.
+    segments: clips per view.
+    pool: keep the mean over tokens only, as one token.
+    mesh: its devices split the rows.
+
+  Raises:
+    ValueError: there are no clips.
+  """
+
+  def run(video: Array) -> Array:
+    found = encode(video).astype(jnp.float32)
+    found = found[:, None] if found.ndim == 2 else found
+    return jnp.mean(found, axis=1, keepdims=True) if pool else found
+
+  parts: list[list[np.ndarray]] = []
+  for rows in encode_batches(run, batches, segments=segments, mesh=mesh):
+    tokens, label, index, view, weight = (fetch(x) for x in rows)
+    real = weight > 0
+    if pool:
+      tokens = tokens.mean(axis=1, keepdims=True)
+    parts.append([x[real] for x in (tokens, label, index, view)])
+  if not parts:
+    raise ValueError('there are no clips to evaluate; check data.source')
+  return Table(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def pixels(
+  video: UInt8[Array | np.ndarray, 'B T H W C'],
+) -> Float[Array, 'B D']:
+  """Returns all pixels: the baseline that no encoder should fall below."""
+  return _flat(video)
+
+
+def middle_frame(
+  video: UInt8[Array | np.ndarray, 'B T H W C'],
+) -> Float[Array, 'B D']:
+  """Returns the pixels of the middle frame: what no motion gives away."""
+  return _flat(video[:, video.shape[1] // 2])
+
+
+def motion_energy(
+  video: UInt8[Array | np.ndarray, 'B T H W C'], cells: int = 8
+) -> Float[Array, 'B D']:
+  """Returns the mean absolute difference of successive frames, in cells.
+
+  Args:
+    video: clips.
+    cells: each pair of frames gives cells x cells values; rows and columns
+      that do not divide are left out.
+  """
+  x = jnp.asarray(video, jnp.float32) / 255
+  energy = jnp.mean(jnp.abs(jnp.diff(x, axis=1)), axis=-1)
+  b, t, h, w = energy.shape
+  y, x = (min(cells, n) for n in (h, w))
+  energy = energy[:, :, : h // y * y, : w // x * x]
+  energy = energy.reshape(b, t, y, h // y, x, w // x)
+  return _flat(jnp.mean(energy, axis=(3, 5)) * 255)
+
+
+def _flat(x: Array | np.ndarray) -> Array:
+  return jnp.asarray(x, jnp.float32).reshape(x.shape[0], -1) / 255

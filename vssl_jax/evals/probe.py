@@ -1,0 +1,351 @@
+"""Frozen probes: heads trained on tokens, chosen on held-out training clips.
+
+Two accuracies are reported. `max` is that of the best head on the test clips,
+as published probes report it; choosing there flatters. `selected` is that of
+the head chosen on a tenth of the training clips that no head was trained on.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import ml_collections
+import numpy as np
+from jaxtyping import Array, Bool, Int, Key
+
+from vssl_jax.evals import features, heads, statistics, votes
+from vssl_jax.models import readout
+
+Rows = Iterable[features.Tokens]
+
+# Published grid: SALT (arXiv 2509.24317), appendix, systematic protocol.
+LRS = (5e-3, 3e-3, 1e-3, 3e-4, 1e-4)
+WDS = (0.8, 0.4, 0.1, 0.01)
+
+
+def default() -> ml_collections.ConfigDict:
+  """Returns every key of `config.probe`, at the published values."""
+  return ml_collections.ConfigDict(
+    dict(
+      protocol='attentive',  # 'linear', 'knn'
+      # What is classified: videos as in config.data, these keys instead.
+      train=('',),
+      train_where='',  # rows of a manifest: 'fold!=0'
+      test=('',),
+      test_where='',
+      # The tap: fraction of the blocks to run; 0.0 is the last one and the
+      # final norm.
+      depth=0.0,
+      epochs=20,
+      batch_size=256,  # videos per step
+      test_batch_size=32,  # videos at once in testing
+      # Clips of a video that a head sees at once. In training their places
+      # are random, in testing they are spread evenly.
+      segments=1,
+      views=1,  # crops of a test video whose probabilities are averaged
+      # False: training clips are centre crops, encoded once and kept.
+      augment=True,
+      lrs=LRS,
+      wds=WDS,
+      groups=1,  # parts of the grid trained one after the other
+      num_heads=16,  # of attention
+      dtype='bfloat16',
+      holdout=0.1,  # of the training videos, to choose the head; 0.0: none
+      eval_every=0,  # epochs between tests; 0: at the end only
+      ks=(10, 20, 100, 200),  # neighbours of 'knn'; the report's is k=20
+    )
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How heads are trained.
+
+  Attributes:
+    epochs: passes over the training clips.
+    lrs: learning rates of the grid.
+    wds: weight decays of the grid.
+    groups: parts of the grid trained one after the other.
+    eval_every: epochs between tests; 0 for one at the end.
+    holdout: fraction of the training videos that chooses the head.
+  """
+
+  epochs: int = 20
+  lrs: tuple[float, ...] = LRS
+  wds: tuple[float, ...] = WDS
+  groups: int = 1
+  eval_every: int = 0
+  holdout: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """Accuracies of all heads.
+
+  Attributes:
+    pairs: (learning rate, weight decay) of each head.
+    correct: test videos that each head got right.
+    top5: and those whose class was among its five likeliest.
+    total: test videos.
+    held: fraction of held-out videos that each head got right, or None.
+    held_total: held-out videos.
+    selected: head chosen on the held-out videos, or None.
+    history: one entry per test: epoch, losses and accuracies.
+    predictions: videos [n], true classes [n] and predicted ones [n, heads].
+  """
+
+  pairs: list[tuple[float, float]]
+  correct: np.ndarray
+  top5: np.ndarray
+  total: int
+  held: np.ndarray | None
+  held_total: int
+  selected: int | None
+  history: list[dict[str, Any]]
+  predictions: tuple[np.ndarray, np.ndarray, np.ndarray]
+
+  @property
+  def best(self) -> int:
+    """The head with most test videos right."""
+    return int(np.argmax(self.correct))
+
+  def accuracy(self, head: int) -> dict[str, Any]:
+    """Returns accuracy, 95 % interval and grid point of a head."""
+    count = int(self.correct[head])
+    low, high = statistics.interval(count, self.total)
+    lr, wd = self.pairs[head]
+    return {
+      'accuracy': count / self.total,
+      'interval': [low, high],
+      'top5': int(self.top5[head]) / self.total,
+      'lr': lr,
+      'wd': wd,
+    }
+
+  def summary(self) -> dict[str, Any]:
+    """Returns what a report says of the heads."""
+    out: dict[str, Any] = {
+      'max': self.accuracy(self.best),
+      'median': float(np.median(self.correct)) / self.total,
+      'heads': len(self.pairs),
+      'evaluated': self.total,
+      'held_out': self.held_total,
+    }
+    if self.selected is not None:
+      out['selected'] = self.accuracy(self.selected)
+    return out
+
+
+def held_out(
+  index: Int[np.ndarray, 'n'], fraction: float
+) -> Bool[np.ndarray, 'n']:
+  """Returns which videos are kept from training, by their numbers alone."""
+  # The finaliser of splitmix64: neighbours in a list sorted by class, or by
+  # anything else, fall apart.
+  x = np.asarray(index).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+  for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+    x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+  x ^= x >> np.uint64(31)
+  return x.astype(np.float64) / 2**64 < fraction
+
+
+def measure(
+  network: nn.Module,
+  settings: Settings,
+  *,
+  train: Callable[[int], Rows],
+  steps_per_epoch: int,
+  test: Callable[[], Rows],
+  held: Callable[[], Rows] | None = None,
+  views: int = 1,
+  key: Key[Array, ''],
+  log: Callable[[Mapping[str, Any]], None] = lambda entry: None,
+) -> Outcome:
+  """Trains a grid of heads on frozen features and tests them.
+
+  Args:
+    network: the readout.
+    settings: how it is trained.
+    train: epoch -> batches of training rows. Held-out videos may be among
+      them and count for nothing.
+    steps_per_epoch: batches in each epoch.
+    test: () -> one pass over the test rows.
+    held: () -> one pass over rows of the held-out training videos; others may
+      be among them.
+    views: of each test video.
+    key: of the heads' first values.
+    log: gets each entry of the history.
+
+  Raises:
+    ValueError: there are no training batches, or views are missing.
+  """
+  spec = heads.Spec(
+    network,
+    tuple(settings.lrs),
+    tuple(settings.wds),
+    settings.epochs * steps_per_epoch,
+    settings.groups,
+  )
+  fraction = settings.holdout if held else 0.0
+  state, history = None, []
+  for epoch in range(1, settings.epochs + 1):
+    losses = []
+    for rows in train(epoch - 1):
+      if state is None:
+        state = heads.init(spec, key, rows.tokens)
+      weight = _without_held(rows, fraction)
+      state, loss = heads.update(spec, state, rows.tokens, rows.label, weight)
+      losses.append(loss)
+    if state is None:
+      raise ValueError('probe: there are no training batches')
+    last = epoch == settings.epochs
+    if last or (settings.eval_every and epoch % settings.eval_every == 0):
+      tested = count(spec, state, test(), views)
+      entry = {
+        'epoch': epoch,
+        'loss': np.mean([features.fetch(x) for x in losses], axis=0).tolist(),
+        'accuracy': (tested.correct() / tested.total).tolist(),
+      }
+      history.append(entry)
+      log(entry)
+  chosen = None
+  if held and settings.holdout:
+    chosen = count(spec, state, held(), 1, settings.holdout)
+  return _outcome(spec, tested, chosen, history)
+
+
+def _without_held(rows: features.Tokens, fraction: float) -> Array:
+  """Returns weights that leave held-out videos out."""
+  if not fraction:
+    return rows.weight
+  keep = ~held_out(features.fetch(rows.index), fraction)
+  keep = jax.device_put(keep.astype(np.float32), rows.weight.sharding)
+  return rows.weight * keep
+
+
+def count(
+  spec: heads.Spec,
+  state: heads.State,
+  batches: Rows,
+  views: int,
+  held: float = 0.0,
+) -> votes.Votes:
+  """Lets trained heads vote on rows.
+
+  Args:
+    spec: of the heads.
+    state: of the heads.
+    batches: rows, in any order.
+    views: of each video.
+    held: count only the held-out videos of this fraction; 0 for all.
+  """
+  found = votes.Votes(views)
+  for rows in batches:
+    weight = features.fetch(rows.weight)
+    index = features.fetch(rows.index)
+    if held:
+      weight = weight * held_out(index, held)
+    found.add(
+      features.fetch(heads.predict(spec, state, rows.tokens)),
+      features.fetch(rows.label),
+      index,
+      features.fetch(rows.view),
+      weight,
+    )
+  if not found.total:
+    raise ValueError('probe: there are no clips to test on')
+  return found
+
+
+def _outcome(
+  spec: heads.Spec,
+  tested: votes.Votes,
+  chosen: votes.Votes | None,
+  history: list[dict[str, Any]],
+) -> Outcome:
+  held, selected = None, None
+  if chosen is not None:
+    held = chosen.correct() / chosen.total
+    # Few clips give many ties: the more probable truth decides.
+    selected = int(np.lexsort((chosen.loss(), -held))[0])
+  return Outcome(
+    pairs=spec.pairs,
+    correct=tested.correct(),
+    top5=tested.correct(5),
+    total=tested.total,
+    held=held,
+    held_total=chosen.total if chosen is not None else 0,
+    selected=selected,
+    history=history,
+    predictions=tested.predictions(),
+  )
+
+
+def on_tables(
+  network: nn.Module,
+  settings: Settings,
+  train: features.Table,
+  test: features.Table,
+  *,
+  batch_size: int = 256,
+  views: int = 1,
+  key: Key[Array, ''],
+  mesh: jax.sharding.Mesh | None = None,
+) -> Outcome:
+  """Probes features that are held in memory.
+
+  Args:
+    network: the readout.
+    settings: how it is trained.
+    train: training rows.
+    test: test rows.
+    batch_size: rows per step; a smaller table is one padded batch.
+    views: rows per test video.
+    key: of first values and order.
+    mesh: its devices split each batch.
+  """
+  seed = jax.random.key_data(key).astype(np.uint32).tolist()
+  out = held_out(train.index, settings.holdout)
+  rest = train.take(~out)
+
+  def epoch(number: int) -> Rows:
+    rng = np.random.default_rng([*seed, number])
+    return rest.batches(batch_size, rng=rng, mesh=mesh)
+
+  chosen = train.take(out)
+  return measure(
+    network,
+    settings,
+    train=epoch,
+    steps_per_epoch=max(len(rest) // batch_size, 1),
+    test=lambda: test.batches(batch_size, mesh=mesh),
+    held=(lambda: chosen.batches(batch_size, mesh=mesh)) if out.any() else None,
+    views=views,
+    key=key,
+  )
+
+
+def network(
+  protocol: str, classes: int, config: ml_collections.ConfigDict
+) -> readout.Attentive | readout.Linear:
+  """Returns the readout of a protocol.
+
+  Args:
+    protocol: `attentive` or `linear`.
+    classes: number of classes.
+    config: `config.probe`.
+
+  Raises:
+    ValueError: no such protocol.
+  """
+  if protocol == 'linear':
+    return readout.Linear(classes)
+  if protocol == 'attentive':
+    return readout.Attentive(
+      classes, num_heads=config['num_heads'], dtype=config['dtype']
+    )
+  raise ValueError(
+    f"probe.protocol: found {protocol!r}, wanted 'attentive', 'linear' or 'knn'"
+  )

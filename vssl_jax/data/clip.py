@@ -11,12 +11,12 @@ from av import filter as av_filter
 from vssl_jax.data import decode, transforms
 
 CROPS = ('random_resized', 'multi_scale', 'centre')
-SAMPLINGS = ('window', 'scattered', 'spread', 'interleaved')
+SAMPLINGS = ('window', 'parts', 'scattered', 'spread', 'interleaved')
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-  """What a clip is. Fields are explained at `pipeline.default()`.
+  """What a clip is. Fields are explained at `options.default()`.
 
   `segments` x `views` clips of a video are made for evaluation (samplings
   'spread' and 'interleaved'), `repeats` clips for training.
@@ -164,14 +164,22 @@ def _numbers(count: int, spec: Spec, rng: np.random.Generator) -> np.ndarray:
     else:
       rows = transforms.interleaved(count, spec.frames, spec.segments)
     return np.tile(rows, (spec.views, 1))
-  rows = []
-  for _ in range(spec.repeats if spec.repeat_frames == 'own' else 1):
-    if spec.sampling == 'window':
-      row = transforms.window(count, spec.frames, spec.stride, rng.random())
-    else:
-      row = transforms.scattered(count, spec.frames, rng.random(spec.frames))
-    rows.append(row)
+  own = spec.repeats if spec.repeat_frames == 'own' else 1
+  rows = [_row(count, spec, rng, which, own) for which in range(own)]
   return np.broadcast_to(np.stack(rows), (spec.repeats, spec.frames))
+
+
+def _row(
+  count: int, spec: Spec, rng: np.random.Generator, which: int, own: int
+) -> np.ndarray:
+  """Frame numbers [T] of one clip for training."""
+  if spec.sampling == 'scattered':
+    return transforms.scattered(count, spec.frames, rng.random(spec.frames))
+  if spec.sampling == 'parts':
+    return transforms.part(
+      count, spec.frames, spec.stride, rng.random(), which, own
+    )
+  return transforms.window(count, spec.frames, spec.stride, rng.random())
 
 
 def _places(numbers: np.ndarray) -> dict[int, list[tuple[int, int]]]:
@@ -184,7 +192,7 @@ def _places(numbers: np.ndarray) -> dict[int, list[tuple[int, int]]]:
 
 def _size(video: decode.Video, frame: av.VideoFrame) -> tuple[float, float]:
   """Height and width of the upright picture with square pixels."""
-  height, width = frame.height, frame.width * video.pixel_aspect
+  height, width = float(frame.height), frame.width * video.pixel_aspect
   return (width, height) if _quarters(frame) % 2 else (height, width)
 
 

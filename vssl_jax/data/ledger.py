@@ -9,6 +9,8 @@ import numpy as np
 
 from vssl_jax.data import loading
 
+WAIT_ALARM = 0.05  # fraction of the time
+
 
 class TooManyBadFiles(RuntimeError):
   """More videos cannot be read than `data.max_bad_fraction` allows."""
@@ -23,15 +25,31 @@ class Ledger:
   """
 
   def __init__(
-    self, *, examples: int, max_bad_fraction: float, path: str | None,
+    self,
+    *,
+    examples: int,
+    max_bad_fraction: float,
+    path: str | None,
     readers: int,
-  ) -> None:  # fmt: skip
+    may_lose: bool = False,
+  ) -> None:
+    """Opens the books.
+
+    Args:
+      examples: videos there are.
+      max_bad_fraction: of them that may be unreadable.
+      path: list of unreadable videos to append to, or None.
+      readers: that decode at the same time.
+      may_lose: whether a batch may lack a video without a substitute.
+    """
     self._examples, self._limit, self._path = examples, max_bad_fraction, path
-    self._readers = readers
+    self._readers, self._may_lose = readers, may_lose
+    self._listed = _listed(path)
     self.bad: dict[int, dict] = {}
     self.substituted = self.short = self.videos = self._bad_draws = 0
     self._rate_seconds = self._rate_videos = 0.0
     self._since, self._waited, self._clips = time.perf_counter(), 0.0, 0
+    self._last: dict[str, float] = {}
 
   def take(self, batch: dict[str, np.ndarray], waited: float) -> None:
     """Removes the report from a batch and enters it.
@@ -60,6 +78,7 @@ class Ledger:
       self._judge(notes['lost'])
 
   def _write(self, failures: dict[int, dict]) -> None:
+    failures = {k: f for k, f in failures.items() if k not in self._listed}
     if not self._path or not failures:
       return
     os.makedirs(os.path.dirname(self._path) or '.', exist_ok=True)
@@ -75,7 +94,7 @@ class Ledger:
       why = f'{len(self.bad)} of all {self._examples} videos cannot be read'
     elif draws >= 64 and self._bad_draws > chance:
       why = f'{self._bad_draws} of {draws} videos drawn cannot be read'
-    elif lost:
+    elif lost and not self._may_lose:
       why = f'no substitute could be read for example {lost[0]}'
     else:
       return
@@ -108,4 +127,31 @@ class Ledger:
     }
     self._since, self._waited, self._clips = time.perf_counter(), 0.0, 0
     self._rate_seconds = self._rate_videos = 0.0
+    self._last = report
     return report
+
+  def advice(self) -> str:
+    """What to do if the last report shows a wait for data, else ''."""
+    waited = self._last.get('data/wait_fraction', 0.0)
+    if waited < WAIT_ALARM:
+      return ''
+    rate, needed = (
+      self._last[f'data/{name}']
+      for name in ('decode_clips_per_s', 'workers_needed')
+    )
+    return (
+      f'data bound: {waited:.0%} of the time went by waiting for clips. '
+      f'{self._readers} readers decode {rate:.1f} clips/s each; about '
+      f'{needed:.0f} would keep up. With free cores ({loading.cores()} here) '
+      'raise data.decode_processes or data.workers; otherwise make the videos '
+      'cheaper to read once (python -m vssl_jax.data.prepare --help), or use '
+      'each for longer (data.repeats=2, data.repeat_frames=shared).'
+    )
+
+
+def _listed(path: str | None) -> set[int]:
+  """Numbers that a list of unreadable videos holds already."""
+  if not path or not os.path.isfile(path):
+    return set()
+  with open(path, encoding='utf-8') as file:
+    return {json.loads(line)['index'] for line in file if line.strip()}

@@ -7,11 +7,12 @@ the batch, so that whoever takes the batch can write it down and count it.
 
 import concurrent.futures
 import dataclasses
-import functools
 import json
 import os
+import threading
 import time
 
+import grain
 import numpy as np
 
 from vssl_jax.data import clip as clip_lib
@@ -19,11 +20,13 @@ from vssl_jax.data import contain, decode, sources
 from vssl_jax.data import item as item_lib
 
 NOTES = '_notes'  # key of the report that travels with a batch
+PADDING = -1
+LOST = -2
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-  """How to read and when to give up. See `pipeline.default()`."""
+  """How to read and when to give up. See `options.default()`."""
 
   seed: int = 0
   retries: int = 2
@@ -55,41 +58,50 @@ class _Found:
 class Loader:
   """Turns tickets into batches. It can be pickled into other processes.
 
-  A ticket is [1 + n] integers: the example's number and seeds of its clips.
+  A ticket is [1 + n] integers: the example's number (or PADDING, which gives
+  black clips) and seeds of its clips.
   """
 
   def __init__(
     self, source: sources.Source, spec: clip_lib.Spec, policy: Policy
   ) -> None:
-    self.source, self.spec, self.policy = source, spec, policy
+    self.__setstate__({'source': source, 'spec': spec, 'policy': policy})
 
   def __getstate__(self) -> dict:
     return {k: self.__dict__[k] for k in ('source', 'spec', 'policy')}
 
-  @functools.cached_property
-  def _threads(self) -> concurrent.futures.ThreadPoolExecutor:
-    return concurrent.futures.ThreadPoolExecutor(
-      self.policy.processes, thread_name_prefix='clips'
-    )
+  def __setstate__(self, state: dict) -> None:
+    self.source, self.spec = state['source'], state['spec']
+    self.policy = state['policy']
+    self._lock, self._closed = threading.Lock(), False
+    self._threads = self._readers = None
 
-  @functools.cached_property
-  def _readers(self) -> contain.Readers:
-    policy = self.policy
-    return contain.Readers(
-      self.spec,
-      count=policy.processes if policy.isolate else 0,
-      deadline_s=policy.deadline_s,
-      memory_limit_mb=policy.memory_limit_mb,
-    )
+  def _start(self) -> concurrent.futures.ThreadPoolExecutor:
+    """Starts threads, once, in the process that loads."""
+    with self._lock:
+      if self._closed:
+        raise RuntimeError('this stream of clips is closed')
+      if self._threads is None:
+        self._readers = contain.Readers(
+          self.spec,
+          isolate=self.policy.isolate,
+          deadline_s=self.policy.deadline_s,
+          memory_limit_mb=self.policy.memory_limit_mb,
+        )
+        self._threads = concurrent.futures.ThreadPoolExecutor(
+          self.policy.processes, thread_name_prefix='clips'
+        )
+      return self._threads
 
   def close(self) -> None:
-    """Ends threads and child processes."""
-    if '_threads' in self.__dict__:
+    """Ends threads and child processes, at once."""
+    with self._lock:
+      self._closed = True
+    if self._threads is not None:
+      self._readers.stop()
       self._threads.shutdown(wait=True, cancel_futures=True)
-      del self._threads
-    if '_readers' in self.__dict__:
       self._readers.close()
-      del self._readers
+      self._threads = None
 
   def __call__(self, tickets: np.ndarray) -> dict[str, np.ndarray]:
     """Loads a batch.
@@ -101,10 +113,11 @@ class Loader:
       The batch of n * spec.clips clips, clips of one video adjacent, and a
       report under NOTES: a JSON object as uint8 characters.
     """
+    threads = self._start()
     per, number = self.spec.clips, len(self.source)
     video = np.empty((len(tickets) * per, *self.spec.shape), np.uint8)
     jobs = [
-      self._threads.submit(self._find, ticket, video[i * per : (i + 1) * per])
+      threads.submit(self._find, ticket, video[i * per : (i + 1) * per])
       for i, ticket in enumerate(tickets)
     ]
     try:
@@ -112,14 +125,14 @@ class Loader:
     finally:
       for job in jobs:
         job.cancel()
-    substituted = np.asarray(
-      [f.index != t[0] for f, t in zip(found, tickets, strict=True)]
-    )
+    wanted, got = tickets[:, 0], np.asarray([f.index for f in found])
     batch = {
-      'index': np.where(substituted, number, tickets[:, 0]).astype(np.int32),
-      'substituted': substituted,
-      'label': np.asarray([_label(f) for f in found], np.int32),
+      'index': np.where((got == wanted) & (got >= 0), got, number),
+      'substituted': got != wanted,
+      'label': np.asarray([_label(f) for f in found]),
     }
+    for name in ('index', 'label'):
+      batch[name] = batch[name].astype(np.int32)
     batch = {name: np.repeat(rows, per) for name, rows in batch.items()}
     batch['repeat'] = np.tile(np.arange(per, dtype=np.int32), len(tickets))
     batch['crop'] = np.concatenate([_crops(f, per) for f in found])
@@ -130,6 +143,9 @@ class Loader:
   def _find(self, ticket: np.ndarray, out: np.ndarray) -> _Found:
     """Reads the example of a ticket, or another one in its place."""
     wanted, entropy = int(ticket[0]), [int(word) for word in ticket[1:]]
+    if wanted == PADDING:
+      out[...] = 0
+      return _Found(None, None, PADDING, (), 0.0)
     failures, start = [], time.perf_counter()
     limit = self.policy.max_substitutes if self.policy.substitute else 0
     for attempt in range(limit + 1):
@@ -143,7 +159,7 @@ class Loader:
       return _Found(clips, item, index, tuple(failures), seconds)
     out[...] = 0
     seconds = time.perf_counter() - start
-    return _Found(None, None, -1, tuple(failures), seconds)
+    return _Found(None, None, LOST, tuple(failures), seconds)
 
   def _substitute(self, wanted: int, attempt: int) -> int:
     seeds = (self.policy.seed, wanted, attempt)
@@ -188,12 +204,35 @@ def _notes(found: list[_Found]) -> np.ndarray:
   """What happened in a batch, as the characters of a JSON object."""
   notes = {
     'failures': [failure for f in found for failure in f.failures],
-    'lost': [f.failures[0]['wanted'] for f in found if f.clips is None],
+    'lost': [f.failures[0]['wanted'] for f in found if f.index == LOST],
     'short': sum(bool(f.clips and f.clips.short) for f in found),
     'seconds': sum(f.seconds for f in found),
-    'videos': len(found),
+    'videos': sum(f.index != PADDING for f in found),
   }
   return np.frombuffer(json.dumps(notes).encode(), np.uint8)
+
+
+def stream(
+  tickets: grain.MapDataset, loader: Loader, workers: int, prefetch: int
+) -> grain.DatasetIterator:
+  """Iterates over the batches of tickets, loaded in advance.
+
+  Args:
+    tickets: of batches, [n, 1 + words] each.
+    loader: makes a batch of them.
+    workers: processes; 0: this one.
+    prefetch: batches ready in advance, per worker.
+  """
+  batches = tickets.map(loader).to_iter_dataset(
+    grain.ReadOptions(num_threads=1, prefetch_buffer_size=max(prefetch, 1))
+  )
+  if workers:
+    batches = batches.mp_prefetch(
+      grain.MultiprocessingOptions(
+        num_workers=workers, per_worker_buffer_size=max(prefetch, 1)
+      )
+    )
+  return iter(batches)
 
 
 def cores() -> int:

@@ -8,68 +8,22 @@ step s are the same for any number of hosts, workers and restarts, and nothing
 about an iterator needs to be saved.
 """
 
-import dataclasses
 import os
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grain
-import ml_collections
 import numpy as np
 from absl import flags
 
-from vssl_jax.data import clip as clip_lib
 from vssl_jax.data import ledger as ledger_lib
-from vssl_jax.data import loading, sources
+from vssl_jax.data import loading, options, passes, sources
 
 _WORDS = 4  # random 32-bit words that seed the clips of an example
 
 
-def default() -> ml_collections.ConfigDict:
-  """Every key of `config.data`."""
-  return ml_collections.ConfigDict(
-    dict(
-      # --- where the videos are
-      # A folder (folders inside it name classes), a manifest (csv, tsv,
-      # space separated, jsonl), ArrayRecord shards, a TFDS directory; or
-      # several of these, separated by commas.
-      source='',
-      weights=(),  # shares of the sources in each batch; (): by their sizes
-      where='',  # rows of a manifest: 'fold=0,1' or 'fold!=3'
-      path_column='',  # of a manifest; '': found by its name
-      label_column='',
-      split='train',  # of a TFDS directory
-      classes=(),  # names in the order of their labels; (): found out
-      # --- what a clip is
-      frames=16,
-      stride=4,  # frames from one to the next
-      fps=0.0,  # frames per second instead, by time stamps (then stride=1)
-      size=(224, 224),  # height, width in pixels
-      channels=3,  # 1: grey
-      sampling='window',  # or 'scattered': a frame from each of T equal parts
-      min_frames=1,  # videos with fewer are bad; others repeat the last frame
-      # --- how it is augmented
-      crop='random_resized',  # or 'multi_scale', 'centre'
-      crop_scale=(0.3, 1.0),  # area of random_resized, of the picture
-      crop_aspect=(0.75, 4 / 3),  # width / height of random_resized
-      crop_part=1.0,  # side of centre crops, of the largest that fits
-      flip=True,  # left-right; off where direction is the label
-      repeats=1,  # clips per video in a batch, for one opening of the file
-      repeat_frames='own',  # 'shared': same frames, other crops (cheaper)
-      # --- how it is read
-      workers=0,  # processes that build batches; 0: threads of this one
-      decode_processes=0,  # readers in each of these; 0: one per core
-      isolate=True,  # readers are child processes, killed when they hang
-      prefetch=2,  # batches ready in advance, per worker
-      deadline_s=20.0,  # for the clips of one video
-      memory_limit_mb=1024,  # of a reader
-      max_pixels=2**26,  # of a picture; larger ones are refused unread
-      # --- when a video cannot be read
-      retries=2,  # of errors of the disk
-      max_bad_fraction=0.05,  # stop above this share of unreadable videos
-    )
-  )
+default = options.default
 
 
 class Clips:
@@ -121,17 +75,10 @@ class Clips:
     Seeking costs the same for any step.
     """
     index, count = self._process
-    batches = self._tickets[start_step * count + index :: count]
-    stream = batches.map(self._loader).to_iter_dataset(
-      grain.ReadOptions(num_threads=1, prefetch_buffer_size=self._prefetch)
+    tickets = self._tickets[start_step * count + index :: count]
+    iterator = loading.stream(
+      tickets, self._loader, self._workers, self._prefetch
     )
-    if self._workers:
-      stream = stream.mp_prefetch(
-        grain.MultiprocessingOptions(
-          num_workers=self._workers, per_worker_buffer_size=self._prefetch
-        )
-      )
-    iterator = iter(stream)
     self._open.append(iterator)
     return self._watched(iterator)
 
@@ -145,6 +92,10 @@ class Clips:
   def report(self) -> dict[str, float]:
     """Rates since the last report, counts since the start."""
     return self._ledger.report()
+
+  def advice(self) -> str:
+    """A sentence with the remedy if the last report says 'data bound'."""
+    return self._ledger.advice()
 
   def close(self) -> None:
     """Ends iterators, workers and readers."""
@@ -165,7 +116,7 @@ def make(
   """Opens the sources and makes the stream of training batches.
 
   Args:
-    config: `config.data`, see `default()`.
+    config: `config.data`, see `options.default()`.
     batch_size: clips per step over all processes.
     seed: of order and augmentation.
     process_index: number of this process.
@@ -179,10 +130,10 @@ def make(
     'label': int32 [B] (-1 unknown), 'crop': float32 [B, 4]}.
   """
   parse_flags()
-  source = find(config)
-  spec = make_spec(config)
+  source = options.find(config)
+  spec = options.spec(config)
   local = videos_per_process(batch_size, process_count, spec.repeats)
-  policy = make_policy(config, seed)
+  policy = options.policy(config, seed)
   loader = loading.Loader(source, spec, policy)
   tickets, distinct = _order(
     source, tuple(config['weights']), seed, local * process_count
@@ -203,6 +154,59 @@ def make(
     workers=config['workers'],
     prefetch=config['prefetch'],
     distinct=distinct,
+  )
+
+
+def evaluation(
+  config: Mapping[str, Any],
+  *,
+  batch_size: int,
+  segments: int = 1,
+  views: int = 1,
+  sampling: str = 'spread',
+  process_index: int = 0,
+  process_count: int = 1,
+  folder: str | None = None,
+) -> passes.Pass:
+  """Opens the sources for one pass over all videos, in order.
+
+  Each video gives segments x views clips, cut at fixed places (`transforms.
+  spread`, `.interleaved` and `.views`), never augmented.
+
+  Args:
+    config: `config.data`; crop, flip, repeats and weights are not used.
+    batch_size: clips per batch over all processes.
+    segments: clips along the time of a video; one is centred.
+    views: crops along the longer side; one is centred.
+    sampling: 'spread' or 'interleaved'.
+    process_index: number of this process.
+    process_count: processes that share each batch.
+    folder: where `bad_files.jsonl` is written, or None.
+
+  Returns:
+    passes.Pass, an iterable of local batches.
+  """
+  parse_flags()
+  source = options.find(config)
+  spec = options.spec(
+    config, sampling=sampling, segments=segments, views=views, repeats=1
+  )
+  policy = options.policy(config, 0, substitute=False)
+  ledger = ledger_lib.Ledger(
+    examples=len(source),
+    max_bad_fraction=config['max_bad_fraction'],
+    path=folder and bad_files(folder, process_index),
+    readers=policy.processes * max(config['workers'], 1),
+    may_lose=True,
+  )
+  return passes.Pass(
+    loading.Loader(source, spec, policy),
+    ledger,
+    videos=videos_per_process(batch_size, process_count, spec.clips),
+    process_index=process_index,
+    process_count=process_count,
+    workers=config['workers'],
+    prefetch=config['prefetch'],
   )
 
 
@@ -243,46 +247,6 @@ def _order(
 def _fold(seed: int, salt: int) -> int:
   """A 31-bit seed for one use of the run's seed."""
   return int(np.random.SeedSequence((seed, salt)).generate_state(1)[0] >> 1)
-
-
-def find(config: Mapping[str, Any]) -> sources.Joined:
-  """Lists the videos that `config.data` names."""
-  source = config['source']
-  source = source.split(',') if isinstance(source, str) else tuple(source)
-  return sources.find(
-    tuple(source),
-    where=config['where'],
-    classes=tuple(config['classes']),
-    path_column=config['path_column'],
-    label_column=config['label_column'],
-    split=config['split'],
-  )
-
-
-def make_spec(config: Mapping[str, Any], **overrides: Any) -> clip_lib.Spec:
-  """The clip that `config.data` describes."""
-  names = {field.name for field in dataclasses.fields(clip_lib.Spec)}
-  values = {name: config[name] for name in config if name in names}
-  size = config['size']
-  size = (size, size) if isinstance(size, int) else tuple(size)
-  values.update(height=size[0], width=size[1])
-  for name in ('crop_scale', 'crop_aspect'):
-    values[name] = tuple(values[name])
-  return clip_lib.Spec(**{**values, **overrides})
-
-
-def make_policy(
-  config: Mapping[str, Any], seed: int, **overrides: Any
-) -> loading.Policy:
-  """How `config.data` wants files to be read."""
-  workers = config['workers']
-  if workers < 0 or config['decode_processes'] < 0:
-    raise ValueError('data.workers and data.decode_processes are 0 or more')
-  spread = max(1, loading.cores() // max(workers, 1))
-  names = ('retries', 'isolate', 'deadline_s', 'memory_limit_mb')
-  values = {name: config[name] for name in names}
-  values['processes'] = config['decode_processes'] or spread
-  return loading.Policy(seed=seed, **{**values, **overrides})
 
 
 def videos_per_process(batch_size: int, processes: int, clips: int) -> int:

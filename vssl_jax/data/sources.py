@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from vssl_jax.data import decode, manifests, records
 from vssl_jax.data import item as item_lib
 
 
+@runtime_checkable
 class Source(Protocol):
   """What the pipeline wants of a list of videos."""
 

@@ -33,6 +33,31 @@ def window(count: int, frames: int, stride: int, chance: float) -> np.ndarray:
   return _reachable(start + np.arange(frames) * stride, count, stride, start)
 
 
+def part(
+  count: int, frames: int, stride: int, chance: float, which: int, parts: int
+) -> np.ndarray:
+  """A window inside one of `parts` equal parts of the video.
+
+  It starts in its part, and reaches into the next where that is too short.
+
+  Args:
+    count: frames in the video.
+    frames: frames in the clip.
+    stride: distance of neighbours, in frames.
+    chance: in [0, 1), where to start.
+    which: number of the part.
+    parts: how many there are.
+
+  Returns:
+    int64 [frames].
+  """
+  low, high = which * count // parts, (which + 1) * count // parts
+  span = (frames - 1) * stride + 1
+  start = low + int(chance * (max(high - low - span, 0) + 1))
+  start = max(min(start, count - span), 0)
+  return _reachable(start + np.arange(frames) * stride, count, stride, start)
+
+
 def scattered(count: int, frames: int, chances: np.ndarray) -> np.ndarray:
   """One frame out of each of `frames` equal parts of the video.
 

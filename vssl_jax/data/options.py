@@ -1,0 +1,98 @@
+"""The keys of `config.data`, and what is built from them."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from vssl_jax.data import clip as clip_lib
+from vssl_jax.data import loading, sources
+
+
+def default() -> ml_collections.ConfigDict:
+  """Every key of `config.data`."""
+  return ml_collections.ConfigDict(
+    dict(
+      # --- where the videos are
+      # A folder (folders inside it name classes), a manifest (csv, tsv,
+      # space separated, jsonl), ArrayRecord shards, a TFDS directory; or
+      # several of these, separated by commas.
+      source='',
+      weights=(),  # shares of the sources in each batch; (): by their sizes
+      where='',  # rows of a manifest: 'fold=0,1' or 'fold!=3'
+      path_column='',  # of a manifest; '': found by its name
+      label_column='',
+      split='train',  # of a TFDS directory
+      classes=(),  # names in the order of their labels; (): found out
+      # --- what a clip is
+      frames=16,
+      stride=4,  # frames from one to the next
+      fps=0.0,  # frames per second instead, by time stamps (then stride=1)
+      size=(224, 224),  # height, width in pixels
+      channels=3,  # 1: grey
+      # 'window': T neighbours anywhere; 'parts': the same, but repeat r in the
+      # r-th of `repeats` equal parts; 'scattered': a frame from each of T parts
+      sampling='window',
+      min_frames=1,  # videos with fewer are bad; others repeat the last frame
+      # --- how it is augmented
+      crop='random_resized',  # or 'multi_scale', 'centre'
+      crop_scale=(0.3, 1.0),  # area of random_resized, of the picture
+      crop_aspect=(0.75, 4 / 3),  # width / height of random_resized
+      crop_part=1.0,  # side of centre crops, of the largest that fits
+      flip=True,  # left-right; off where direction is the label
+      repeats=1,  # clips per video in a batch, for one opening of the file
+      repeat_frames='own',  # 'shared': same frames, other crops (cheaper)
+      # --- how it is read
+      workers=0,  # processes that build batches; 0: threads of this one
+      decode_processes=0,  # readers in each of these; 0: one per core
+      isolate=True,  # readers are child processes, killed when they hang
+      prefetch=2,  # batches ready in advance, per worker
+      deadline_s=20.0,  # for the clips of one video
+      memory_limit_mb=1024,  # of a reader
+      max_pixels=2**26,  # of a picture; larger ones are refused unread
+      # --- when a video cannot be read
+      retries=2,  # of errors of the disk
+      max_bad_fraction=0.05,  # stop above this share of unreadable videos
+    )
+  )
+
+
+def find(config: Mapping[str, Any]) -> sources.Joined:
+  """Lists the videos that `config.data` names."""
+  source = config['source']
+  source = source.split(',') if isinstance(source, str) else tuple(source)
+  return sources.find(
+    tuple(source),
+    where=config['where'],
+    classes=tuple(config['classes']),
+    path_column=config['path_column'],
+    label_column=config['label_column'],
+    split=config['split'],
+  )
+
+
+def spec(config: Mapping[str, Any], **overrides: Any) -> clip_lib.Spec:
+  """The clip that `config.data` describes."""
+  names = {field.name for field in dataclasses.fields(clip_lib.Spec)}
+  values = {name: config[name] for name in config if name in names}
+  size = config['size']
+  size = (size, size) if isinstance(size, int) else tuple(size)
+  values.update(height=size[0], width=size[1])
+  for name in ('crop_scale', 'crop_aspect'):
+    values[name] = tuple(values[name])
+  return clip_lib.Spec(**{**values, **overrides})
+
+
+def policy(
+  config: Mapping[str, Any], seed: int, **overrides: Any
+) -> loading.Policy:
+  """How `config.data` wants files to be read."""
+  workers = config['workers']
+  if workers < 0 or config['decode_processes'] < 0:
+    raise ValueError('data.workers and data.decode_processes are 0 or more')
+  even = max(1, loading.cores() // max(workers, 1))
+  names = ('retries', 'isolate', 'deadline_s', 'memory_limit_mb')
+  values = {name: config[name] for name in names}
+  values['processes'] = config['decode_processes'] or even
+  return loading.Policy(seed=seed, **{**values, **overrides})

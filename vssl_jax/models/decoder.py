@@ -87,7 +87,7 @@ class VideoMaeDecoder(nn.Module):
     init = nn.initializers.truncated_normal(0.02, lower=-1, upper=1)
     learned = self.param('mask_token', init, (1, self.width), jnp.float32)
     table = positions.table(self, 'sinusoid_1d', grid, self.width)
-    x = predictor.join(z, learned, mask, table)
+    x = predictor.join(z, jnp.asarray(learned), mask, table)
     x = blocks.run(self.block_spec, self.depth, x, None)[-1]
     x = x[:, mask.visible.shape[1] :]
     x = layers.layer_norm('norm', self.norm_eps, self.dtype)(x)

@@ -128,7 +128,7 @@ def table(
       )
     init = nn.initializers.normal(0.02)
     learned = module.param('positions', init, (*grid, width), jnp.float32)
-    return learned.reshape(-1, width)
+    return jnp.asarray(learned).reshape(-1, width)
   return jnp.asarray(TABLES[kind](grid, width)) if kind in TABLES else None
 
 

@@ -92,7 +92,7 @@ class Predictor(nn.Module):
     ]
     table = positions.table(self, self.positions, grid, self.width)
     token = learned[token % self.num_mask_tokens]
-    x = join(z, token, mask, table)
+    x = join(z, jnp.asarray(token), mask, table)
     rope = None
     if self.positions in positions.ROTATIONS:
       index = jnp.concatenate([mask.visible, mask.masked], axis=1)

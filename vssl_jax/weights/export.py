@@ -1,0 +1,129 @@
+"""Writes an encoder as safetensors, in a published layout where one fits."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vssl_jax import trees
+from vssl_jax.models import vit
+from vssl_jax.weights import convert, modules, read, tables
+from vssl_jax.weights import source as source_lib
+
+LAYOUTS = ('auto', 'vjepa2', 'videomae', source_lib.OURS)
+
+
+def export(
+  encoder: vit.Vit,
+  params: Any,
+  folder: str | os.PathLike[str],
+  *,
+  video: Sequence[int] = (16, 224, 224, 3),
+  layout: str = 'auto',
+) -> str:
+  """Writes `model.safetensors` and `config.json`.
+
+  Args:
+    encoder: the module.
+    params: its parameters.
+    folder: made if need be.
+    video: (T, H, W, C) of the clips it was trained on.
+    layout: `vjepa2` or `videomae`, which `transformers` can load,
+      `vssl_vit`, which fits every encoder, or `auto`: the first that fits.
+
+  Returns:
+    The layout.
+
+  Raises:
+    WeightsError: the layout cannot express this encoder; says which field.
+  """
+  obstacles = {
+    'vjepa2': _obstacle(encoder, 'vjepa2', video),
+    'videomae': _obstacle(encoder, 'videomae', video),
+    source_lib.OURS: '',
+  }
+  if layout == 'auto':
+    layout = next(name for name in obstacles if not obstacles[name])
+  if layout not in obstacles:
+    raise read.WeightsError(f'layout is {layout!r}, wanted one of {LAYOUTS}')
+  if obstacles[layout]:
+    raise read.WeightsError(
+      f'layout {layout!r} has no place for {obstacles[layout]}: other code '
+      f'would compute something else; use {source_lib.OURS!r}'
+    )
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  if layout == source_lib.OURS:
+    tensors = {n: np.asarray(x) for n, x in trees.named_leaves(params)}
+  else:
+    table = {'vjepa2': tables.VJEPA2, 'videomae': tables.VIDEOMAE}[layout]
+    rows = table['encoder'].rows(encoder.depth)
+    tensors = convert.to_theirs(params, rows, encoder.patch)
+  read.write_safetensors(folder / 'model.safetensors', tensors)
+  config = _config(encoder, layout, video)
+  (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
+  return layout
+
+
+def _obstacle(encoder: vit.Vit, layout: str, video: Sequence[int]) -> str:
+  """Returns the first field that a published layout cannot express."""
+  wanted = dict(modules.FIELDS[layout], gelu=('exact', 'tanh'))
+  del wanted['init_family']
+  if layout == 'vjepa2':
+    wanted['final_norm'] = True
+  if encoder.patch[1] != encoder.patch[2] or video[1] != video[2]:
+    return (
+      f'patch {encoder.patch} of clips {tuple(video)}, which are not square'
+    )
+  for field, value in wanted.items():
+    found = getattr(encoder, field)
+    if found not in (value if isinstance(value, tuple) else (value,)):
+      return f'{field}={found!r}'
+  return ''
+
+
+def _config(
+  encoder: vit.Vit, layout: str, video: Sequence[int]
+) -> dict[str, Any]:
+  if layout == source_lib.OURS:
+    fields = {
+      f.name: getattr(encoder, f.name)
+      for f in dataclasses.fields(encoder)
+      if f.name not in ('parent', 'name')
+    }
+    return {'model_type': layout, 'vit': fields, 'video': list(video)}
+  mlp = encoder.block_spec.mlp_width
+  config = {
+    'model_type': layout,
+    'hidden_size': encoder.width,
+    'num_hidden_layers': encoder.depth,
+    'num_attention_heads': encoder.num_heads,
+    'hidden_act': 'gelu' if encoder.gelu == 'exact' else 'gelu_pytorch_tanh',
+    'layer_norm_eps': encoder.norm_eps,
+    'patch_size': encoder.patch[1],
+    'tubelet_size': encoder.patch[0],
+    'image_mean': list(encoder.mean),
+    'image_std': list(encoder.std),
+  }
+  if layout == 'vjepa2':
+    return config | {
+      'architectures': ['VJEPA2Model'],
+      'crop_size': video[1],
+      'frames_per_clip': video[0],
+      'in_chans': video[3],
+      'mlp_ratio': mlp / encoder.width,
+      'qkv_bias': True,
+    }
+  return config | {
+    'architectures': ['VideoMAEModel'],
+    'image_size': video[1],
+    'num_frames': video[0],
+    'num_channels': video[3],
+    'intermediate_size': mlp,
+    'qkv_bias': True,
+    'use_mean_pooling': not encoder.final_norm,
+  }

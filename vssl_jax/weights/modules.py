@@ -1,0 +1,134 @@
+"""Networks for published weights, from the shapes in the file."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from vssl_jax.models import decoder, predictor, vit
+from vssl_jax.weights import read, tables
+from vssl_jax.weights import source as source_lib
+
+# Attention heads by width, for files that come without a config.
+HEADS = {
+  'vjepa2': {1024: 16, 1280: 16, 1408: 22, 384: 12},
+  'videomae': {384: 6, 768: 12, 1024: 16, 1280: 16, 192: 3, 512: 8, 640: 8},
+}
+FIELDS = {
+  'vjepa2': {
+    'positions': 'rope_3d',
+    'rope_pairing': 'vjepa2',
+    'qkv_bias': 'full',
+    'init_family': 'vjepa',
+  },
+  'videomae': {
+    'positions': 'sinusoid_1d',
+    'qkv_bias': 'qv',
+    'init_family': 'videomae',
+  },
+}
+
+
+def build(found: source_lib.Found, part: str, num_heads: int | None) -> Any:
+  """Builds the network of a source without reading its numbers.
+
+  Sizes come from the shapes of the tensors, not from the config, which is
+  known to be wrong about the depth of some published predictors.
+
+  Args:
+    found: the source.
+    part: `encoder` or `head`.
+    num_heads: attention heads; None for the config's, or the usual ones.
+
+  Raises:
+    WeightsError: the file does not tell the network.
+  """
+  if found.layout is None:
+    if 'vit' not in found.config or part != 'encoder':
+      raise read.WeightsError(
+        f'{found.source}: weights of layout {source_lib.OURS} are encoders and '
+        'need the config.json that was written beside them'
+      )
+    return vit.make(found.config['vit'])
+  shapes = {n: x.shape for n, (_, x) in found.tensors(part).items()}
+  table = found.layout.parts[part]
+  with _says_what_is_missing(found.source):
+    common = _common(found, table, part, shapes, num_heads)
+    if part == 'encoder':
+      embed = next(r for r in table.rows(0) if r.form == 'conv').theirs
+      # Fine-tuned VideoMAE has none: its norm comes after the mean.
+      norm = {r.ours: r.theirs for r in table.rows(0)}['norm/scale'] in shapes
+      colours = _colours(found.config)
+      return vit.Vit(
+        **common,
+        **FIELDS[found.layout.family],
+        patch=tuple(shapes[embed][2:]),
+        final_norm=norm or found.layout.family == 'vjepa2',
+        **colours,
+      )
+    last = next(r.theirs for r in table.rows(0) if r.ours == 'head/kernel')
+    common['out_width'] = shapes[last][0]
+    if found.layout.family == 'videomae':
+      return decoder.VideoMaeDecoder(**common)
+    stacked = shapes.get('predictor.embeddings.mask_tokens')
+    single = sum(n.startswith('mask_tokens.') for n in shapes)
+    return predictor.Predictor(
+      **common,
+      num_mask_tokens=stacked[0] if stacked else single,
+      rope_pairing='vjepa2',
+    )
+
+
+@contextlib.contextmanager
+def _says_what_is_missing(source: str) -> Iterator[None]:
+  try:
+    yield
+  except KeyError as e:
+    raise read.WeightsError(f'{source}: no tensor {e}') from e
+
+
+def _common(
+  found: source_lib.Found,
+  table: tables.Part,
+  part: str,
+  shapes: Mapping[str, tuple[int, ...]],
+  num_heads: int | None,
+) -> dict[str, Any]:
+  """Returns the fields that encoders and heads share."""
+  config, family = found.config, found.layout.family
+  rows = {r.ours: r.theirs for r in table.rows(1)}
+  mlp, width = shapes[rows['block_00/mlp/fc1/kernel']]
+  if part == 'encoder':
+    name = 'num_attention_heads'
+  else:
+    name = {
+      'vjepa2': 'pred_num_attention_heads',
+      'videomae': 'decoder_num_attention_heads',
+    }[family]
+  heads = num_heads or config.get(name) or HEADS[family].get(width)
+  if heads is None:
+    raise read.WeightsError(
+      f'{found.source}: width {width} does not tell the number of heads; give '
+      'num_heads'
+    )
+  activation = config.get('hidden_act', 'gelu')
+  if activation not in ('gelu', 'gelu_new', 'gelu_pytorch_tanh'):
+    raise read.WeightsError(
+      f'{found.source}: hidden_act is {activation!r}, wanted a GELU'
+    )
+  return {
+    'width': width,
+    'depth': table.depth(shapes),
+    'num_heads': heads,
+    'mlp_width': mlp,
+    'gelu': 'exact' if activation == 'gelu' else 'tanh',
+    'norm_eps': config.get('layer_norm_eps', 1e-6),
+  }
+
+
+def _colours(config: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
+  if 'image_mean' not in config:
+    return {}
+  return {
+    'mean': tuple(config['image_mean']),
+    'std': tuple(config['image_std']),
+  }

@@ -1,0 +1,142 @@
+"""Published encoders from a local folder, a file, or the hub."""
+
+import dataclasses
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vssl_jax import masking
+from vssl_jax.models import layers, vit
+from vssl_jax.weights import convert, modules, read, tables
+from vssl_jax.weights import source as source_lib
+
+
+def describe(source: str | os.PathLike[str]) -> vit.Vit:
+  """Returns the encoder of a source without reading its numbers."""
+  found = source_lib.open_source(source)
+  return modules.build(found, 'encoder', None)
+
+
+def clip_shape(source: str | os.PathLike[str]) -> tuple[int, int, int, int]:
+  """Returns (T, H, W, C) of the clips that the encoder was trained on.
+
+  Files without a config give VideoMAE's 16 frames of 224 x 224.
+  """
+  config = source_lib.open_source(source).config
+  if 'video' in config:
+    t, h, w, c = config['video']
+    return t, h, w, c
+  frames = config.get('frames_per_clip', config.get('num_frames', 16))
+  side = config.get('crop_size', config.get('image_size', 224))
+  if isinstance(side, dict):  # of an image processor
+    side = side['height']
+  return frames, side, side, 3
+
+
+def load_published(
+  source: str | os.PathLike[str],
+  *,
+  part: str = 'encoder',
+  num_heads: int | None = None,
+  grid: layers.Grid | None = None,
+  allow_missing: Iterable[str] = (),
+  allow_unused: Iterable[str] = (),
+  **fields: Any,
+) -> tuple[nn.Module, dict[str, Any], convert.Report]:
+  """Loads published weights.
+
+  Args:
+    source: a folder with `config.json` and safetensors files, a single
+      `.safetensors`, `.npz`, `.pth` or `.pt` file, or a hub id.
+    part: `encoder`, or `head` for the predictor or decoder beside it.
+    num_heads: attention heads, for a file without a config whose width says
+      nothing about them.
+    grid: tokens (t, h, w) to resize learned positions to; None for the
+      file's own.
+    allow_missing: patterns of our names that may stay unfilled.
+    allow_unused: patterns of their keys that may fill nothing, beside other
+      parts of the published model.
+    **fields: replace fields of the module, such as `dtype` and `remat`.
+
+  Returns:
+    The module, its float32 parameters, and what became of every key.
+
+  Raises:
+    WeightsError: nothing there, an unknown layout, or keys that do not fit.
+  """
+  found = source_lib.open_source(source)
+  module = modules.build(found, part, num_heads).clone(**fields)
+  named = found.tensors(part)
+  shapes = _shapes(module, named, grid)
+  rows, others = _rows(found, part, module, named)
+  keys = {name: key for name, (key, _) in named.items()}
+  params, report = convert.to_ours(
+    {name: x for name, (_, x) in named.items()},
+    rows,
+    shapes,
+    source=found.source,
+    layout=found.layout.name if found.layout else source_lib.OURS,
+    allow_missing=allow_missing,
+    allow_unused=(*allow_unused, *others),
+  )
+  report = dataclasses.replace(
+    report,
+    loaded=tuple(keys[n] for n in report.loaded),
+    unused=tuple(keys[n] for n in report.unused),
+  )
+  logging.getLogger(__name__).info('%s', report)
+  return module, params, report
+
+
+def _rows(
+  found: source_lib.Found, part: str, module: Any, named: Mapping[str, Any]
+) -> tuple[tuple[tables.Row, ...], tuple[str, ...]]:
+  """Returns the table, and patterns of keys that belong elsewhere."""
+  if found.layout is None:
+    return tuple(tables.Row(n, n) for n in named), ()
+  tokens = getattr(module, 'num_mask_tokens', 1)
+  rows = found.layout.parts[part].rows(module.depth, tokens)
+  others = list(found.layout.others)
+  for name, other in found.layout.parts.items():
+    if name != part:
+      others += [
+        f'{re.escape(row.theirs)}$'
+        for row in other.rows(other.depth(named), tokens)
+      ]
+  return rows, tuple(others)
+
+
+def _shapes(
+  module: Any, named: Mapping[str, Any], grid: layers.Grid | None
+) -> Any:
+  """Returns the module's parameters as shapes."""
+  key = jax.random.key(0)
+  if isinstance(module, vit.Vit):
+    if grid is None:
+      table = named.get('positions')
+      grid = table[1].shape[:3] if table else (1, 1, 1)
+    size = [n * p for n, p in zip(grid, module.patch, strict=True)]
+    clip = jax.ShapeDtypeStruct((1, *size, len(module.mean)), jnp.uint8)
+    return jax.eval_shape(module.init, key, clip)['params']
+  index = jnp.zeros((1, 1), jnp.int32)
+  width = _in_width(module, named)
+  return jax.eval_shape(
+    lambda: module.init(
+      key, jnp.zeros((1, 1, width)), masking.Mask(index, index), (1, 1, 1)
+    )
+  )['params']
+
+
+def _in_width(module: Any, named: Mapping[str, Any]) -> int:
+  """Returns the width of the encoder in front of a head."""
+  for name in ('predictor.embeddings.predictor_embeddings', 'predictor_embed',
+               'encoder_to_decoder'):  # fmt: skip
+    if f'{name}.weight' in named:
+      return named[f'{name}.weight'][1].shape[1]
+  raise read.WeightsError('the file has no predictor and no decoder')

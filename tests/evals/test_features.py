@@ -122,6 +122,25 @@ def test_shuffled_passes_drop_the_rest_and_differ():
   np.testing.assert_array_equal(small.weight, [1, 1, 1, 0])
 
 
+def test_only_some_videos_in_full_batches():
+  batches = [
+    {k: v[i : i + 8] for k, v in clips(9, 1, 2, pad=6).items()}
+    for i in (0, 8, 16)
+  ]
+  found = list(features.only(batches, lambda index: index % 2 == 0))
+  assert [len(b['index']) for b in found] == [8, 8]
+  index = np.concatenate([b['index'] for b in found])
+  weight = np.concatenate([b['weight'] for b in found])
+  np.testing.assert_array_equal(
+    index[weight > 0], [0, 0, 2, 2, 4, 4, 6, 6, 8, 8]
+  )
+  source = np.concatenate([b['video'] for b in batches])
+  picked = np.concatenate([b['video'] for b in found])[weight > 0]
+  np.testing.assert_array_equal(picked[:2], source[:2])
+  np.testing.assert_array_equal(picked[2:4], source[4:6])
+  assert not list(features.only(batches, lambda index: index < 0))
+
+
 def test_no_clips_is_an_error():
   with pytest.raises(ValueError, match='no clips'):
     features.table(encode, [])

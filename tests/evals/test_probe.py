@@ -195,6 +195,12 @@ def test_no_gradient_reaches_the_encoder_and_its_parameters_stay():
   jax.tree.map(np.testing.assert_array_equal, before, params)
 
 
+def test_unlabelled_test_videos_are_not_counted():
+  test = gaussians(30, 1)
+  test.label[:4] = -1
+  assert run('linear', test=test).total == 26
+
+
 def test_unknown_protocol_is_named():
   with pytest.raises(ValueError, match="found 'attention'"):
     probe.network('attention', 3, probe.default())

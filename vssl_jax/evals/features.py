@@ -110,6 +110,41 @@ def join(batch: Mapping[str, Any], segments: int) -> dict[str, np.ndarray]:
   return {'video': video.reshape(*shape, *video.shape[1:]), **joined}
 
 
+def only(
+  batches: Batches, keep: Callable[[np.ndarray], np.ndarray]
+) -> Iterator[Mapping[str, np.ndarray]]:
+  """Yields batches of the same size that hold some videos only.
+
+  Args:
+    batches: clips, all of a video in successive rows.
+    keep: numbers of videos -> whether they are kept.
+  """
+  held: dict[str, np.ndarray] = {}
+  size = 0
+  for batch in batches:
+    size = len(batch['index'])
+    weight = np.asarray(batch.get('weight', np.ones(size)), np.float32)
+    rows = keep(np.asarray(batch['index'])) & (weight > 0)
+    part = {
+      name: np.asarray(x)[rows]
+      for name, x in (dict(batch) | {'weight': weight}).items()
+      if np.ndim(x) and len(x) == size
+    }
+    held = {
+      name: np.concatenate([held[name], x]) if held else x
+      for name, x in part.items()
+    }
+    while len(held['index']) >= size:
+      yield {name: x[:size] for name, x in held.items()}
+      held = {name: x[size:] for name, x in held.items()}
+  left = len(held['index']) if held else 0
+  if left:
+    at = np.resize(np.arange(left), size)
+    last = {name: x[at] for name, x in held.items()}
+    last['weight'] = last['weight'] * (np.arange(size) < left)
+    yield last
+
+
 def put(
   batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh | None
 ) -> dict[str, Array]:
@@ -172,9 +207,12 @@ class Table:
     for start in range(0, len(order), size):
       rows = order[start : start + size]
       real = np.arange(size) < len(rows)
-      rows = np.resize(rows, size)
-      part = dataclasses.asdict(self.take(rows))
+      part = dataclasses.asdict(self.take(np.resize(rows, size)))
       part['weight'] = real.astype(np.float32)
+      # Every host holds the table and puts its share of the batch.
+      low = size // jax.process_count() * jax.process_index()
+      high = low + size // jax.process_count()
+      part = {name: x[low:high] for name, x in part.items()}
       yield Tokens(**put(part, mesh))
 
 

@@ -10,11 +10,14 @@ import functools
 import itertools
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key
+
+from vssl_jax.models import readout as readout_lib
+
+Readout = readout_lib.Attentive | readout_lib.Linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Spec:
       step: less memory for activations and gradients, the same result.
   """
 
-  readout: nn.Module
+  readout: Readout
   lrs: tuple[float, ...]
   wds: tuple[float, ...]
   steps: int

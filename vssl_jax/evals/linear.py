@@ -3,7 +3,7 @@
 import jax
 from jaxtyping import Array, Key
 
-from vssl_jax.evals import features, probe
+from vssl_jax.evals import features, outcome, probe
 from vssl_jax.models import readout
 
 
@@ -15,7 +15,7 @@ def fit(
   settings: probe.Settings | None = None,
   batch_size: int = 256,
   key: Key[Array, ''] | None = None,
-) -> probe.Outcome:
+) -> outcome.Outcome:
   """Trains a grid of linear heads on features in memory and tests them.
 
   Args:

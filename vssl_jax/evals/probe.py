@@ -1,24 +1,19 @@
-"""Frozen probes: heads trained on tokens, chosen on held-out training clips.
-
-Two accuracies are reported. `max` is that of the best head on the test clips,
-as published probes report it; choosing there flatters. `selected` is that of
-the head chosen on a tenth of the training clips that no head was trained on.
-"""
+"""Frozen probes: heads trained on tokens, chosen on held-out training clips."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import ml_collections
 import numpy as np
 from jaxtyping import Array, Bool, Int, Key
 
-from vssl_jax.evals import features, heads, statistics, votes
+from vssl_jax.evals import features, heads, outcome, votes
 from vssl_jax.models import readout
 
 Rows = Iterable[features.Tokens]
+Log = Callable[[Mapping[str, Any]], None]
 
 # Published grid: SALT (arXiv 2509.24317), appendix, systematic protocol.
 LRS = (5e-3, 3e-3, 1e-3, 3e-4, 1e-4)
@@ -30,11 +25,12 @@ def default() -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(
     dict(
       protocol='attentive',  # 'linear', 'knn'
-      # What is classified: videos as in config.data, these keys instead.
+      # What is classified. Everything else about the videos stands in
+      # config.data; ('',) is its source.
       train=('',),
       train_where='',  # rows of a manifest: 'fold!=0'
       test=('',),
-      test_where='',
+      test_where='',  # 'fold=0'
       # The tap: fraction of the blocks to run; 0.0 is the last one and the
       # final norm.
       depth=0.0,
@@ -80,64 +76,6 @@ class Settings:
   holdout: float = 0.1
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-  """Accuracies of all heads.
-
-  Attributes:
-    pairs: (learning rate, weight decay) of each head.
-    correct: test videos that each head got right.
-    top5: and those whose class was among its five likeliest.
-    total: test videos.
-    held: fraction of held-out videos that each head got right, or None.
-    held_total: held-out videos.
-    selected: head chosen on the held-out videos, or None.
-    history: one entry per test: epoch, losses and accuracies.
-    predictions: videos [n], true classes [n] and predicted ones [n, heads].
-  """
-
-  pairs: list[tuple[float, float]]
-  correct: np.ndarray
-  top5: np.ndarray
-  total: int
-  held: np.ndarray | None
-  held_total: int
-  selected: int | None
-  history: list[dict[str, Any]]
-  predictions: tuple[np.ndarray, np.ndarray, np.ndarray]
-
-  @property
-  def best(self) -> int:
-    """The head with most test videos right."""
-    return int(np.argmax(self.correct))
-
-  def accuracy(self, head: int) -> dict[str, Any]:
-    """Returns accuracy, 95 % interval and grid point of a head."""
-    count = int(self.correct[head])
-    low, high = statistics.interval(count, self.total)
-    lr, wd = self.pairs[head]
-    return {
-      'accuracy': count / self.total,
-      'interval': [low, high],
-      'top5': int(self.top5[head]) / self.total,
-      'lr': lr,
-      'wd': wd,
-    }
-
-  def summary(self) -> dict[str, Any]:
-    """Returns what a report says of the heads."""
-    out: dict[str, Any] = {
-      'max': self.accuracy(self.best),
-      'median': float(np.median(self.correct)) / self.total,
-      'heads': len(self.pairs),
-      'evaluated': self.total,
-      'held_out': self.held_total,
-    }
-    if self.selected is not None:
-      out['selected'] = self.accuracy(self.selected)
-    return out
-
-
 def held_out(
   index: Int[np.ndarray, 'n'], fraction: float
 ) -> Bool[np.ndarray, 'n']:
@@ -152,7 +90,7 @@ def held_out(
 
 
 def measure(
-  network: nn.Module,
+  network: heads.Readout,
   settings: Settings,
   *,
   train: Callable[[int], Rows],
@@ -161,8 +99,8 @@ def measure(
   held: Callable[[], Rows] | None = None,
   views: int = 1,
   key: Key[Array, ''],
-  log: Callable[[Mapping[str, Any]], None] = lambda entry: None,
-) -> Outcome:
+  log: Log = lambda entry: None,
+) -> outcome.Outcome:
   """Trains a grid of heads on frozen features and tests them.
 
   Args:
@@ -247,15 +185,16 @@ def count(
     index = features.fetch(rows.index)
     if held:
       weight = weight * held_out(index, held)
+    label = features.fetch(rows.label)
     found.add(
       features.fetch(heads.predict(spec, state, rows.tokens)),
-      features.fetch(rows.label),
+      label,
       index,
       features.fetch(rows.view),
-      weight,
+      weight * (label >= 0),
     )
   if not found.total:
-    raise ValueError('probe: there are no clips to test on')
+    raise ValueError('probe: there are no labelled clips to test on')
   return found
 
 
@@ -264,13 +203,13 @@ def _outcome(
   tested: votes.Votes,
   chosen: votes.Votes | None,
   history: list[dict[str, Any]],
-) -> Outcome:
+) -> outcome.Outcome:
   held, selected = None, None
   if chosen is not None:
     held = chosen.correct() / chosen.total
     # Few clips give many ties: the more probable truth decides.
     selected = int(np.lexsort((chosen.loss(), -held))[0])
-  return Outcome(
+  return outcome.Outcome(
     pairs=spec.pairs,
     correct=tested.correct(),
     top5=tested.correct(5),
@@ -284,52 +223,60 @@ def _outcome(
 
 
 def on_tables(
-  network: nn.Module,
+  network: heads.Readout,
   settings: Settings,
   train: features.Table,
-  test: features.Table,
+  test: features.Table | Callable[[], Rows],
   *,
   batch_size: int = 256,
   views: int = 1,
   key: Key[Array, ''],
   mesh: jax.sharding.Mesh | None = None,
-) -> Outcome:
-  """Probes features that are held in memory.
+  log: Log = lambda entry: None,
+) -> outcome.Outcome:
+  """Probes training features that are held in memory.
 
   Args:
     network: the readout.
     settings: how it is trained.
     train: training rows.
-    test: test rows.
+    test: test rows, or what makes a pass over them.
     batch_size: rows per step; a smaller table is one padded batch.
     views: rows per test video.
     key: of first values and order.
     mesh: its devices split each batch.
+    log: gets each entry of the history.
   """
   seed = jax.random.key_data(key).astype(np.uint32).tolist()
   out = held_out(train.index, settings.holdout)
-  rest = train.take(~out)
+  rest, chosen = train.take(~out), train.take(out)
 
   def epoch(number: int) -> Rows:
     rng = np.random.default_rng([*seed, number])
     return rest.batches(batch_size, rng=rng, mesh=mesh)
 
-  chosen = train.take(out)
+  def tests() -> Rows:
+    return test.batches(batch_size, mesh=mesh)
+
+  def held() -> Rows:
+    return chosen.batches(batch_size, mesh=mesh)
+
   return measure(
     network,
     settings,
     train=epoch,
     steps_per_epoch=max(len(rest) // batch_size, 1),
-    test=lambda: test.batches(batch_size, mesh=mesh),
-    held=(lambda: chosen.batches(batch_size, mesh=mesh)) if out.any() else None,
+    test=tests if isinstance(test, features.Table) else test,
+    held=held if out.any() else None,
     views=views,
     key=key,
+    log=log,
   )
 
 
 def network(
   protocol: str, classes: int, config: ml_collections.ConfigDict
-) -> readout.Attentive | readout.Linear:
+) -> heads.Readout:
   """Returns the readout of a protocol.
 
   Args:

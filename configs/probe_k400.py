@@ -1,0 +1,31 @@
+"""Frozen attentive probe on Kinetics-400, `:fast` for one view.
+
+Paper: SALT, arXiv 2509.24317, appendix (after V-JEPA 2). 20 heads, one per
+learning rate and weight decay, 8 segments x 3 views; `:fast` is its 16x1x1
+with one head. Theirs adds RandAugment and random erasing; here crops only.
+Copies of Kinetics differ (19,761 to 19,907 validation videos): the report
+says how many were evaluated.
+Hardware: 20 ViT-L heads take some 16 GB; --config.probe.groups=4 needs less.
+Command: bash launch/local.sh --config=configs/probe_k400.py \
+  --config.encoder=<run folder, folder with published weights, or hub id> \
+  --config.probe.train=<train.csv> --config.probe.test=<validation.csv>
+Expected, `max`: SALT L 85.4, H 86.0, g 86.8, G 87.2; V-JEPA 2 L 85.1, g 86.6;
+DINOv2 83.6, VideoMAEv2-g 82.8; `:fast`: SALT B 70.9, L 76.0. Ours: not run.
+"""
+
+from vssl_jax import config as config_lib
+
+
+def get_config(variant=''):
+  if variant not in ('', 'fast'):
+    raise ValueError(f'probe_k400.py: found :{variant}, wanted :fast')
+  c = config_lib.default()
+  c.job = 'probe'
+  c.data.frames, c.data.stride, c.data.size = 16, 4, (224, 224)
+  c.data.crop_scale, c.data.crop_aspect = (0.08, 1.0), (0.75, 4 / 3)
+  c.data.flip = False
+  c.data.workers = 8
+  c.probe.segments, c.probe.views = (1, 1) if variant else (8, 3)
+  if variant:
+    c.probe.lrs, c.probe.wds = (1e-3,), (0.01,)
+  return c

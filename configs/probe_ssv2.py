@@ -1,0 +1,29 @@
+"""Frozen attentive probe on Something-Something v2, `:fast` for one view.
+
+Paper: SALT, arXiv 2509.24317, appendix (after V-JEPA 2). 20 heads, one per
+learning rate and weight decay, 2 segments x 3 views; `:fast` is its 16x1x1
+with one head. Theirs adds RandAugment and random erasing; here crops only.
+Hardware: 20 ViT-L heads take some 16 GB; --config.probe.groups=4 needs less.
+Command: bash launch/local.sh --config=configs/probe_ssv2.py \
+  --config.encoder=<run folder, folder with published weights, or hub id> \
+  --config.probe.train=<train.csv> --config.probe.test=<validation.csv>
+Expected, `max`: SALT L 74.9, H 75.4, g 76.2, G 76.1; V-JEPA 2 L 73.7, g 75.3;
+DINOv2 50.7, VideoMAEv2-g 56.1; `:fast`: SALT B 66.1, L 71.3. Ours: not run.
+"""
+
+from vssl_jax import config as config_lib
+
+
+def get_config(variant=''):
+  if variant not in ('', 'fast'):
+    raise ValueError(f'probe_ssv2.py: found :{variant}, wanted :fast')
+  c = config_lib.default()
+  c.job = 'probe'
+  c.data.frames, c.data.stride, c.data.size = 16, 4, (224, 224)
+  c.data.crop_scale, c.data.crop_aspect = (0.08, 1.0), (0.75, 4 / 3)
+  c.data.flip = False  # left and right are labels here
+  c.data.workers = 8
+  c.probe.segments, c.probe.views = (1, 1) if variant else (2, 3)
+  if variant:
+    c.probe.lrs, c.probe.wds = (1e-3,), (0.01,)
+  return c

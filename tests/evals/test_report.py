@@ -1,0 +1,62 @@
+import json
+
+from vssl_jax.evals import report
+
+REPORT = {
+  'encoder': 'runs/x',
+  'protocol': 'linear',
+  'tap': 'last block, final norm',
+  'clip': [8, 32, 32, 3],
+  'timing': 'stride 1',
+  'segments': 2,
+  'views': 3,
+  'train': {'source': 'a', 'videos': 40},
+  'test': {'source': 'b', 'evaluated': 19, 'missing': 1},
+  'held_out': 4,
+  'classes': [f'c{i}' for i in range(10)],
+  'chance': 0.1,
+  'results': {
+    'selected': {
+      'accuracy': 0.5,
+      'interval': [0.3, 0.7],
+      'lr': 1e-3,
+      'wd': 0.01,
+    },
+    'max': {'accuracy': 0.75, 'interval': [0.5, 0.9], 'lr': 5e-3, 'wd': 0.1},
+  },
+  'median': 0.25,
+}
+
+
+def test_text_says_how_it_was_measured_and_labels_both_accuracies():
+  lines = report.text(REPORT).splitlines()
+  text = '\n'.join(lines)
+  for wanted in (
+    '8x32x32, stride 1, 2 segments x 3 views',
+    '40 videos of a, 4 of them held out',
+    '19 videos of b, 1 missing',
+    '10: 0 c0, 1 c1',
+    'last block, final norm',
+  ):
+    assert wanted in text
+  (selected,) = [x for x in lines if x.startswith('selected')]
+  assert '50.00 %   30.00 to 70.00   lr 0.001, wd 0.01' in selected
+  assert 'held-out training clips' in selected
+  (best,) = [x for x in lines if x.startswith('max')]
+  assert '75.00 %' in best
+  assert 'flatters' in best
+  (chance,) = [x for x in lines if x.startswith('chance')]
+  assert '10.00 %' in chance
+
+
+def test_knn_results_have_intervals():
+  found = report.knn_results({10: 8, 20: 5}, 10)
+  assert found['k=10']['accuracy'] == 0.8
+  low, high = found['k=10']['interval']
+  assert (round(low, 4), round(high, 4)) == (0.4902, 0.9433)
+  assert found['k=20']['accuracy'] == 0.5
+
+
+def test_the_file_is_json(tmp_path):
+  report.write(REPORT, tmp_path / 'new')
+  assert json.loads((tmp_path / 'new/report.json').read_text()) == REPORT

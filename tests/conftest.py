@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import tempfile
 
 import jax
 import jaxtyping
@@ -15,10 +16,16 @@ jax.config.update('jax_platforms', os.environ['JAX_PLATFORMS'])
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
-# A test must not depend on what an earlier run left in the user's home, nor
-# leave anything there; the programs that tests start read this too.
-os.environ.setdefault('JAX_ENABLE_COMPILATION_CACHE', 'false')
-jax.config.update('jax_enable_compilation_cache', False)
+# Compiled programs are shared by the tests of one session, and by the programs
+# that they start, but never with an earlier session.
+_CACHE = tempfile.TemporaryDirectory(prefix='vssl_jax_tests_')
+for key, value in {
+  'jax_compilation_cache_dir': _CACHE.name,
+  'jax_persistent_cache_min_compile_time_secs': 0.3,
+  'jax_persistent_cache_min_entry_size_bytes': -1,
+}.items():
+  os.environ[key.upper()] = str(value)
+  jax.config.update(key, value)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Programs that tests start in other folders find the package of this clone.
@@ -39,6 +46,13 @@ def pytest_addoption(parser):
   parser.addoption(
     '--no-skips', action='store_true', help='a test that skips itself fails'
   )
+
+
+def pytest_configure(config):
+  # Most of a fast test is compiling what runs once: half the suite's time.
+  # Slow tests train, and tests of speed are among them.
+  fast = not (config.option.slow or 'slow' in config.option.markexpr)
+  jax.config.update('jax_disable_most_optimizations', fast)
 
 
 def pytest_collection_modifyitems(config, items):

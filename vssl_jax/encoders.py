@@ -20,7 +20,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Float
 
 from vssl_jax import config as config_lib
-from vssl_jax import methods, trees, weights
+from vssl_jax import methods, sharding, trees, weights
 from vssl_jax.methods import base
 from vssl_jax.models import layers
 from vssl_jax.train import checkpoint
@@ -167,13 +167,21 @@ def load(source: str) -> Encoder:
     size = weights.clip_shape(source)
     return Encoder(module, params, source, size)
   found = find(source)
-  place = SingleDeviceSharding(jax.local_devices()[0])
+  place = _place()
   target = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
     found.saved.shapes(found.subtree),
   )
   params = checkpoint.restore(found.saved, target, found.subtree)
   return Encoder(found.phase.encoder, params, source, found.video)
+
+
+def _place() -> jax.sharding.Sharding:
+  """Returns one device, or all those of the mesh that is set."""
+  mesh = jax.sharding.get_mesh()
+  if mesh.empty:
+    return SingleDeviceSharding(jax.local_devices()[0])
+  return sharding.replicated(mesh)
 
 
 def module_of(source: str) -> nn.Module:

@@ -33,7 +33,7 @@ def describe(
     compile_phases: also compile the first and the last phase on the devices
       at hand, and report what the compiler says.
   """
-  video = pipeline.make_spec(config.data).shape
+  video = pipeline.make_spec(config.data.to_dict()).shape
   method = methods.build(config.method, video, encoders.module_of)
   devices = _devices(config)
   examples, note = _examples(config)
@@ -82,7 +82,7 @@ def _examples(config: ml_collections.ConfigDict) -> tuple[int, str]:
   if not config.data.source:
     return 0, 'data.source is not set'
   with contextlib.suppress(OSError, ValueError):
-    found = len(pipeline.find(config.data))
+    found = len(pipeline.find(config.data.to_dict()))
     return found, f'{found:,} videos'
   return 0, f'{config.data.source} is not at hand'
 

@@ -74,7 +74,7 @@ def open_run(config: ml_collections.ConfigDict) -> Run:
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   _check_batch(config, mesh)
   clips = pipeline.make(
-    config.data,
+    config.data.to_dict(),
     batch_size=config.batch_size,
     seed=config.seed,
     process_index=jax.process_index(),

@@ -34,10 +34,9 @@ def train(config: ml_collections.ConfigDict) -> int:
     CheckpointError: a checkpoint cannot be written or does not fit.
   """
   run = run_lib.open_run(config)
-  saved = run.checkpoints.newest()
-  run_lib.check_same_run(run, saved)
-  state = None
   try:
+    saved = run.checkpoints.newest()
+    run_lib.check_same_run(run, saved)
     with run_lib.Preemption(run), jax.set_mesh(run.mesh):
       for span in spans(run.method):
         if saved is not None and _is_over(saved, span):

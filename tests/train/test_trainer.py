@@ -1,0 +1,205 @@
+import json
+import pathlib
+import random
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from tests.train import conftest
+from vssl_jax.train import checkpoint, metrics, trainer
+from vssl_jax.train import run as run_lib
+
+
+def _sums(workdir):
+  """Leaf name -> sum of bits, of the newest state."""
+  found = [s for s in checkpoint.listing(workdir) if 'opt' in s.shapes()]
+  newest = max(found, key=lambda s: s.step)
+  leaves = newest.manifest['leaves']
+  return newest.step, {name: leaf['sum'] for name, leaf in leaves.items()}
+
+
+def _lines(workdir, **where):
+  text = (pathlib.Path(workdir) / 'metrics.jsonl').read_text()
+  lines = [json.loads(line) for line in text.splitlines()]
+  return [x for x in lines if all(x.get(k) == v for k, v in where.items())]
+
+
+def _losses(workdir):
+  return {x['step']: x['loss'] for x in _lines(workdir) if 'loss' in x}
+
+
+@pytest.fixture(scope='module')
+def finished(clips, tmp_path_factory):
+  """A whole run with a checkpoint after every step."""
+  workdir = tmp_path_factory.mktemp('finished') / 'run'
+  config = conftest.tiny_config(clips, workdir)
+  config.checkpoint.update(dict(every=1, keep=100))
+  assert trainer.train(config) == 0
+  return config, workdir
+
+
+def test_a_run_leaves_what_it_promises(finished):
+  _, workdir = finished
+  assert sorted(p.name for p in (workdir / 'params').iterdir()) == [
+    'latent_student', 'latent_student.json',
+    'pixel_teacher', 'pixel_teacher.json',
+  ]
+  record = json.loads((workdir / 'run.json').read_text())
+  assert record['config']['method']['name'] == 'salt'
+  assert record['provenance']['versions']['jax'] == jax.__version__
+  assert record['provenance']['config_hash'] and record['data_fingerprint']
+  assert record['num_examples'] == 40
+  losses = _losses(workdir)
+  assert sorted(losses) == list(range(1, 13))
+  assert all(np.isfinite(x) for x in losses.values())
+  last = _lines(workdir)[-1]
+  assert last['phase'] == 'latent_student'
+  for key in ('lr', 'wd', 'grad_norm', 'clips_per_s', 'teacher_share'):
+    assert last[key] >= 0, key
+  buckets = sum(v for k, v in last.items() if k.startswith('time/'))
+  np.testing.assert_allclose(buckets, 1, atol=0.01)
+
+
+def test_the_teacher_is_the_boundary_checkpoint(finished):
+  """And the student's phase has not moved it."""
+  _, workdir = finished
+  saver = checkpoint.Checkpoints(workdir, keep=100)
+  end = next(
+    s
+    for s in checkpoint.listing(workdir)
+    if s.step == 6 and s.phase == 'pixel_teacher' and 'opt' in s.shapes()
+  )
+  kept = saver.params_of('pixel_teacher')
+  encoder = {n for n in kept.manifest['leaves'] if n.startswith('params/')}
+  assert encoder
+  for name in encoder:
+    assert kept.manifest['leaves'][name] == end.manifest['leaves'][name]
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_resume_is_bit_exact(finished, tmp_path, seed):
+  """From a random step, in either phase or on their boundary (R1)."""
+  config, workdir = finished
+  step = [3, 6, 7, random.Random(seed).randrange(1, 12), 11][seed]
+  copy = tmp_path / 'run'
+  shutil.copytree(workdir, copy)
+  for saved in checkpoint.listing(copy):
+    if saved.step > step:
+      shutil.rmtree(saved.path)
+      saved.path.with_suffix('.json').unlink()
+  config = config.copy_and_resolve_references()
+  config.workdir = str(copy)
+  assert trainer.train(config) == 0
+  end, sums = _sums(workdir)
+  again, resumed = _sums(copy)
+  assert end == again == 12
+  assert {n for n in sums if sums[n] != resumed[n]} == set()
+
+
+def test_starting_a_finished_run_again_does_nothing(finished, tmp_path):
+  config, workdir = finished
+  copy = tmp_path / 'run'
+  shutil.copytree(workdir, copy)
+  config = config.copy_and_resolve_references()
+  config.workdir = str(copy)
+  before = (copy / 'metrics.jsonl').read_text()
+  assert trainer.train(config) == 0
+  assert (copy / 'metrics.jsonl').read_text() == before
+
+
+def test_rotten_values_give_way_to_the_state_before(finished, tmp_path):
+  config, workdir = finished
+  copy = tmp_path / 'run'
+  shutil.copytree(workdir, copy)
+  for saved in checkpoint.listing(copy):
+    if saved.step > 4:
+      shutil.rmtree(saved.path)
+      saved.path.with_suffix('.json').unlink()
+  path = copy / 'checkpoints' / '00000004.json'
+  manifest = json.loads(path.read_text())
+  manifest['leaves']['params/encoder/embed/kernel']['sum'][1] ^= 1
+  path.write_text(json.dumps(manifest))
+  config = config.copy_and_resolve_references()
+  config.workdir = str(copy)
+  assert trainer.train(config) == 0
+  assert (copy / 'checkpoints' / '00000004.rotten').exists()
+  assert _sums(copy)[1] == _sums(workdir)[1]
+
+
+def test_a_changed_config_is_refused_by_key(finished, tmp_path):
+  config, workdir = finished
+  copy = tmp_path / 'run'
+  shutil.copytree(workdir, copy)
+  config = config.copy_and_resolve_references()
+  config.workdir = str(copy)
+  config.optim.lr = 0.5
+  with pytest.raises(run_lib.TrainingError, match=r'optim.lr: was 0.01, is 0.5'):
+    trainer.train(config)
+  config.optim.lr = 1e-2
+  config.log.every = 3  # may change
+  assert trainer.train(config) == 0
+
+
+def test_resume_off_refuses_a_folder_in_use(finished):
+  config, _ = finished
+  config = config.copy_and_resolve_references()
+  config.checkpoint.resume = False
+  with pytest.raises(run_lib.TrainingError, match='give a new'):
+    trainer.train(config)
+
+
+@pytest.mark.parametrize('mesh', [(1, 8), (2, 4), (8, 1)])
+def test_the_mesh_does_not_change_the_losses(finished, tmp_path, mesh):
+  config, workdir = finished
+  config = config.copy_and_resolve_references()
+  config.workdir = str(tmp_path / 'run')
+  config.mesh.update(dict(data=mesh[0], fsdp=mesh[1]))
+  assert trainer.train(config) == 0
+  want, got = _losses(workdir), _losses(tmp_path / 'run')
+  np.testing.assert_allclose(
+    [got[s] for s in sorted(got)], [want[s] for s in sorted(want)], rtol=1e-5
+  )
+
+
+def test_a_student_alone_from_a_finished_teacher(finished, tmp_path):
+  """`phases=('latent_student',)` starts with the chained run's loss."""
+  config, workdir = finished
+  config = config.copy_and_resolve_references()
+  config.workdir = str(tmp_path / 'run')
+  config.method.phases = ('latent_student',)
+  config.method.latent_student.teacher = f'{workdir}@pixel_teacher'
+  assert trainer.train(config) == 0
+  # Other clips than the chained run's (the data goes by the run's step), so
+  # only the scale agrees.
+  first = _losses(tmp_path / 'run')[1]
+  np.testing.assert_allclose(first, _losses(workdir)[7], rtol=0.1)
+
+
+def test_a_batch_that_does_not_divide_is_refused(tiny):
+  tiny.batch_size = 12
+  with pytest.raises(ValueError, match=r'found 12, wanted a multiple of 8'):
+    trainer.train(tiny)
+
+
+def test_a_mesh_that_does_not_fit_is_refused(tiny):
+  tiny.mesh.update(dict(data=3, fsdp=2))
+  with pytest.raises(ValueError, match='data=3 x fsdp=2 is not the 8 devices'):
+    trainer.train(tiny)
+
+
+def test_the_clock_accounts_for_all_time():
+  clock = metrics.Clock('start')
+  with clock('data'), clock('step'):
+    sum(range(100_000))
+  shares = clock.goodput()
+  assert set(shares) == {'time/start', 'time/data', 'time/step'}
+  np.testing.assert_allclose(sum(shares.values()), 1, atol=1e-6)
+  assert shares['time/step'] > shares['time/data']
+
+
+def test_the_last_logged_step_survives_half_a_line(tmp_path):
+  assert metrics.last_step(tmp_path) == 0
+  (tmp_path / 'metrics.jsonl').write_text('{"step": 5}\n{"step": 7}\n{"st')
+  assert metrics.last_step(tmp_path) == 7

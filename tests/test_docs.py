@@ -1,0 +1,276 @@
+"""Every command that a document shows runs, or says what it needs.
+
+A fenced block is run as written, unless its first line is `# needs: <what>`
+with gpu, tpu, network or data; of those, and of commands within a sentence or
+a table, scripts, modules, flags, config keys and paths are checked.
+"""
+
+import configparser
+import contextlib
+import functools
+import importlib
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import textwrap
+from typing import NamedTuple
+
+import pytest
+
+from vssl_jax import main
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+DOCUMENTS = (
+  'README.md',
+  'configs/README.md',
+  'launch/README.md',
+  'vssl_jax/methods/README.md',
+)
+NEEDS = {'gpu', 'tpu', 'network', 'data'}
+# Run by another test or script, which must hold the words on the right.
+RUN_ELSEWHERE = {
+  'bash launch/test.sh': ('.ci/run', 'bash launch/test.sh\n'),
+  'python -m vssl_jax.main': ('launch/local.sh', '-m vssl_jax.main "$@"'),
+}
+# Blocks within lists are indented.
+FENCE = re.compile(r'^( *)```(.*?)\n(.*?)^\1```$', re.MULTILINE | re.DOTALL)
+UNCHECKED = {'cd', 'git', 'export', 'source', 'ls', 'cat', 'mkdir'}
+
+
+class Block(NamedTuple):
+  """A fenced block of a document."""
+
+  language: str
+  needs: set[str]
+  text: str
+
+
+def blocks(text):
+  """Yields the fenced blocks of a Markdown text."""
+  for _, language, indented in FENCE.findall(text):
+    body = textwrap.dedent(indented)
+    mark = re.match(r'# needs: (.+)\n', body)
+    needs = set(re.split(r',\s*', mark[1])) if mark else set()
+    assert needs <= NEEDS, f'needs {needs}, of which {needs - NEEDS} is unknown'
+    yield Block(language.strip(), needs, body)
+
+
+def commands(body):
+  """Yields the commands of a bash block, comments and line breaks undone."""
+  for line in body.replace('\\\n', ' ').splitlines():
+    words = shlex.split(line, comments=True)
+    if words:
+      yield words
+
+
+def inline(text):
+  """Yields (line, command) for commands in a sentence or in a table."""
+  for line in FENCE.sub('', text).splitlines():
+    for command in re.findall(r'`((?:bash|python|pip) [^`]+)`', line):
+      yield line, shlex.split(command)
+
+
+def check(words):
+  """Raises where a command names something that does not exist."""
+  words = list(words)
+  while re.match(r'[A-Z_]+=', words[0]):
+    words.pop(0)
+  program, *rest = words
+  if program == 'bash':
+    script, *rest = rest
+    _exists(script)
+    if script == 'launch/local.sh':
+      _check_flags('vssl_jax.main', rest)
+    elif script == 'launch/test.sh':
+      _check_pytest(rest)
+  elif program == 'python' and rest[0] == '-m':
+    _check_flags(rest[1], rest[2:])
+  elif program == 'pip':
+    _check_pip(rest)
+  else:
+    assert program in UNCHECKED, f'{words}: nobody knows how to check {program}'
+
+
+def _exists(path):
+  assert (ROOT / path.partition('::')[0]).exists(), f'no {path}'
+
+
+def _check_pip(rest):
+  setup = configparser.ConfigParser()
+  setup.read(ROOT / 'setup.cfg')
+  names = setup.options('options.extras_require')
+  for word in rest:
+    if word.startswith('.'):
+      extras = filter(None, re.sub(r'^\.\[?|\]$', '', word).split(','))
+      assert set(extras) <= set(names), f'{word}: no such extra'
+    elif '/' in word:
+      _exists(word)
+
+
+def _check_pytest(rest):
+  help_text = _help('pytest')
+  for word in rest:
+    if word.startswith('--'):
+      assert word.partition('=')[0] in help_text, f'pytest has no {word}'
+    elif '/' in word:
+      _exists(word)
+
+
+@functools.cache
+def _help(module):
+  result = subprocess.run(
+    [sys.executable, '-m', module, '--help'],
+    cwd=ROOT,
+    check=True,
+    capture_output=True,
+    text=True,
+  )
+  return result.stdout
+
+
+def _check_flags(module, rest):
+  assert importlib.util.find_spec(module), f'no module {module}'
+  own = [w for w in rest if not w.startswith('--config')]
+  if module == 'vssl_jax.main':
+    arguments, assignments = main._flags(rest)
+    with contextlib.chdir(ROOT):
+      main.resolve(arguments.config, assignments, tuple(arguments.config_root))
+    return
+  if len(own) < len(rest):
+    _check_flags('vssl_jax.main', [w for w in rest if w not in own])
+  for word in own:
+    if word.startswith('--'):
+      assert re.search(rf'{word.partition("=")[0]}\b', _help(module)), (
+        f'{module} has no {word}'
+      )
+
+
+def text_of(name):
+  return (ROOT / name).read_text()
+
+
+@pytest.mark.parametrize('name', DOCUMENTS)
+def test_blocks_have_a_language(name):
+  for block in blocks(text_of(name)):
+    assert block.language in {'bash', 'python', 'text', 'csv'}, block
+    if block.language not in {'bash', 'python'}:
+      assert not re.search(r'^\$? ?(bash|python|pip) ', block.text, re.M), block
+
+
+@pytest.mark.parametrize('name', DOCUMENTS)
+def test_commands_name_what_exists(name):
+  for block in blocks(text_of(name)):
+    if block.language == 'bash':
+      for words in commands(block.text):
+        check(words)
+    elif block.language == 'python':
+      compile(block.text, name, 'exec')
+      wanted = r'^(?:import|from) (vssl_jax[\w.]*)'
+      for module in re.findall(wanted, block.text, re.MULTILINE):
+        assert importlib.util.find_spec(module), module
+  shown = [
+    words
+    for block in blocks(text_of(name))
+    if block.language == 'bash'
+    for words in commands(block.text)
+  ]
+  for line, words in inline(text_of(name)):
+    check(words)
+    assert (
+      words in shown
+      or ' '.join(words) in RUN_ELSEWHERE
+      or any(f'needs: {what}' in line for what in NEEDS)
+    ), f'{words}: no block shows it and its line does not say what it needs'
+
+
+@pytest.mark.parametrize('name', DOCUMENTS)
+def test_links_lead_somewhere(name):
+  for target in re.findall(r'\]\(([^)#]+)(?:#[^)]*)?\)', text_of(name)):
+    if '://' not in target:
+      assert ((ROOT / name).parent / target).exists(), f'{name}: {target}'
+
+
+def test_what_runs_elsewhere_does():
+  for place, words in RUN_ELSEWHERE.values():
+    assert words in text_of(place)
+
+
+@pytest.mark.parametrize(
+  'command',
+  [
+    'bash launch/lokal.sh',
+    'bash launch/local.sh --plam',
+    'bash launch/local.sh --config=configs/sal.py',
+    'bash launch/local.sh --config=configs/salt.py:XXL',
+    'bash launch/local.sh --config.optim.learning=1',
+    'bash launch/local.sh --config.seed=one',
+    'bash launch/test.sh tests/test_nothing.py',
+    'bash launch/test.sh --no-such-option',
+    'python -m vssl_jax.nothing',
+    'pip install .[cuda11]',
+    'pip install -c launch/nothing.txt .',
+    'rm -rf runs',
+  ],
+)
+def test_a_wrong_command_is_found(command):
+  with pytest.raises((AssertionError, ValueError, SystemExit)):
+    check(shlex.split(command))
+
+
+def test_a_right_command_passes():
+  for block in blocks(
+    '```bash\n# needs: data, gpu\nbash launch/local.sh \\\n'
+    '  --config=configs/salt.py:L  --config.seed=1 # why\n\n```\n'
+  ):
+    assert block.needs == {'data', 'gpu'}
+    (words,) = commands(block.text)
+    assert words[2:] == ['--config=configs/salt.py:L', '--config.seed=1']
+    check(words)
+  check(shlex.split('pip install -c launch/constraints.txt .[cuda13,test]'))
+  with pytest.raises(AssertionError, match='unknown'):
+    list(blocks('```bash\n# needs: luck\n```\n'))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize('name', DOCUMENTS)
+def test_commands_run(name, tmp_path):
+  # What a reader has: the files of the clone, and no results of ours.
+  clone = tmp_path / 'vssl_jax'
+  ignore = shutil.ignore_patterns('.*', 'runs', 'build', '__pycache__')
+  shutil.copytree(ROOT, clone, ignore=ignore)
+  for block in blocks(text_of(name)):
+    if block.needs:
+      continue
+    if block.language == 'python':
+      _run([sys.executable, '-c', block.text], clone)
+    for words in commands(block.text) if block.language == 'bash' else ():
+      if ' '.join(words) not in RUN_ELSEWHERE:
+        _run(_program(words), clone)
+
+
+def _program(words):
+  """Puts our Python where the launchers would make one."""
+  if words[:2] == ['bash', 'launch/local.sh']:
+    return [sys.executable, '-P', '-m', 'vssl_jax.main', *words[2:]]
+  if words[:2] == ['bash', 'launch/test.sh']:
+    return [sys.executable, '-m', 'pytest', *words[2:]]
+  return [sys.executable, *words[1:]] if words[0] == 'python' else words
+
+
+def _run(words, folder):
+  result = subprocess.run(
+    words,
+    cwd=folder,
+    env=os.environ | {'PYTHONPATH': str(folder)},
+    check=False,
+    stdin=subprocess.DEVNULL,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+  assert result.returncode == 0, f'{words}\n{result.stdout[-4000:]}'

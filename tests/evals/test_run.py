@@ -93,6 +93,18 @@ def test_colours_are_told_apart(name, videos, tmp_path, capsys, encoder):
   jax.tree.map(np.testing.assert_array_equal, before, encoder.params)
 
 
+def test_labels_mean_the_same_when_the_test_lacks_a_class(videos, tmp_path):
+  part = tmp_path / 'part'
+  for name in ('green', 'red'):
+    (part / name).mkdir(parents=True)
+    for path in (videos / 'test' / name).glob('[0-5].mp4'):
+      (part / name / path.name).write_bytes(path.read_bytes())
+  c = config_of(videos, tmp_path, protocol='knn', test=(str(part),))
+  found = run.evaluate(c)
+  assert found['test']['evaluated'] == 12
+  assert found['results']['k=5']['accuracy'] > 0.9
+
+
 def test_a_run_repeats_itself(videos, tmp_path):
   c = config_of(videos, tmp_path, protocol='linear', epochs=2)
   first, second = run.evaluate(c), run.evaluate(c)

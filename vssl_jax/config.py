@@ -16,7 +16,7 @@ from typing import Any
 import ml_collections
 
 from vssl_jax import methods
-from vssl_jax.data import pipeline
+from vssl_jax.data import options
 from vssl_jax.evals import probe
 from vssl_jax.train import optimizer
 
@@ -38,7 +38,7 @@ def default(method: str = 'salt') -> ml_collections.ConfigDict:
   c.batch_size = 3072  # clips per step over all devices
   c.method = methods.default(method)
   c.optim = optimizer.default()
-  c.data = pipeline.default()
+  c.data = options.default()
   c.mesh = ml_collections.ConfigDict(
     dict(
       data=1,  # replicas

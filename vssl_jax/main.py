@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv: flags without the program's name; those of the process when None.
   """
   logging.set_verbosity(logging.WARNING)
+  _keep_compiled_programs()
   args, assignments = _flags(sys.argv[1:] if argv is None else argv)
   try:
     config = resolve(args.config, assignments, tuple(args.config_root))
@@ -121,6 +122,15 @@ def _flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
       flag += '=' + rest.pop(0)
     assignments.append(flag.removeprefix('--config.'))
   return args, assignments
+
+
+def _keep_compiled_programs() -> None:
+  """Keeps compiled steps between starts, unless the user has a place."""
+  if not jax.config.jax_compilation_cache_dir:
+    home = os.environ.get('XDG_CACHE_HOME', os.path.expanduser('~/.cache'))
+    jax.config.update(
+      'jax_compilation_cache_dir', os.path.join(home, 'vssl_jax', 'compiled')
+    )
 
 
 def _join_cluster() -> None:

@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 
 from vssl_jax import encoders, methods, sharding, trees
-from vssl_jax.data import pipeline
+from vssl_jax.data import options
 from vssl_jax.methods import base
 from vssl_jax.train import freezing, metrics, optimizer, step
 from vssl_jax.train import run as run_lib
@@ -33,7 +33,7 @@ def describe(
     compile_phases: also compile the first and the last phase on the devices
       at hand, and report what the compiler says.
   """
-  video = pipeline.make_spec(config.data.to_dict()).shape
+  video = options.spec(config.data.to_dict()).shape
   method = methods.build(config.method, video, encoders.module_of)
   devices = _devices(config)
   examples, note = _examples(config)
@@ -82,7 +82,7 @@ def _examples(config: ml_collections.ConfigDict) -> tuple[int, str]:
   if not config.data.source:
     return 0, 'data.source is not set'
   with contextlib.suppress(OSError, ValueError):
-    found = len(pipeline.find(config.data.to_dict()))
+    found = len(options.find(config.data.to_dict()))
     return found, f'{found:,} videos'
   return 0, f'{config.data.source} is not at hand'
 

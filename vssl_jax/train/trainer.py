@@ -17,6 +17,12 @@ from vssl_jax.train.run import Run, Span, spans
 # What a scheduler sees after a SIGTERM that was answered with a checkpoint:
 # 128 + 15, as if the signal had ended the process.
 PREEMPTED = 128 + signal.SIGTERM
+# Errors whose message says all that the user needs.
+EXPECTED = (
+  ValueError,
+  run_lib.TrainingError,
+  checkpoint.CheckpointError,
+)
 
 
 def train(config: ml_collections.ConfigDict) -> int:

@@ -1,0 +1,185 @@
+"""The demo: what `python -m vssl_jax.main` does when it is told nothing.
+
+It writes labelled video files, runs a method on them as on any folder of
+videos, and measures the encoder with frozen probes beside the same encoder
+before training and beside features that learn nothing. The classes are kinds
+of motion, so a single frame gives nothing away.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from vssl_jax import config as config_lib
+from vssl_jax import encoders
+from vssl_jax.data import pipeline, synthetic
+from vssl_jax.evals import features, linear, probe
+from vssl_jax.train import provenance, trainer
+
+# Videos to pretrain on, to train the probe on, and to test it on.
+CLIPS = {'pretrain': 2560, 'train': 400, 'test': 1000}
+SCENE: dict[str, Any] = {}
+
+
+def get_config(variant: str = '') -> ml_collections.ConfigDict:
+  """Returns the demo's config.
+
+  Args:
+    variant: the method; `salt` when empty.
+
+  Raises:
+    ValueError: no demo of that name.
+  """
+  if variant not in ('', 'salt'):
+    raise ValueError(f"demo.py: found :{variant}, wanted 'salt'")
+  c = config_lib.default('salt')
+  c.job = 'demo'
+  c.batch_size = 16
+  _data(c)
+  _salt(c)
+  c.optim.update(
+    dict(lr=2e-3, lr_start=2e-4, lr_end=1e-6, lr_batch=16, clip=1.0)
+  )
+  c.optim.update(dict(weight_decay=0.04, weight_decay_end=0.04))
+  c.checkpoint.every = 1000
+  c.log.every = 250
+  c.health.every = 0.2
+  c.probe.update(dict(lrs=(3e-2, 1e-2, 3e-3, 1e-3), wds=(0.1, 0.01, 0.001)))
+  c.probe.epochs = 100
+  return c
+
+
+def _data(c: ml_collections.ConfigDict) -> None:
+  """Whole clips as they were written: no crop, no flip."""
+  c.data.source = 'written by the demo'
+  c.data.update(dict(frames=8, stride=1, size=(32, 32)))
+  c.data.update(dict(crop='centre', flip=False))
+  # The files are our own: no reader of them will hang.
+  c.data.isolate = False
+
+
+def _salt(c: ml_collections.ConfigDict) -> None:
+  """A teacher and a student that train in a minute each."""
+  c.method.vit.update(
+    dict(
+      patch=(2, 8, 8),
+      positions='sincos_3d_vjepa',
+      init='videomae',
+      dtype='float32',
+    )
+  )
+  for name, steps in (('pixel_teacher', 3000), ('latent_student', 2000)):
+    section = c.method[name]
+    section.steps = steps
+    section.encoder.update(
+      dict(size='Ti', width=64, depth=3, num_heads=4, mlp_width=256)
+    )
+    section.masks = 'causal:0.5'
+    section.mask_tokens = 1
+  head = dict(width=64, depth=1, num_heads=4)
+  c.method.pixel_teacher.decoder.update(head)
+  c.method.pixel_teacher.pixel_norm = 'none'
+  c.method.latent_student.predictor.update(head)
+
+
+def run(config: ml_collections.ConfigDict) -> int:
+  """Writes the videos, trains, probes, prints; returns the exit status."""
+  workdir = pathlib.Path(config.workdir)
+  videos = workdir / 'videos'
+  if jax.process_index() == 0:
+    print(f'writing {sum(CLIPS.values())} videos to {videos}', flush=True)
+    synthetic.write(videos, clips=CLIPS, seed=config.seed, **SCENE)
+  config.data.source = str(videos / 'pretrain')
+  status = trainer.train(config)
+  if status:
+    return status
+  report = measure(config, videos)
+  (workdir / 'demo.json').write_text(json.dumps(report, indent=1))
+  print(summary(report, config))
+  return 0
+
+
+def measure(
+  config: ml_collections.ConfigDict, videos: pathlib.Path
+) -> dict[str, Any]:
+  """Returns linear-probe accuracies of the encoders and of the baselines.
+
+  Args:
+    config: the demo's, finished.
+    videos: folder with the labelled `train` and `test` videos.
+  """
+  phases = list(config.method.phases)
+  trained = {
+    name: encoders.load(f'{config.workdir}@{name}') for name in phases
+  }
+  student = trained[phases[-1]]
+  untrained = encoders.random(student, config.seed)
+  encode = {
+    **{f'{name} (trained)': e for name, e in trained.items()},
+    f'{phases[-1]} at random initialisation': untrained,
+    'raw pixels': features.pixels,
+    'motion energy': features.motion_energy,
+    'a single frame': features.middle_frame,
+  }
+  loaded = {
+    split: _clips(config, videos / split) for split in ('train', 'test')
+  }
+  classes = len(synthetic.MOTIONS)
+  fields = [f.name for f in dataclasses.fields(probe.Settings)]
+  settings = probe.Settings(**{n: config.probe[n] for n in fields})
+  rows = {}
+  for name, one in encode.items():
+    train, test = (
+      features.table(one, loaded[split], pool=True)
+      for split in ('train', 'test')
+    )
+    found = linear.fit(train, test, classes=classes, settings=settings)
+    rows[name] = found.summary()['selected']
+  return {
+    'accuracy': rows,
+    'chance': 1 / classes,
+    'test_clips': CLIPS['test'],
+    'probe_clips': CLIPS['train'],
+    'provenance': provenance.describe(config_lib.to_json(config)),
+  }
+
+
+def _clips(
+  config: ml_collections.ConfigDict, folder: pathlib.Path
+) -> list[dict[str, np.ndarray]]:
+  """Reads all labelled clips of a folder once."""
+  data = config.data.to_dict() | {'source': str(folder)}
+  return list(pipeline.evaluation(data, batch_size=100))
+
+
+def summary(report: dict[str, Any], config: ml_collections.ConfigDict) -> str:
+  """Returns the last lines of the demo."""
+  lines = [
+    '',
+    f'Linear probe of frozen features, {report["probe_clips"]} labelled clips, '
+    f'{report["test_clips"]} test clips, chance '
+    f'{100 * report["chance"]:.0f} %:',
+  ]
+  for name, row in report['accuracy'].items():
+    low, high = row['interval']
+    lines.append(
+      f'  {name:45s} {100 * row["accuracy"]:5.1f} % '
+      f'({100 * low:.1f} to {100 * high:.1f})'
+    )
+  folder = config.workdir
+  program = pathlib.Path(sys.executable).name
+  lines += [
+    f'The encoder is in {folder}. To go on:',
+    f'  {program} -c "import vssl_jax; print(vssl_jax.load(\'{folder}\'))"',
+    f'  {program} -m vssl_jax.main --config=configs/salt_single_gpu.py '
+    '--config.data.source=<folder of videos> --plan',
+    f'  {program} -m vssl_jax.main --config=configs/demo.py '
+    '--config.seed=1 --config.workdir=runs/demo-1',
+  ]
+  return '\n'.join(lines)

@@ -38,7 +38,7 @@ class Readers:
     spec: clip_lib.Spec,
     *,
     isolate: bool,
-    deadline_s: float,
+    deadline_s: int | float,
     memory_limit_mb: int,
   ) -> None:
     """Makes readers; children start when they are needed.
@@ -112,7 +112,7 @@ class _Child:
   """One child process with the memory it writes frames into."""
 
   def __init__(
-    self, spec: clip_lib.Spec, deadline_s: float, memory_limit_mb: int
+    self, spec: clip_lib.Spec, deadline_s: int | float, memory_limit_mb: int
   ) -> None:
     self._deadline = deadline_s
     shape = (spec.clips, *spec.shape)
@@ -179,7 +179,7 @@ class _Child:
       short=bool(reply['short']),
     )
 
-  def _receive(self, seconds: float, what: str) -> dict:
+  def _receive(self, seconds: int | float, what: str) -> dict:
     deadline = time.monotonic() + seconds
     text = _take(self._reply, 4, deadline)
     if text:

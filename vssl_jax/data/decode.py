@@ -94,6 +94,9 @@ class Video:
     options = {
       'protocol_whitelist': 'file',
       'format_whitelist': ','.join(FORMATS),
+      # For the decoders that opening a file may start to learn its format.
+      'max_pixels': str(self._max_pixels),
+      'threads': str(self._threads),
     }
     if isinstance(self._media, bytes):
       if not self._media:
@@ -141,7 +144,11 @@ class Video:
 
   def _check_size(self, width: int, height: int) -> None:
     if width <= 0 or height <= 0:
-      raise VideoError('unreadable', f'picture size {width}x{height}')
+      raise VideoError(
+        'unreadable',
+        'no picture, or one of more than '
+        f'{self._max_pixels} pixels (data.max_pixels)',
+      )
     if width * height > self._max_pixels:
       raise VideoError(
         'too_large',
@@ -163,7 +170,7 @@ class Video:
     self._stream.codec_context.thread_count = self._threads
 
   def frames(
-    self, wanted: Sequence[int], fps: float | None = None
+    self, wanted: Sequence[int], fps: int | float | None = None
   ) -> Iterator[tuple[int, av.VideoFrame]]:
     """Yields the picture shown at each wanted number.
 
@@ -190,7 +197,7 @@ class Video:
       yield from self._stretch(stretch, fps)
 
   def _stretch(
-    self, wanted: Sequence[int], fps: float | None
+    self, wanted: Sequence[int], fps: int | float | None
   ) -> Iterator[tuple[int, av.VideoFrame]]:
     pending = collections.deque(wanted)
     held, last = None, 0.0
@@ -212,7 +219,7 @@ class Video:
       yield number, held
 
   def _numbered(
-    self, first: int, fps: float | None
+    self, first: int, fps: int | float | None
   ) -> Iterator[tuple[float, float, av.VideoFrame]]:
     """Yields (number, seconds, frame) from about the frame numbered first."""
     start = first / (fps or self.rate)
@@ -237,7 +244,7 @@ class Video:
       else:
         return
 
-  def _go_to(self, seconds: float, early: float | None) -> bool:
+  def _go_to(self, seconds: int | float, early: float | None) -> bool:
     """Moves to a key frame; returns whether that is the start of the file."""
     if self._fresh and seconds < SEEK_GAP:
       return True

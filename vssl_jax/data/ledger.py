@@ -28,7 +28,7 @@ class Ledger:
     self,
     *,
     examples: int,
-    max_bad_fraction: float,
+    max_bad_fraction: int | float,
     path: str | None,
     readers: int,
     may_lose: bool = False,
@@ -130,22 +130,28 @@ class Ledger:
     self._last = report
     return report
 
+  def describe(self) -> str:
+    """The last report in one sentence."""
+    if not self._last:
+      return 'no clips were read yet'
+    get = lambda name: self._last[f'data/{name}']
+    return (
+      f'{get("clips_per_s"):.1f} clips/s from {self._readers} readers that '
+      f'decode {get("decode_clips_per_s"):.1f} clips/s each; '
+      f'{get("wait_fraction"):.0%} of the time went by waiting for clips '
+      f'({get("workers_needed"):.0f} readers would keep up); '
+      f'{get("bad_files"):.0f} unreadable videos'
+    )
+
   def advice(self) -> str:
     """What to do if the last report shows a wait for data, else ''."""
-    waited = self._last.get('data/wait_fraction', 0.0)
-    if waited < WAIT_ALARM:
+    if self._last.get('data/wait_fraction', 0.0) < WAIT_ALARM:
       return ''
-    rate, needed = (
-      self._last[f'data/{name}']
-      for name in ('decode_clips_per_s', 'workers_needed')
-    )
     return (
-      f'data bound: {waited:.0%} of the time went by waiting for clips. '
-      f'{self._readers} readers decode {rate:.1f} clips/s each; about '
-      f'{needed:.0f} would keep up. With free cores ({loading.cores()} here) '
-      'raise data.decode_processes or data.workers; otherwise make the videos '
-      'cheaper to read once (python -m vssl_jax.data.prepare --help), or use '
-      'each for longer (data.repeats=2, data.repeat_frames=shared).'
+      f'data bound: {self.describe()}. With free cores ({loading.cores()} '
+      'here) raise data.decode_processes or data.workers; otherwise make the '
+      'videos cheaper to read once (python -m vssl_jax.data.prepare --help), '
+      'or use each for longer (data.repeats=2, data.repeat_frames=shared).'
     )
 
 

@@ -34,7 +34,7 @@ class Policy:
   substitute: bool = True
   isolate: bool = True
   processes: int = 1
-  deadline_s: float = 20.0
+  deadline_s: int | float = 20.0
   memory_limit_mb: int = 1024
 
   def __post_init__(self) -> None:
@@ -52,7 +52,7 @@ class _Found:
   item: item_lib.Item | None
   index: int
   failures: tuple[dict, ...]
-  seconds: float
+  seconds: int | float
 
 
 class Loader:

@@ -9,6 +9,8 @@ import ml_collections
 from vssl_jax.data import clip as clip_lib
 from vssl_jax.data import loading, sources
 
+Options = Mapping[str, Any] | ml_collections.ConfigDict
+
 
 def default() -> ml_collections.ConfigDict:
   """Every key of `config.data`."""
@@ -58,7 +60,7 @@ def default() -> ml_collections.ConfigDict:
   )
 
 
-def find(config: Mapping[str, Any]) -> sources.Joined:
+def find(config: Options) -> sources.Joined:
   """Lists the videos that `config.data` names."""
   source = config['source']
   source = source.split(',') if isinstance(source, str) else tuple(source)
@@ -72,7 +74,7 @@ def find(config: Mapping[str, Any]) -> sources.Joined:
   )
 
 
-def spec(config: Mapping[str, Any], **overrides: Any) -> clip_lib.Spec:
+def spec(config: Options, **overrides: Any) -> clip_lib.Spec:
   """The clip that `config.data` describes."""
   names = {field.name for field in dataclasses.fields(clip_lib.Spec)}
   values = {name: config[name] for name in config if name in names}
@@ -84,9 +86,7 @@ def spec(config: Mapping[str, Any], **overrides: Any) -> clip_lib.Spec:
   return clip_lib.Spec(**{**values, **overrides})
 
 
-def policy(
-  config: Mapping[str, Any], seed: int, **overrides: Any
-) -> loading.Policy:
+def policy(config: Options, seed: int, **overrides: Any) -> loading.Policy:
   """How `config.data` wants files to be read."""
   workers = config['workers']
   if workers < 0 or config['decode_processes'] < 0:

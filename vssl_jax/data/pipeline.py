@@ -10,7 +10,7 @@ about an iterator needs to be saved.
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import grain
@@ -23,7 +23,8 @@ from vssl_jax.data import loading, options, passes, sources
 _WORDS = 4  # random 32-bit words that seed the clips of an example
 
 
-default = options.default
+default, find, make_spec = options.default, options.find, options.spec
+Pass = passes.Pass
 
 
 class Clips:
@@ -83,15 +84,24 @@ class Clips:
     return self._watched(iterator)
 
   def _watched(self, iterator: Any) -> Iterator[dict[str, np.ndarray]]:
-    while True:
-      start = time.perf_counter()
-      batch = next(iterator)
-      self._ledger.take(batch, time.perf_counter() - start)
-      yield batch
+    try:
+      while True:
+        start = time.perf_counter()
+        batch = next(iterator)
+        self._ledger.take(batch, time.perf_counter() - start)
+        yield batch
+    finally:  # also when the caller stops half-way
+      iterator.close()
+      if iterator in self._open:
+        self._open.remove(iterator)
 
   def report(self) -> dict[str, float]:
     """Rates since the last report, counts since the start."""
     return self._ledger.report()
+
+  def describe(self) -> str:
+    """The last report in one sentence."""
+    return self._ledger.describe()
 
   def advice(self) -> str:
     """A sentence with the remedy if the last report says 'data bound'."""
@@ -105,7 +115,7 @@ class Clips:
 
 
 def make(
-  config: Mapping[str, Any],
+  config: options.Options,
   *,
   batch_size: int,
   seed: int,
@@ -158,7 +168,7 @@ def make(
 
 
 def evaluation(
-  config: Mapping[str, Any],
+  config: options.Options,
   *,
   batch_size: int,
   segments: int = 1,
@@ -219,7 +229,10 @@ class _Ticket(grain.transforms.RandomMap):
 
 
 def _order(
-  source: sources.Joined, weights: tuple[float, ...], seed: int, videos: int
+  source: sources.Joined,
+  weights: tuple[int | float, ...],
+  seed: int,
+  videos: int,
 ) -> tuple[grain.MapDataset, bool]:
   """The endless order of example numbers, and whether batches are distinct."""
   if not weights:

@@ -15,6 +15,7 @@ import os
 import struct
 from collections.abc import Iterator
 
+import numpy as np
 from array_record.python import array_record_data_source
 
 from vssl_jax.data import decode
@@ -214,9 +215,9 @@ def _open_tfds(folder: str, classes: tuple[str, ...], split: str) -> Tfds:
 
 
 def _holds_bytes(feature: object) -> bool:
-  return feature.shape == () and str(feature.dtype) in (
-    "<class 'numpy.object_'>", 'object', "<class 'object'>", "<class 'str'>",
-  ) and type(feature).__name__ != 'ClassLabel'  # fmt: skip
+  """Whether a feature is one string of bytes (not a class label)."""
+  kind = np.dtype(feature.np_dtype).kind if feature.shape == () else ''
+  return kind in 'OSU' and bool(kind)
 
 
 @functools.lru_cache(maxsize=8)

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-Box = tuple[float, float, float, float]
+Number = int | float
+Box = tuple[Number, Number, Number, Number]
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 
 
-def window(count: int, frames: int, stride: int, chance: float) -> np.ndarray:
+def window(count: int, frames: int, stride: int, chance: Number) -> np.ndarray:
   """Numbers of `frames` frames, every stride-th, starting anywhere that fits.
 
   A video that is too short repeats its last reachable frame.
@@ -34,7 +35,7 @@ def window(count: int, frames: int, stride: int, chance: float) -> np.ndarray:
 
 
 def part(
-  count: int, frames: int, stride: int, chance: float, which: int, parts: int
+  count: int, frames: int, stride: int, chance: Number, which: int, parts: int
 ) -> np.ndarray:
   """A window inside one of `parts` equal parts of the video.
 
@@ -112,10 +113,10 @@ def _reachable(
 
 def random_resized(
   rng: np.random.Generator,
-  height: float,
-  width: float,
-  scale: Sequence[float],
-  aspect: Sequence[float],
+  height: Number,
+  width: Number,
+  scale: Sequence[Number],
+  aspect: Sequence[Number],
 ) -> Box:
   """A box of random area and shape, the crop of image classification.
 
@@ -142,9 +143,9 @@ def random_resized(
 
 def multi_scale(
   rng: np.random.Generator,
-  height: float,
-  width: float,
-  scales: Sequence[float] = (1.0, 0.875, 0.75, 0.66),
+  height: Number,
+  width: Number,
+  scales: Sequence[Number] = (1.0, 0.875, 0.75, 0.66),
 ) -> Box:
   """A box from a fixed list of sizes at one of 13 fixed places (VideoMAE).
 
@@ -170,13 +171,15 @@ PLACES = tuple((y, x) for y in _halves for x in _halves) + tuple(
 )
 
 
-def centre(height: float, width: float, shape: float, part: float = 1.0) -> Box:
+def centre(
+  height: Number, width: Number, shape: Number, part: Number = 1.0
+) -> Box:
   """The largest centred box of this width / height, shrunk to `part`."""
   return views(height, width, shape, 1, part)[0]
 
 
 def views(
-  height: float, width: float, shape: float, count: int, part: float = 1.0
+  height: Number, width: Number, shape: Number, count: int, part: Number = 1.0
 ) -> list[Box]:
   """Boxes spread evenly along the longer side; one alone is centred.
 
@@ -198,7 +201,7 @@ def views(
   ]
 
 
-def _box(top: float, left: float, height: float, width: float) -> Box:
+def _box(top: Number, left: Number, height: Number, width: Number) -> Box:
   """A box of this relative size; top and left say where in the free room."""
   height, width = min(height, 1.0), min(width, 1.0)
   y, x = top * (1 - height), left * (1 - width)

@@ -1,0 +1,177 @@
+"""Clips: the right frames, the right pixels, a pure function."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from vssl_jax.data import clip, decode
+
+SPEC = clip.Spec(
+  frames=4, stride=3, height=24, width=32, crop='centre', flip=False
+)
+
+
+def ramp(number, height, width):
+  """Grows to the right in red and downwards in green."""
+  y, x = np.mgrid[:height, :width]
+  blue = np.full_like(x, 128)
+  return np.stack([30 + 2 * x, 40 + 3 * y, blue], -1).astype(np.uint8)
+
+
+@pytest.fixture(scope='module')
+def grey(tmp_path_factory, film):
+  return film(tmp_path_factory.mktemp('clip') / 'x.mp4')
+
+
+@pytest.fixture(scope='module')
+def slope(tmp_path_factory, film):
+  path = tmp_path_factory.mktemp('clip') / 'x.mkv'
+  return film(path, frames=8, codec='ffv1', pix_fmt='bgr0', picture=ramp)
+
+
+def test_a_clip_is_a_window_at_the_stride(grey, numbered):
+  starts = set()
+  for seed in range(60):
+    numbers = numbered(clip.read(grey, SPEC, [seed]).video[0])
+    assert np.diff(numbers).tolist() == [3, 3, 3]
+    starts.add(int(numbers[0]))
+  assert min(starts) < 4 and max(starts) > 33 and max(starts) <= 38
+
+
+def test_scaling_keeps_the_brightness(grey):
+  spec = dataclasses.replace(SPEC, frames=48, stride=1)
+  levels = clip.read(grey, spec, [0]).video[0].mean(axis=(1, 2, 3))
+  errors = levels - (20 + 4 * np.arange(48))
+  assert abs(errors.mean()) < 0.4 and np.abs(errors).max() <= 1
+
+
+def test_the_same_seeds_give_the_same_clip(grey):
+  spec = dataclasses.replace(SPEC, crop='random_resized', flip=True)
+  one, two = (clip.read(grey, spec, [3, 4]) for _ in range(2))
+  np.testing.assert_array_equal(one.video, two.video)
+  np.testing.assert_array_equal(one.crop, two.crop)
+  other = clip.read(grey, spec, [3, 5])
+  assert (one.crop != other.crop).any()
+
+
+def test_the_box_is_the_part_that_is_seen(slope):
+  spec = dataclasses.replace(
+    SPEC, frames=1, stride=1, crop='random_resized', crop_scale=(0.3, 0.5)
+  )
+  for seed in range(5):
+    found = clip.read(slope, spec, [seed])
+    picture, (top, left, bottom, right) = found.video[0, 0], found.crop[0]
+    x = (np.arange(32) + 0.5) / 32 * (right - left) * 64 + left * 64 - 0.5
+    y = (np.arange(24) + 0.5) / 24 * (bottom - top) * 48 + top * 48 - 0.5
+    np.testing.assert_allclose(picture[12, 2:-2, 0], 30 + 2 * x[2:-2], atol=2.5)
+    np.testing.assert_allclose(picture[2:-2, 16, 1], 40 + 3 * y[2:-2], atol=2.5)
+
+
+def test_half_of_the_clips_are_mirrored(slope):
+  spec = dataclasses.replace(SPEC, frames=1, stride=1, flip=True)
+  plain = clip.read(slope, SPEC, [0]).video[0, 0]
+  flips = 0
+  for seed in range(40):
+    found = clip.read(slope, spec, [seed])
+    expected = plain[:, ::-1] if found.flipped[0] else plain
+    np.testing.assert_array_equal(found.video[0, 0], expected)
+    flips += int(found.flipped[0])
+  assert 10 < flips < 30
+
+
+def test_switching_the_flip_off_moves_no_box(slope):
+  on = dataclasses.replace(SPEC, crop='random_resized', flip=True, repeats=3)
+  off = dataclasses.replace(on, flip=False)
+  one, two = clip.read(slope, on, [8]), clip.read(slope, off, [8])
+  np.testing.assert_array_equal(one.crop, two.crop)
+  assert not two.flipped.any()
+
+
+@pytest.mark.parametrize('degrees', [90, 180, 270])
+def test_rotated_videos_are_brought_upright(degrees, tmp_path, film):
+  import av
+
+  if not hasattr(av.VideoStream, 'set_display_rotation'):
+    pytest.skip('this PyAV cannot write rotated videos')
+  upright = lambda k, h, w: ramp(k, 48, 64)
+  stored = lambda k, h, w: np.rot90(upright(k, h, w), -degrees // 90).copy()
+  height, width = stored(0, 0, 0).shape[:2]
+  path = film(
+    tmp_path / 'x.mp4', frames=6, picture=stored, height=height, width=width,
+    rotation=degrees, pix_fmt='yuv444p',
+  )  # fmt: skip
+  plain = film(tmp_path / 'y.mp4', frames=6, picture=upright, pix_fmt='yuv444p')
+  for kind in ('centre', 'random_resized'):
+    spec = dataclasses.replace(SPEC, stride=1, crop=kind)
+    turned, straight = clip.read(path, spec, [5]), clip.read(plain, spec, [5])
+    np.testing.assert_allclose(turned.crop, straight.crop, atol=0.03)
+    difference = np.abs(turned.video.astype(int) - straight.video)
+    assert difference.mean() < 2.5
+
+
+def test_odd_sizes_and_few_colours(tmp_path, film):
+  for number, (height, width, form) in enumerate(
+    [(131, 97, 'yuv444p'), (2, 2, 'yuv420p'), (720, 16, 'yuv420p'),
+     (48, 64, 'gray')]
+  ):  # fmt: skip
+    path = film(
+      tmp_path / f'{number}.mp4', frames=6, height=height, width=width,
+      pix_fmt=form,
+    )  # fmt: skip
+    spec = dataclasses.replace(SPEC, stride=1, crop='random_resized')
+    for channels in (1, 3):
+      spec = dataclasses.replace(spec, channels=channels)
+      found = clip.read(path, spec, [1])
+      assert found.video.shape == (1, 4, 24, 32, channels)
+      assert 8 < found.video.mean() < 45
+      assert (found.crop[:, 2:] > found.crop[:, :2]).all()
+
+
+def test_repeats_share_frames_or_have_their_own(grey, numbered):
+  spec = dataclasses.replace(SPEC, crop='random_resized', repeats=4)
+  shared = dataclasses.replace(spec, repeat_frames='shared')
+  numbers = numbered(clip.read(grey, shared, [1]).video)
+  assert (numbers == numbers[:1]).all()
+  found = clip.read(grey, spec, [1])
+  assert len({tuple(row) for row in numbered(found.video)}) > 1
+  assert len({tuple(box) for box in found.crop.tolist()}) == 4
+
+
+def test_parts_walk_through_the_video(grey, numbered):
+  spec = dataclasses.replace(SPEC, sampling='parts', repeats=3)
+  starts = numbered(clip.read(grey, spec, [1]).video)[:, 0]
+  assert (starts // 16).tolist() == [0, 1, 2]
+
+
+def test_evaluation_clips_are_ordered_by_view_then_segment(
+  slope, grey, numbered
+):
+  spec = clip.Spec(
+    frames=2, stride=2, height=48, width=48, sampling='spread', segments=3,
+    views=2,
+  )  # fmt: skip
+  numbers = numbered(clip.read(grey, spec, []).video)
+  assert numbers[:, 0].tolist() == [0, 22, 44] * 2
+  found = clip.read(slope, spec, [])
+  np.testing.assert_allclose(
+    found.crop[:, 1] * 64, [0, 0, 0, 16, 16, 16], atol=1e-4
+  )
+  assert found.short is False
+
+
+def test_short_clips_say_so_and_can_be_refused(tmp_path, film):
+  path = film(tmp_path / 'x.mp4', frames=3)
+  assert clip.read(path, SPEC, [0]).short
+  spec = dataclasses.replace(SPEC, min_frames=4)
+  with pytest.raises(decode.VideoError, match='3 frames, wanted 4'):
+    clip.read(path, spec, [0])
+
+
+def test_settings_that_make_no_sense_are_named():
+  with pytest.raises(ValueError, match=r'data\.crop is .round'):
+    clip.Spec(crop='round')
+  with pytest.raises(ValueError, match='not both'):
+    clip.Spec(fps=8.0, stride=4)
+  with pytest.raises(ValueError, match=r'data\.frames is 0'):
+    clip.Spec(frames=0)

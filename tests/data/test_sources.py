@@ -1,0 +1,217 @@
+"""Folders, manifests, shards and several of them as one numbered list."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from vssl_jax.data import decode, records, sources
+
+
+def touch(root, *names):
+  for name in names:
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(name.encode())
+  return str(root)
+
+
+def test_folders_name_classes(tmp_path):
+  root = touch(
+    tmp_path, 'b/2.mp4', 'b/deep/1.MKV', 'a/3.webm', 'a/read.txt', '.x/4.mp4',
+    'a/.5.mp4', 'c/6.jpg',
+  )  # fmt: skip
+  found = sources.find(root)
+  names = [found.item(i).name for i in range(len(found))]
+  assert names == ['a/3.webm', 'b/2.mp4', 'b/deep/1.MKV', 'c/6.jpg']
+  assert [found.item(i).label for i in range(4)] == [0, 1, 1, 2]
+  assert found.classes == ('a', 'b', 'c')
+  assert found.item(1).media == os.path.join(root, 'b/2.mp4')
+
+
+def test_videos_beside_each_other_have_no_class(tmp_path):
+  found = sources.find(touch(tmp_path, 'x.mp4', 'a/y.mp4'))
+  assert found.classes is None
+  assert [found.item(i).label for i in range(2)] == [-1, -1]
+
+
+def test_manifests_are_relative_to_themselves(tmp_path):
+  touch(tmp_path, 'videos/a.mp4', 'videos/b.mp4')
+  manifest = tmp_path / 'lists' / 'train.csv'
+  manifest.parent.mkdir()
+  manifest.write_text(
+    f'../videos/a.mp4,walk\n{tmp_path}/videos/b.mp4,run\n../videos/a.mp4,\n'
+  )
+  found = sources.find(str(manifest))
+  with open(found.item(0).media, 'rb') as file:
+    assert file.read() == b'videos/a.mp4'
+  assert found.item(1).media == f'{tmp_path}/videos/b.mp4'
+  assert found.classes == ('run', 'walk')
+  assert [found.item(i).label for i in range(3)] == [1, 0, -1]
+
+
+def test_numbers_are_labels_as_they_are(tmp_path):
+  (tmp_path / 'x.csv').write_text('a.mp4 3\nb.mp4 0\nc.mp4 10\n')
+  found = sources.find(str(tmp_path / 'x.csv'))
+  assert [found.item(i).label for i in range(3)] == [3, 0, 10]
+  assert len(found.classes) == 11
+
+
+def test_the_order_of_classes_can_be_given(tmp_path):
+  root = touch(tmp_path, 'a/1.mp4', 'b/2.mp4')
+  found = sources.find(root, classes=('z', 'b', 'a'))
+  assert [found.item(i).label for i in range(2)] == [2, 1]
+  with pytest.raises(ValueError, match=r"\['b'\] are not among the 1"):
+    sources.find(root, classes=('a',))
+
+
+def test_several_sources_share_classes(tmp_path):
+  one = touch(tmp_path / '1', 'run/a.mp4', 'walk/b.mp4')
+  two = touch(tmp_path / '2', 'jump/c.mp4', 'run/d.mp4')
+  three = touch(tmp_path / '3', 'e.mp4')
+  found = sources.find((one, two, three))
+  assert found.offsets == (0, 2, 4, 5)
+  assert found.classes == ('run', 'walk', 'jump')
+  assert [found.item(i).label for i in range(5)] == [0, 1, 2, 0, -1]
+  assert pickle.loads(pickle.dumps(found)).item(3).name == 'run/d.mp4'
+
+
+def test_the_fingerprint_knows_names_labels_and_order(tmp_path):
+  one = touch(tmp_path / '1', 'a/1.mp4', 'b/2.mp4')
+  same = touch(tmp_path / '2', 'a/1.mp4', 'b/2.mp4')
+  moved = touch(tmp_path / '3', 'b/1.mp4', 'a/2.mp4')
+  prints = [sources.find(s).fingerprint for s in (one, same, moved)]
+  assert prints[0] == prints[1] != prints[2]
+  pair = sources.find((one, moved)).fingerprint
+  assert pair != sources.find((moved, one)).fingerprint
+
+
+def test_nothing_to_read_is_an_error(tmp_path):
+  with pytest.raises(FileNotFoundError, match=r'data\.source is empty'):
+    sources.find('')
+  with pytest.raises(FileNotFoundError, match='nothing at'):
+    sources.find(str(tmp_path / 'none'))
+  with pytest.raises(FileNotFoundError, match='no videos in'):
+    sources.find(touch(tmp_path, 'a.txt'))
+
+
+def write_shard(path, items):
+  from array_record.python import array_record_module
+
+  writer = array_record_module.ArrayRecordWriter(
+    str(path), 'group_size:1,uncompressed'
+  )
+  for item in items:
+    writer.write(item)
+  writer.close()
+
+
+def test_shards_are_read_in_order(tmp_path):
+  write_shard(
+    tmp_path / 'x-1.array_record', [records.pack(b'three', '3.mp4', 'b')]
+  )
+  write_shard(
+    tmp_path / 'x-0.array_record',
+    [records.pack(b'one', '1.mp4', 'a'), b'bare', records.pack(b'two', '2')],
+  )
+  index = {'classes': ['a', 'b'], 'shards': ['x-0.array_record']}
+  (tmp_path / 'index.json').write_text(json.dumps(index))
+  found = sources.find(str(tmp_path))
+  items = [found.item(i) for i in range(len(found))]
+  assert [item.media for item in items] == [b'one', b'bare', b'two', b'three']
+  assert [item.label for item in items] == [0, -1, -1, 1]
+  assert items[0].name == '1.mp4' and items[1].name == 'record 1'
+  again = pickle.loads(pickle.dumps(found))
+  assert again.item(3).media == b'three'
+  for pattern in ('x-*.array_record', 'x-0.array_record'):
+    assert sources.find(str(tmp_path / pattern)).item(0).media == b'one'
+  index['shards'].append('x-9.array_record')
+  (tmp_path / 'index.json').write_text(json.dumps(index))
+  with pytest.raises(ValueError, match=r"not there: \['x-9"):
+    sources.find(str(tmp_path))
+
+
+def test_damaged_records_have_a_reason():
+  record = records.pack(b'media', 'name', 'label')
+  assert records.unpack(record) == (
+    {'name': 'name', 'class': 'label'},
+    b'media',
+  )
+  for bad in (record[:10], record[:20], records.MAGIC + b'\xff' * 8):
+    with pytest.raises(decode.VideoError, match='unreadable'):
+      records.unpack(bad)
+
+
+WRITE_TFDS = """
+import sys
+import numpy as np
+import tensorflow_datasets as tfds
+
+class Toy(tfds.core.GeneratorBasedBuilder):
+  VERSION = tfds.core.Version('1.0.0')
+
+  def _info(self):
+    features = tfds.features.FeaturesDict({
+      'video': np.object_,
+      'label': tfds.features.ClassLabel(names=['sit', 'stand']),
+      'name': tfds.features.Text(),
+    })
+    return tfds.core.DatasetInfo(builder=self, features=features)
+
+  def _split_generators(self, manager):
+    return {'train': self._generate_examples()}
+
+  def _generate_examples(self):
+    for i in range(6):
+      yield i, {'video': b'film %d' % i, 'label': i % 2, 'name': f'n{i}'}
+
+builder = Toy(data_dir=sys.argv[1], file_format='array_record')
+builder.download_and_prepare()
+"""
+
+
+@pytest.fixture(scope='module')
+def tfds_written(tmp_path_factory):
+  root = tmp_path_factory.mktemp('tfds')
+  subprocess.run(
+    [sys.executable, '-c', WRITE_TFDS, str(root)],
+    check=True,
+    capture_output=True,
+  )
+  return root / 'toy' / '1.0.0'
+
+
+@pytest.fixture
+def tfds_folder(tfds_written, tmp_path):
+  return str(shutil.copytree(tfds_written, tmp_path / 'toy' / '1.0.0'))
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_tfds_directories_need_no_tensorflow(tfds_folder):
+  found = sources.find(tfds_folder)
+  items = [found.item(i) for i in range(len(found))]
+  assert {item.media for item in items} == {b'film %d' % i for i in range(6)}
+  for item in items:
+    assert item.label == int(item.media[-1:]) % 2
+  assert found.classes == ('sit', 'stand')
+  assert len(sources.find(tfds_folder, split='train[:50%]')) == 3
+  assert pickle.loads(pickle.dumps(found)).item(0).media == items[0].media
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_tfds_directories_import_nothing_of_their_own(tfds_folder, tmp_path):
+  path = os.path.join(tfds_folder, 'features.json')
+  with open(path, encoding='utf-8') as file:
+    text = file.read()
+  strange = text.replace(
+    'tensorflow_datasets.core.features.text_feature.Text', 'evil.module.Text'
+  )
+  assert strange != text
+  with open(path, 'w', encoding='utf-8') as file:
+    file.write(strange)
+  with pytest.raises(ValueError, match=r'evil\.module'):
+    sources.find(tfds_folder)

@@ -1,0 +1,138 @@
+"""Frame numbers and boxes, against numbers worked out by hand."""
+
+import math
+
+import numpy as np
+import pytest
+
+from vssl_jax.data import transforms
+
+
+def test_spread_takes_the_published_windows():
+  numbers = transforms.spread(300, 16, 4, 5)
+  assert (numbers[:, 0] // 4).tolist() == [0, 14, 29, 44, 59]
+  assert numbers[0].tolist() == list(range(0, 64, 4))
+  assert numbers.max() == 4 * (59 + 15)
+
+
+def test_one_segment_lies_in_the_middle():
+  assert transforms.spread(300, 16, 4, 1)[0, 0] == 4 * ((75 - 16) // 2)
+
+
+def test_short_videos_repeat_the_last_reachable_frame():
+  assert transforms.window(7, 5, 2, 0.9).tolist() == [0, 2, 4, 6, 6]
+  assert transforms.window(6, 5, 2, 0.9).tolist() == [0, 2, 4, 4, 4]
+  assert transforms.spread(10, 4, 4, 2).tolist() == [[0, 4, 8, 8]] * 2
+  assert transforms.window(1, 3, 4, 0.5).tolist() == [0, 0, 0]
+
+
+def test_window_reaches_both_ends_evenly():
+  starts = [
+    transforms.window(20, 4, 3, chance)[0]
+    for chance in np.linspace(0, 1, 1100, endpoint=False)
+  ]
+  assert np.bincount(starts).tolist() == [100] * 11  # 20 - 9 places
+
+
+def test_parts_stay_in_their_part_where_they_fit():
+  for which in range(4):
+    for chance in (0.0, 0.999):
+      numbers = transforms.part(80, 4, 5, chance, which, 4)
+      assert which * 20 <= numbers[0] and numbers[-1] < (which + 1) * 20
+  last = transforms.part(20, 4, 4, 0.5, 3, 4)  # 13 frames into a part of 5
+  assert last.tolist() == [7, 11, 15, 19]
+
+
+def test_scattered_takes_one_frame_of_each_part():
+  numbers = transforms.scattered(32, 8, np.full(8, 0.99))
+  assert numbers.tolist() == [3, 7, 11, 15, 19, 23, 27, 31]
+  assert transforms.scattered(3, 6, np.zeros(6)).tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_interleaved_samplings_lie_between_each_other():
+  numbers = transforms.interleaved(32, 4, 2)
+  assert numbers.tolist() == [[0, 8, 16, 24], [4, 12, 20, 28]]
+
+
+def test_three_views_start_where_they_should():
+  boxes = transforms.views(224, 298, 1.0, 3)
+  lefts = [box[1] * 298 for box in boxes]
+  np.testing.assert_allclose(lefts, [0, 37, 74], atol=1e-9)
+  assert all(box[0] == 0 and box[2] == 1 for box in boxes)
+  tall = transforms.views(298, 224, 1.0, 3)
+  np.testing.assert_allclose([b[0] * 298 for b in tall], [0, 37, 74], atol=1e-9)
+
+
+def test_centre_box_has_the_shape_and_the_part():
+  top, left, bottom, right = transforms.centre(100, 200, 1.0, 0.5)
+  assert (bottom - top) * 100 == pytest.approx(50)
+  assert (right - left) * 200 == pytest.approx(50)
+  assert top + bottom == pytest.approx(1) and left + right == pytest.approx(1)
+
+
+def test_random_resized_keeps_area_and_shape():
+  rng = np.random.default_rng(0)
+  height, width = 240, 320
+  boxes = np.asarray(
+    [
+      transforms.random_resized(rng, height, width, (0.2, 0.6), (0.75, 4 / 3))
+      for _ in range(4000)
+    ]
+  )
+  tall, wide = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+  assert boxes.min() >= 0 and boxes.max() <= 1
+  area, shape = tall * wide, wide * width / (tall * height)
+  assert area.min() >= 0.2 - 1e-9 and area.max() <= 0.6 + 1e-9
+  assert shape.min() >= 0.75 - 1e-9 and shape.max() <= 4 / 3 + 1e-9
+  assert area.mean() == pytest.approx(0.4, abs=0.01)
+  assert np.log(shape).mean() == pytest.approx(0, abs=0.02)
+  assert np.log(shape).std() == pytest.approx(
+    math.log(4 / 3) / 3**0.5, abs=0.01
+  )
+  free = boxes[:, 0] / (1 - tall)
+  assert free.mean() == pytest.approx(0.5, abs=0.02)
+
+
+def test_random_resized_falls_back_to_the_centre():
+  rng = np.random.default_rng(0)
+  box = transforms.random_resized(rng, 10, 1000, (0.9, 1.0), (0.75, 4 / 3))
+  np.testing.assert_allclose(box, [0, 0.5 - 1 / 150, 1, 0.5 + 1 / 150])
+
+
+def test_multi_scale_draws_ten_sizes_at_thirteen_places():
+  rng = np.random.default_rng(0)
+  boxes = [transforms.multi_scale(rng, 100, 100) for _ in range(3000)]
+  sizes = {(round(b[2] - b[0], 6), round(b[3] - b[1], 6)) for b in boxes}
+  scales = (1, 0.875, 0.75, 0.66)
+  assert sizes == {
+    (a, b)
+    for i, a in enumerate(scales)
+    for j, b in enumerate(scales)
+    if abs(i - j) < 2
+  }
+  small = {
+    (round(b[0], 3), round(b[1], 3))
+    for b in boxes
+    if round(b[2] - b[0], 6) == round(b[3] - b[1], 6) == 0.66
+  }
+  assert len(small) == 13
+  assert min(b[0] for b in boxes) == 0 and max(b[2] for b in boxes) == 1
+
+
+def test_boxes_turn_like_pictures():
+  picture = np.arange(40 * 60).reshape(40, 60)
+  for quarters in range(4):
+    upright = np.rot90(picture, quarters)
+    box = (0.25, 0.1, 0.75, 0.4)
+    cut = _cut(upright, box)
+    before = _cut(picture, transforms.turn_back(box, quarters))
+    np.testing.assert_array_equal(np.rot90(before, quarters), cut)
+
+
+def _cut(picture, box):
+  height, width = picture.shape
+  top, left, bottom, right = box
+  return picture[
+    round(top * height) : round(bottom * height),
+    round(left * width) : round(right * width),
+  ]

@@ -1,10 +1,11 @@
 """Generated video whose classes are kinds of motion: real files, no download.
 
-One textured shape moves over a textured background that shakes, in a world
-that wraps around at the edges. Position, angle, size, colour and phase are
-drawn from the same distributions whatever the class, and wrapping keeps them
-so in every frame: one frame alone has the same distribution for all classes,
-by construction and not by luck. What tells the classes apart is motion.
+A few textured shapes, all moved alike, cross a textured background that
+shakes, in a world that wraps around at the edges. Position, angle, size,
+colour and phase are drawn from the same distributions whatever the class, and
+wrapping keeps them so in every frame: one frame alone has the same
+distribution for all classes, by construction. What tells the classes apart is
+motion.
 """
 
 import csv
@@ -69,16 +70,16 @@ class Scene:
   speed: tuple[float, float] = (2.0, 3.5)
   turn: tuple[float, float] = (20.0, 30.0)
   period: tuple[float, float] = (7.0, 10.0)
-  radius: tuple[float, float] = (5.0, 8.0)
+  radius: tuple[float, float] = (3.0, 4.5)
   slenderness: tuple[float, float] = (1.5, 2.2)
-  contrast: tuple[float, float] = (0.3, 0.5)
+  contrast: tuple[float, float] = (0.5, 0.7)
   polarity: str = 'bright'
-  texture: float = 0.1
-  background: float = 0.1
+  texture: float = 0.05
+  background: float = 0.05
   detail: int = 2
-  shake: float = 1.0
+  shake: float = 0.5
   flicker: float = 0.0
-  shapes: int = 1
+  shapes: int = 4
   distractors: int = 0
   noise: float = 0.0
 

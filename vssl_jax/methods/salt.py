@@ -402,6 +402,7 @@ def _predictor(
     num_mask_tokens=section.mask_tokens,
     positions=encoder.positions,
     rope_pairing=encoder.rope_pairing,
+    init_family=encoder.init_family,
     dtype=encoder.dtype,
     remat=encoder.remat,
     attention=encoder.attention,

@@ -16,7 +16,7 @@ GRID = (2, 3, 3)
 
 def small(**overrides):
   fields = dict(
-    width=24, depth=3, num_heads=2, patch=(2, 4, 4), dtype='float32'
+    width=24, depth=2, num_heads=2, patch=(2, 4, 4), dtype='float32'
   )
   return vit.make({**fields, **overrides})
 
@@ -81,16 +81,16 @@ def test_parameter_counts(size):
 
 
 def test_names_and_types_of_parameters(video):
-  params = small(qkv_bias='qv').init(KEY, video)['params']
+  params = jax.eval_shape(small(qkv_bias='qv').init, KEY, video)['params']
   names = {n for n, _ in trees.named_leaves(params)}
   block = {'norm_1/scale', 'norm_1/bias', 'norm_2/scale', 'norm_2/bias'}
   block |= {f'attn/{p}/kernel' for p in ('q', 'k', 'v', 'out')}
   block |= {f'attn/{p}/bias' for p in ('q', 'v', 'out')}
   block |= {f'mlp/{p}/{x}' for p in ('fc1', 'fc2') for x in ('kernel', 'bias')}
-  wanted = {f'block_{i:02d}/{n}' for i in range(3) for n in block}
+  wanted = {f'block_{i:02d}/{n}' for i in range(2) for n in block}
   wanted |= {'embed/kernel', 'embed/bias', 'norm/scale', 'norm/bias'}
   assert names == wanted
-  half = small(dtype='bfloat16').init(KEY, video)['params']
+  half = jax.eval_shape(small(dtype='bfloat16').init, KEY, video)['params']
   assert {x.dtype for x in jax.tree.leaves(half)} == {jnp.dtype('float32')}
 
 
@@ -146,7 +146,7 @@ def test_hidden_pixels_have_no_gradient(video, positions):
   np.testing.assert_array_equal(hit.reshape(2, 18), wanted)
 
 
-@pytest.mark.parametrize('positions', POSITIONS)
+@pytest.mark.parametrize('positions', POSITIONS[:4])
 def test_order_of_visible_tokens_does_not_matter(video, positions):
   encoder = small(positions=positions)
   params = start(encoder, video)
@@ -157,7 +157,7 @@ def test_order_of_visible_tokens_does_not_matter(video, positions):
   np.testing.assert_allclose(a[:, order], b, atol=1e-5)
 
 
-@pytest.mark.parametrize('positions', POSITIONS)
+@pytest.mark.parametrize('positions', POSITIONS[:2])
 def test_all_tokens_visible_is_the_full_clip(video, positions):
   encoder = small(positions=positions)
   params = start(encoder, video)
@@ -180,7 +180,7 @@ def test_positions_matter(video):
 
 
 def test_features_are_the_tokens_after_each_block(video):
-  encoder = small()
+  encoder = small(depth=3)
   params = start(encoder, video)
   features = call(encoder, params, video, features=True)
   assert len(features) == 4
@@ -211,7 +211,7 @@ def test_tap_of_4ds_at_95_percent(depth, after):
 
 
 def test_depth_runs_part_of_the_blocks(video):
-  encoder = small()
+  encoder = small(depth=3)
   params = start(encoder, video)
   features = call(encoder, params, video, features=True)
   tapped = call(encoder, params, video, depth=1.0)
@@ -227,13 +227,13 @@ def test_a_key_bias_changes_nothing_without_rotation(video):
   params = start(full, video)
   tokens = call(full, params, video)
   without = jax.tree.map(lambda x: x, params)
-  for i in range(3):
+  for i in range(2):
     del without[f'block_{i:02d}']['attn']['k']['bias']
   qv = small(positions='sinusoid_1d', qkv_bias='qv')
   np.testing.assert_allclose(tokens, call(qv, without, video), atol=1e-5)
-  grad = jax.grad(lambda p: jnp.sum(call(full, p, video) ** 3))(params)[
-    'block_01'
-  ]['attn']
+  grad = jax.jit(
+    jax.grad(lambda p: jnp.sum(full.apply({'params': p}, video) ** 3))
+  )(params)['block_01']['attn']
   assert jnp.abs(grad['k']['bias']).max() < 1e-4
   assert jnp.abs(grad['q']['bias']).max() > 1e-2
 
@@ -260,14 +260,14 @@ def test_rematerialisation_changes_memory_and_no_number(video, remat):
 
 def test_bfloat16_is_close_to_float32_and_returns_float32(video):
   params = start(small(), video)
-  exact = small().apply({'params': params}, video)
-  half = small(dtype='bfloat16').apply({'params': params}, video)
+  exact = call(small(), params, video)
+  half = call(small(dtype='bfloat16'), params, video)
   assert half.dtype == jnp.float32
   assert 1e-4 < jnp.abs(exact - half).mean() < 0.05
 
 
 def test_drop_path_leaves_out_branches_per_example(video):
-  encoder = small(drop_path=0.5)
+  encoder = small(depth=3, drop_path=0.5)
   video = np.repeat(video[:1], 64, 0)
   params = start(encoder, video)
   features = call(

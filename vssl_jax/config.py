@@ -84,7 +84,7 @@ def default(method: str = 'salt') -> ml_collections.ConfigDict:
     )
   )
   c.probe = probe.default()
-  return c
+  return c.lock()  # a page that invents a key fails there
 
 
 def load(

@@ -1,0 +1,186 @@
+import pathlib
+
+import ml_collections
+import pytest
+
+from vssl_jax import config as config_lib
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PAGE = 'from vssl_jax import config\n\n\ndef get_config(variant=""):\n'
+
+
+def _page(folder, body='  return config.default()\n', name='page.py'):
+  path = folder / name
+  path.write_text(PAGE + body)
+  return path
+
+
+def _config():
+  return ml_collections.ConfigDict(
+    {
+      'lr': 1.0,
+      'steps': 3,
+      'on': True,
+      'name': 'x',
+      'phases': ('a', 'b'),
+      'optim': {'clip': 0.0, 'warmup': -1},
+    }
+  )
+
+
+@pytest.mark.parametrize(
+  ('assignment', 'key', 'value'),
+  [
+    ('lr=3', 'lr', 3.0),
+    ('lr=1e-3', 'lr', 1e-3),
+    ('steps=1e4', 'steps', 10_000),
+    ('on=false', 'on', False),
+    ('name=5', 'name', '5'),
+    ('name=a=b', 'name', 'a=b'),
+    ("phases=('c',)", 'phases', ('c',)),
+    ('phases=c', 'phases', ('c',)),
+    ('phases=[1, 2]', 'phases', (1, 2)),
+    ('phases=()', 'phases', ()),
+    ('optim.warmup=0', 'optim.warmup', 0),
+  ],
+)
+def test_values_take_the_type_of_what_they_replace(assignment, key, value):
+  config = config_lib.override(_config(), [assignment])
+  found = dict(config_lib.flatten(config))
+  assert found.pop(key) == value
+  assert type(dict(config_lib.flatten(config))[key]) is type(value)
+  rest = dict(config_lib.flatten(_config()))
+  rest.pop(key)
+  assert found == rest
+
+
+@pytest.mark.parametrize(
+  ('assignment', 'message'),
+  [
+    ('optim.clp=1', r'no such key; did you mean --config.optim.clip\?'),
+    ('optim=1', r'optim is a section with keys'),
+    ('lr=fast', r"--config.lr: found 'fast', wanted a float such as 1.0"),
+    ('steps=2.5', r"found '2.5', wanted a int such as 3"),
+    ('on=maybe', r"found 'maybe', wanted True or False"),
+    ('lr', r'no value; write --config.lr=<value>'),
+  ],
+)
+def test_bad_assignments_are_refused(assignment, message):
+  with pytest.raises(ValueError, match=message):
+    config_lib.override(_config(), [assignment])
+
+
+def test_a_page_of_the_clone_is_found_from_anywhere(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  name, config = config_lib.load('configs/salt.py:H')
+  assert name == 'salt-H'
+  assert config.method.latent_student.encoder.size == 'H'
+
+
+def test_a_page_outside_the_roots_is_refused(tmp_path, monkeypatch):
+  inside, outside = tmp_path / 'inside', tmp_path / 'outside'
+  inside.mkdir()
+  outside.mkdir()
+  monkeypatch.chdir(inside)
+  page = _page(outside)
+  with pytest.raises(ValueError, match=f'add --config_root={outside}'):
+    config_lib.load(str(page))
+  assert config_lib.load(str(page), (str(outside),))[0] == 'page'
+  _page(inside)
+  assert config_lib.load('page.py')[0] == 'page'
+
+
+def test_a_link_out_of_the_roots_is_refused(tmp_path, monkeypatch):
+  inside, outside = tmp_path / 'inside', tmp_path / 'outside'
+  inside.mkdir()
+  outside.mkdir()
+  (inside / 'link.py').symlink_to(_page(outside))
+  monkeypatch.chdir(inside)
+  with pytest.raises(ValueError, match='a page is code'):
+    config_lib.load('link.py')
+  with pytest.raises(ValueError, match='a page is code'):
+    config_lib.load('../outside/page.py')
+
+
+def test_an_address_is_refused():
+  with pytest.raises(ValueError, match='only from a local file'):
+    config_lib.load('https://example.org/page.py')
+
+
+def test_a_missing_page_names_the_nearest(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(ValueError, match=r'did you mean configs/salt.py'):
+    config_lib.load('salts.py')
+
+
+def test_a_page_without_get_config_is_refused(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'page.py').write_text('x = 1\n')
+  with pytest.raises(ValueError, match='defines no get_config'):
+    config_lib.load('page.py')
+
+
+def test_a_key_that_a_page_invents_is_an_error(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  body = '  c = config.default()\n  c.optim.learning_rate = 1\n  return c\n'
+  _page(tmp_path, body)
+  with pytest.raises((AttributeError, KeyError), match='learning_rate'):
+    config_lib.load('page.py')
+
+
+def test_json_round_trip():
+  config = config_lib.default()
+  again = config_lib.from_json(config_lib.to_json(config))
+  assert config_lib.difference(config, again) == ''
+
+
+def test_difference_names_keys_and_leaves_out_what_may_change():
+  a, b = _config(), _config()
+  b.lr, b.optim.clip = 2.0, 1.0
+  assert config_lib.difference(a, b) == (
+    '  lr: was 1.0, is 2.0\n  optim.clip: was 0.0, is 1.0'
+  )
+  assert config_lib.difference(a, b, ('optim',)) == '  lr: was 1.0, is 2.0'
+  assert config_lib.difference(a, b, ('optim', 'lr')) == ''
+
+
+def test_the_description_marks_what_differs():
+  changed = _config()
+  changed.lr = 2.0
+  lines = config_lib.describe(changed, _config()).splitlines()
+  assert '* lr = 2.0' in lines
+  assert '  steps = 3' in lines
+
+
+VARIANTS = {
+  'salt.py': ['', 'B', 'L', 'H', 'g', 'G'],
+  'vjepa2.py': ['', 'B', 'L', 'H'],
+  'videomae_k400.py': ['', 'S', 'B', 'L'],
+  'salt_single_gpu.py': [''],
+  'demo.py': ['', 'salt'],
+}
+
+
+@pytest.mark.parametrize(
+  'spec', [f'{p}:{v}' if v else p for p, vs in VARIANTS.items() for v in vs]
+)
+def test_every_page_builds_its_method(spec):
+  from vssl_jax import methods
+  from vssl_jax.data import options
+
+  _, config = config_lib.load(f'configs/{spec}')
+  clip = options.spec(config.data.to_dict()).shape
+  method = methods.build(config.method, clip, lambda source: None)
+  assert all(p.steps > 0 for p in method.phases())
+  assert method.cost(method.phases()[-1], clip).total > 0
+
+
+@pytest.mark.parametrize('page', VARIANTS)
+def test_every_page_refuses_other_variants(page):
+  with pytest.raises(ValueError, match=f'{page}: found :nonsense'):
+    config_lib.load(f'configs/{page}:nonsense')
+
+
+def test_no_two_pages_differ_in_case_only():
+  names = [p.name.lower() for p in (ROOT / 'configs').iterdir()]
+  assert len(names) == len(set(names))

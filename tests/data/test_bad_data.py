@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.data import test_decode
-from vssl_jax.data import clip, contain, decode, ledger, loading, pipeline
+from vssl_jax.data import clip, decode, ledger, loading, pipeline, reader
 
 DAMAGES = {
   'missing': lambda path, data: path.unlink(),
@@ -223,9 +223,9 @@ reader.main()
 
 @pytest.fixture
 def readers(monkeypatch):
-  monkeypatch.setattr(contain, 'CHILD', CHILD)
+  monkeypatch.setattr(reader, 'CHILD', CHILD)
   spec = clip.Spec(frames=2, stride=1, height=8, width=8)
-  found = contain.Readers(
+  found = reader.Readers(
     spec, isolate=True, deadline_s=3.0, memory_limit_mb=256
   )
   yield found
@@ -257,7 +257,7 @@ def test_readers_that_hang_or_die_are_replaced(readers, film, tmp_path):
 def test_a_batch_survives_readers_that_hang_and_abort(
   monkeypatch, film, tmp_path, data_config
 ):
-  monkeypatch.setattr(contain, 'CHILD', CHILD)
+  monkeypatch.setattr(reader, 'CHILD', CHILD)
   for number in range(10):
     name = {3: 'hang', 7: 'abort'}.get(number, number)
     film(tmp_path / 'v' / f'{name}.mp4', frames=8)
@@ -274,9 +274,9 @@ def test_a_batch_survives_readers_that_hang_and_abort(
 
 
 def test_a_reader_that_cannot_start_is_an_error(monkeypatch):
-  monkeypatch.setattr(contain, 'CHILD', 'raise SystemExit(3)')
+  monkeypatch.setattr(reader, 'CHILD', 'raise SystemExit(3)')
   spec = clip.Spec(frames=1, stride=1, height=8, width=8)
-  found = contain.Readers(spec, isolate=True, deadline_s=1, memory_limit_mb=64)
+  found = reader.Readers(spec, isolate=True, deadline_s=1, memory_limit_mb=64)
   with pytest.raises(RuntimeError, match='ended with 3'):
     found.read('x.mp4', [1], np.zeros((1, 1, 8, 8, 3), np.uint8))
   found.close()
@@ -294,10 +294,10 @@ def test_closing_ends_readers_at_work(readers):
       caught.append(error.reason)
 
   thread = threading.Thread(target=hang)
-  readers._settings = (600.0, 256)
+  readers.children.deadline_s = 600
   start = time.perf_counter()
   thread.start()
-  while not readers._all:
+  while not readers.children.alive:
     time.sleep(0.01)
   readers.stop()
   thread.join(20)
@@ -307,7 +307,7 @@ def test_closing_ends_readers_at_work(readers):
 def test_hostile_files_cost_little(film, tmp_path):
   """100k x 100k and 10^9 frames: refused in a second, within a gigabyte."""
   spec = clip.Spec(frames=4, stride=2, height=16, width=16)
-  readers = contain.Readers(
+  readers = reader.Readers(
     spec, isolate=True, deadline_s=20, memory_limit_mb=1024
   )
   out = np.zeros((1, *spec.shape), np.uint8)
@@ -329,8 +329,8 @@ def test_hostile_files_cost_little(film, tmp_path):
     with pytest.raises(decode.VideoError):
       readers.read(str(path), [0], out)
     assert time.perf_counter() - start < 1, name
-  (child,) = readers._all
-  with open(f'/proc/{child._process.pid}/status', encoding='ascii') as file:
+  (child,) = readers.children.alive
+  with open(f'/proc/{child.process.pid}/status', encoding='ascii') as file:
     peak = [line.split()[1] for line in file if line.startswith('VmHWM')]
   assert int(peak[0]) < 2**20  # KiB
   readers.close()

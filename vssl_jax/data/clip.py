@@ -136,7 +136,8 @@ def read(
     for number, frame in video.frames(sorted(places), spec.fps or None):
       if pictures is None:
         pictures = [
-          Cutter(*plan, spec) for plan in _plans(_size(video, frame), spec, rng)
+          Cutter(*plan, spec)
+          for plan in _plans(upright_size(video, frame), spec, rng)
         ]
       for clip, position in places[number]:
         pictures[clip].cut(frame, out[clip, position])
@@ -193,7 +194,7 @@ def _places(numbers: np.ndarray) -> dict[int, list[tuple[int, int]]]:
   return places
 
 
-def _size(
+def upright_size(
   video: decode.Video, frame: av.VideoFrame
 ) -> tuple[transforms.Number, transforms.Number]:
   """Height and width of the upright picture with square pixels."""

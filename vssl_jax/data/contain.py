@@ -1,9 +1,9 @@
-"""Readers of clips: this process, or child processes that may be killed.
+"""Child processes that may be killed, for work on what strangers wrote.
 
-A decoder is a hundred thousand lines of C that read what strangers wrote. In a
-child it may hang (it is killed after a deadline), abort (another is started)
-or want all memory (it has a limit). The frames come back through memory that
-both share, everything else as JSON, so that nothing a child says is executed.
+A decoder is a hundred thousand lines of C. In a child it may hang (it is
+killed after a deadline), abort (another is started) or want all memory (it has
+a limit). Pixels come back through memory that both share, everything else as
+JSON, so that nothing a child says is executed.
 """
 
 import contextlib
@@ -18,69 +18,73 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from vssl_jax.data import clip as clip_lib
 from vssl_jax.data import decode
 
-# What a child runs: the package, found where this process finds it.
-CHILD = 'from vssl_jax.data import reader; reader.main()'
 START_S = 60.0  # a child that does not come up in this time never will
 
 
-class Readers:
-  """Reads clips: each thread that asks gets a child of its own."""
+class Children:
+  """Children that answer: each thread that asks gets one of its own."""
 
   def __init__(
     self,
-    spec: clip_lib.Spec,
+    code: str,
+    settings: dict[str, Any],
     *,
-    isolate: bool,
     deadline_s: int | float,
     memory_limit_mb: int,
+    shared: int = 0,
   ) -> None:
-    """Makes readers; children start when they are needed.
+    """Describes the children; they start when they are needed.
 
     Args:
-      spec: what they read.
-      isolate: False reads in this process, without a deadline or a limit.
-      deadline_s: seconds for the clips of one video.
+      code: Python that a child runs; it calls `child.run`.
+      settings: JSON that it finds in its only argument.
+      deadline_s: seconds for one answer.
       memory_limit_mb: MiB that a child may use beyond its start.
+      shared: bytes of memory that each child shares with its parent.
     """
-    self._spec, self._isolate = spec, isolate
-    self._settings = deadline_s, memory_limit_mb
+    self._code, self._shared, self.deadline_s = code, shared, deadline_s
+    self._settings = {
+      **settings,
+      'deadline_s': deadline_s,
+      'memory_limit_mb': memory_limit_mb,
+    }
     self._mine, self._lock = threading.local(), threading.Lock()
-    self._all, self._stopped = [], False
+    self.alive, self._stopped = [], False
 
-  def read(
-    self, media: str | bytes, entropy: Sequence[int], out: np.ndarray
-  ) -> clip_lib.Clips:
-    """Reads the clips of one video.
+  def ask(
+    self, request: dict[str, Any], content: bytes = b''
+  ) -> tuple[dict[str, Any], np.ndarray]:
+    """Has the child of this thread answer.
 
     Args:
-      media: path of a file, or a file's content.
-      entropy: seeds of everything random.
-      out: uint8 [clips, T, H, W, C] to write into.
+      request: JSON.
+      content: bytes that go with it.
+
+    Returns:
+      The answer, and the shared memory: uint8 [shared], valid until the next
+      call.
 
     Raises:
-      decode.VideoError: also with the reasons timeout, died and memory.
+      decode.VideoError: its own, and with the reasons timeout, died, memory.
     """
-    if not self._isolate:
-      return clip_lib.read(media, self._spec, entropy, out)
     child = getattr(self._mine, 'child', None) or self._start()
     try:
-      return child.read(media, entropy, out)
+      return child.ask(request, content, self.deadline_s), child.memory
     except decode.VideoError as error:
       if error.reason in ('timeout', 'died', 'memory'):
         self._end(child)
       raise
 
   def _start(self) -> '_Child':
-    child = _Child(self._spec, *self._settings)
+    child = _Child(self._code, self._settings, self._shared)
     with self._lock:
-      self._all.append(child)
+      self.alive.append(child)
     self._mine.child = child
     if self._stopped:
       self._end(child)
@@ -90,7 +94,7 @@ class Readers:
   def _end(self, child: '_Child') -> None:
     self._mine.child = None
     with self._lock:
-      self._all.remove(child)
+      self.alive.remove(child)
     child.kill()
     child.free()
 
@@ -98,52 +102,44 @@ class Readers:
     """Ends what the children are doing, for threads that wait for them."""
     self._stopped = True
     with self._lock:
-      for child in self._all:
+      for child in self.alive:
         child.kill()
 
   def close(self) -> None:
-    """Frees everything; no thread may be reading any more."""
+    """Frees everything; no thread may be asking any more."""
     self.stop()
-    while self._all:
-      self._all.pop().free()
+    while self.alive:
+      self.alive.pop().free()
 
 
 class _Child:
-  """One child process with the memory it writes frames into."""
+  """One child process and the memory that it writes into."""
 
-  def __init__(
-    self, spec: clip_lib.Spec, deadline_s: int | float, memory_limit_mb: int
-  ) -> None:
-    self._deadline = deadline_s
-    shape = (spec.clips, *spec.shape)
+  def __init__(self, code: str, settings: dict[str, Any], shared: int) -> None:
     with tempfile.TemporaryFile(dir=_memory_folder()) as file:
-      file.truncate(int(np.prod(shape)))
-      self._memory = mmap.mmap(file.fileno(), 0)
-      self._frames = np.frombuffer(self._memory, np.uint8).reshape(shape)
+      file.truncate(max(shared, 1))
+      self._map = mmap.mmap(file.fileno(), 0)
+      self.memory = np.frombuffer(self._map, np.uint8)
       request, self._request = os.pipe()
       self._reply, reply = os.pipe()
       settings = {
-        'spec': spec.__dict__,
-        'frames': file.fileno(),
+        **settings,
+        'memory': file.fileno(),
         'request': request,
         'reply': reply,
-        'deadline_s': deadline_s,
-        'memory_limit_mb': memory_limit_mb,
       }
-      self._process = subprocess.Popen(
-        [sys.executable, '-P', '-c', CHILD, json.dumps(settings)],
+      paths = os.pathsep.join(filter(None, sys.path))
+      self.process = subprocess.Popen(
+        [sys.executable, '-P', '-c', code, json.dumps(settings)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         pass_fds=(file.fileno(), request, reply),
-        env={
-          **os.environ,
-          'PYTHONPATH': os.pathsep.join(filter(None, sys.path)),
-        },
+        env={**os.environ, 'PYTHONPATH': paths},
       )
     os.close(request)
     os.close(reply)
     try:
-      self._receive(START_S, 'did not start')
+      self._receive(START_S)
     except decode.VideoError as error:
       self.kill()
       self.free()
@@ -152,47 +148,35 @@ class _Child:
         'data.isolate=False reads in this process instead'
       ) from error
 
-  def read(
-    self, media: str | bytes, entropy: Sequence[int], out: np.ndarray
-  ) -> clip_lib.Clips:
-    """Has the child read a video; copies its frames to `out`."""
-    content = media if isinstance(media, bytes) else b''
-    request = {
-      'path': None if isinstance(media, bytes) else media,
-      'bytes': len(content),
-      'entropy': list(entropy),
-    }
+  def ask(
+    self, request: dict[str, Any], content: bytes, seconds: int | float
+  ) -> dict[str, Any]:
+    """Sends a request; waits for the answer."""
     try:
-      _send(self._request, request, content)
+      _send(self._request, {**request, 'bytes': len(content)}, content)
     except BrokenPipeError as error:
       raise decode.VideoError('died', self._epitaph()) from error
-    reply = self._receive(self._deadline, 'took')
+    reply = self._receive(seconds)
     if 'bug' in reply:
       raise RuntimeError(f'in a reader of videos:\n{reply["bug"]}')
     if 'reason' in reply:
       raise decode.VideoError(reply['reason'], reply['detail'])
-    out[...] = self._frames
-    return clip_lib.Clips(
-      video=out,
-      crop=np.asarray(reply['crop'], np.float32),
-      flipped=np.asarray(reply['flipped'], bool),
-      short=bool(reply['short']),
-    )
+    return reply
 
-  def _receive(self, seconds: int | float, what: str) -> dict:
+  def _receive(self, seconds: int | float) -> dict[str, Any]:
     deadline = time.monotonic() + seconds
     text = _take(self._reply, 4, deadline)
     if text:
       (length,) = struct.unpack('<I', text)
       text = _take(self._reply, min(length, 2**20), deadline)
     if text is None:
-      raise decode.VideoError('timeout', f'{what} more than {seconds:g} s')
+      raise decode.VideoError('timeout', f'took more than {seconds:g} s')
     if not text:
       raise decode.VideoError('died', self._epitaph())
     return json.loads(text)
 
   def _epitaph(self) -> str:
-    code = self._process.wait()
+    code = self.process.wait()
     name = str(code)
     with contextlib.suppress(ValueError):
       name = signal.Signals(-code).name
@@ -200,15 +184,15 @@ class _Child:
 
   def kill(self) -> None:
     """Ends the child at once."""
-    self._process.kill()
+    self.process.kill()
 
   def free(self) -> None:
     """Gives back what a killed child held."""
-    self._process.wait()
+    self.process.wait()
     os.close(self._request)
     os.close(self._reply)
-    self._frames = None
-    self._memory.close()
+    self.memory = None
+    self._map.close()
 
 
 def _memory_folder() -> str | None:

@@ -196,6 +196,28 @@ class Video:
     if stretch:
       yield from self._stretch(stretch, fps)
 
+  def all_frames(self) -> Iterator[tuple[float, av.VideoFrame]]:
+    """Yields (seconds, picture) of the whole video, from its start.
+
+    Raises:
+      VideoError: undecodable somewhere, or truncated.
+    """
+    if not self._fresh:
+      self._rewind()
+    end = 0.0
+    for time, frame in self._decode():
+      yield time, frame
+      end = time + _shown(frame, self.rate)
+    self._check_end(end)
+
+  def _check_end(self, end: float) -> None:
+    slack = max(3 / self.rate, 0.02 * self.seconds)
+    if end < self.seconds - slack:
+      raise VideoError(
+        'truncated',
+        f'pictures end at {end:.2f} s of {self.seconds:.2f} s',
+      )
+
   def _stretch(
     self, wanted: Sequence[int], fps: int | float | None
   ) -> Iterator[tuple[int, av.VideoFrame]]:
@@ -209,12 +231,12 @@ class Video:
       if not pending:
         return
       held, last = frame, time + _shown(frame, self.rate)
-    slack = max(3 / self.rate, 0.02 * self.seconds)
-    if held is None or last < self.seconds - slack:
+    if held is None:
+      start = wanted[0] / (fps or self.rate)
       raise VideoError(
-        'truncated',
-        f'pictures end at {last:.2f} s of {self.seconds:.2f} s',
+        'truncated', f'no picture at {start:.2f} s of {self.seconds:.2f} s'
       )
+    self._check_end(last)
     for number in pending:  # the last picture stays on the screen
       yield number, held
 

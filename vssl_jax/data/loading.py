@@ -16,7 +16,7 @@ import grain
 import numpy as np
 
 from vssl_jax.data import clip as clip_lib
-from vssl_jax.data import contain, decode, sources
+from vssl_jax.data import decode, reader, sources
 from vssl_jax.data import item as item_lib
 
 NOTES = '_notes'  # key of the report that travels with a batch
@@ -82,7 +82,7 @@ class Loader:
       if self._closed:
         raise RuntimeError('this stream of clips is closed')
       if self._threads is None:
-        self._readers = contain.Readers(
+        self._readers = reader.Readers(
           self.spec,
           isolate=self.policy.isolate,
           deadline_s=self.policy.deadline_s,

@@ -1,87 +1,102 @@
-"""The child process of `contain`: reads videos until its pipe closes."""
+"""Readers of clips: in this process, or in children that may be killed."""
 
-import contextlib
-import json
-import mmap
-import os
-import resource
-import signal
-import struct
-import sys
-import traceback
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from vssl_jax.data import child, contain
 from vssl_jax.data import clip as clip_lib
-from vssl_jax.data import decode
+
+# What a child runs: this package, found where this process finds it.
+CHILD = 'from vssl_jax.data import reader; reader.main()'
+
+
+class Readers:
+  """Reads clips."""
+
+  def __init__(
+    self,
+    spec: clip_lib.Spec,
+    *,
+    isolate: bool,
+    deadline_s: int | float,
+    memory_limit_mb: int,
+  ) -> None:
+    """Makes readers; children start when they are needed.
+
+    Args:
+      spec: what they read.
+      isolate: False reads in this process, without a deadline or a limit.
+      deadline_s: seconds for the clips of one video.
+      memory_limit_mb: MiB that a child may use beyond its start.
+    """
+    self._spec, self.children = spec, None
+    if isolate:
+      self.children = contain.Children(
+        CHILD,
+        {'spec': spec.__dict__},
+        deadline_s=deadline_s,
+        memory_limit_mb=memory_limit_mb,
+        shared=int(np.prod((spec.clips, *spec.shape))),
+      )
+
+  def read(
+    self, media: str | bytes, entropy: Sequence[int], out: np.ndarray
+  ) -> clip_lib.Clips:
+    """Reads the clips of one video.
+
+    Args:
+      media: path of a file, or a file's content.
+      entropy: seeds of everything random.
+      out: uint8 [clips, T, H, W, C] to write into.
+
+    Raises:
+      decode.VideoError: also with the reasons timeout, died and memory.
+    """
+    if self.children is None:
+      return clip_lib.read(media, self._spec, entropy, out)
+    inside = isinstance(media, bytes)
+    request = {'path': None if inside else media, 'entropy': list(entropy)}
+    reply, frames = self.children.ask(request, media if inside else b'')
+    out[...] = frames.reshape(out.shape)
+    return clip_lib.Clips(
+      video=out,
+      crop=np.asarray(reply['crop'], np.float32),
+      flipped=np.asarray(reply['flipped'], bool),
+      short=bool(reply['short']),
+    )
+
+  def stop(self) -> None:
+    """Ends what the children are doing, for threads that wait for them."""
+    if self.children is not None:
+      self.children.stop()
+
+  def close(self) -> None:
+    """Frees everything; no thread may be reading any more."""
+    if self.children is not None:
+      self.children.close()
 
 
 def main() -> None:
-  """Serves requests; the settings are the only argument."""
-  settings = json.loads(sys.argv[1])
+  """The child: reads clips into the shared memory."""
   spec = clip_lib.Spec(
     **{
       name: tuple(value) if isinstance(value, list) else value
-      for name, value in settings['spec'].items()
+      for name, value in child.settings()['spec'].items()
     }
   )
-  frames = np.frombuffer(mmap.mmap(settings['frames'], 0), np.uint8)
-  frames = frames.reshape(spec.clips, *spec.shape)
-  requests = os.fdopen(settings['request'], 'rb')
-  limit(settings['memory_limit_mb'])
-  # The parent kills a reader that is late. Should the parent be gone, the
-  # alarm does, whatever the decoder is busy with.
-  signal.signal(signal.SIGALRM, signal.SIG_DFL)
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-  _reply(settings['reply'], {})
-  while head := requests.read(4):
-    request = json.loads(requests.read(struct.unpack('<I', head)[0]))
-    media = request['path'] or requests.read(request['bytes'])
-    signal.alarm(int(settings['deadline_s']) + 5)
-    answer = serve(media, spec, request['entropy'], frames)
-    signal.alarm(0)
-    _reply(settings['reply'], answer)
 
+  def answer(
+    request: dict[str, Any], content: bytes, memory: np.ndarray
+  ) -> dict[str, Any]:
+    frames = memory.reshape(spec.clips, *spec.shape)
+    media = request['path'] or content
+    clips = clip_lib.read(media, spec, request['entropy'], frames)
+    return {
+      'crop': clips.crop.tolist(),
+      'flipped': clips.flipped.tolist(),
+      'short': clips.short,
+    }
 
-def serve(
-  media: str | bytes, spec: clip_lib.Spec, entropy: list, frames: np.ndarray
-) -> dict:
-  """Reads the clips of one video into `frames`.
-
-  Returns:
-    What JSON can say of them: crop, flipped and short; or reason and detail;
-    or bug, with a traceback.
-  """
-  try:
-    clips = clip_lib.read(media, spec, entropy, frames)
-  except decode.VideoError as error:
-    return {'reason': error.reason, 'detail': error.detail}
-  except MemoryError:
-    return {'reason': 'memory', 'detail': 'the reader may not use more'}
-  except Exception:
-    return {'bug': traceback.format_exc()}
-  return {
-    'crop': clips.crop.tolist(),
-    'flipped': clips.flipped.tolist(),
-    'short': clips.short,
-  }
-
-
-def limit(megabytes: int) -> None:
-  """Limits this process to so many MiB beyond what it has mapped now."""
-  resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-  try:
-    with open('/proc/self/statm', encoding='ascii') as file:
-      mapped = int(file.read().split()[0]) * resource.getpagesize()
-  except OSError:
-    mapped = 2**30
-  size = mapped + megabytes * 2**20
-  with contextlib.suppress(ValueError, OSError):
-    resource.setrlimit(resource.RLIMIT_AS, (size, size))
-
-
-def _reply(pipe: int, answer: dict) -> None:
-  text = json.dumps(answer).encode()
-  data = struct.pack('<I', len(text)) + text
-  while data:
-    data = data[os.write(pipe, data) :]
+  child.run(answer)

@@ -1,0 +1,327 @@
+"""Turns videos into shards that training reads fast.
+
+  python -m vssl_jax.data.prepare --source=/my/videos --out=/my/shards
+
+Every video is decoded once and written again with its short side at 256
+pixels and a key frame every 16, inside ArrayRecord files; training then takes
+--config.data.source=/my/shards. Killed, it goes on where it was when started
+again. Videos that cannot be read are left out and listed in failed.jsonl with
+the reason.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import dataclasses
+import itertools
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import tqdm
+from array_record.python import array_record_module
+
+from vssl_jax.data import contain, decode, loading, records, sources, transcode
+
+OPTIONS = 'group_size:1,uncompressed'  # one clip per seek, mp4 is compressed
+SETTINGS = 'settings.json'
+FAILED = 'failed.jsonl'
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """What came of one video: its new content, or why there is none."""
+
+  index: int
+  name: str
+  label: str | None = None
+  media: bytes | None = None
+  reason: str = ''
+  detail: str = ''
+  size: int = 0  # bytes before
+
+
+class Shop:
+  """Children that rewrite videos, a thread for each."""
+
+  def __init__(
+    self,
+    source: sources.Source,
+    target: transcode.Target,
+    *,
+    workers: int,
+    deadline_s: int | float,
+    memory_limit_mb: int,
+  ) -> None:
+    self._source, self._workers = source, workers
+    self._children = contain.Children(
+      transcode.CHILD,
+      {'target': dataclasses.asdict(target)},
+      deadline_s=deadline_s,
+      memory_limit_mb=memory_limit_mb,
+    )
+    self._threads = concurrent.futures.ThreadPoolExecutor(workers)
+    self._folder = tempfile.TemporaryDirectory(prefix='prepare')
+
+  def __enter__(self) -> 'Shop':
+    return self
+
+  def __exit__(self, *unused: object) -> None:
+    self._children.stop()
+    self._threads.shutdown(cancel_futures=True)
+    self._children.close()
+    self._folder.cleanup()
+
+  def results(self, numbers: Iterable[int]) -> Iterator[Result]:
+    """Yields the result of each example, in order, a few in advance."""
+    numbers, waiting = iter(numbers), collections.deque()
+    while True:
+      for number in itertools.islice(numbers, 4 * self._workers - len(waiting)):
+        waiting.append(self._threads.submit(self._rewrite, number))
+      if not waiting:
+        return
+      yield waiting.popleft().result()
+
+  def _rewrite(self, number: int) -> Result:
+    name = f'example {number}'
+    path = os.path.join(self._folder.name, str(number))
+    try:
+      item = self._source.item(number)
+      name, inside = item.name, isinstance(item.media, bytes)
+      request = {'path': None if inside else item.media, 'out': path}
+      self._children.ask(request, item.media if inside else b'')
+      size = len(item.media) if inside else os.path.getsize(item.media)
+      with open(path, 'rb') as file:
+        media = file.read()
+    except decode.VideoError as error:
+      return Result(number, name, reason=error.reason, detail=error.detail)
+    finally:
+      if os.path.exists(path):
+        os.unlink(path)
+    classes = self._source.classes
+    label = classes[item.label] if classes and item.label >= 0 else None
+    return Result(number, name, label, media, size=size)
+
+
+def prepare(
+  source: sources.Source,
+  out: str,
+  target: transcode.Target,
+  *,
+  shard_videos: int = 256,
+  workers: int = 0,
+  deadline_s: int | float = 600.0,
+  memory_limit_mb: int = 2048,
+  progress: Callable[[Result], None] = lambda result: None,
+) -> dict[str, Any]:
+  """Writes shards, going on where an earlier call ended.
+
+  Args:
+    source: the videos.
+    out: folder for the shards.
+    target: what each becomes.
+    shard_videos: videos per shard.
+    workers: videos rewritten at a time; 0: one per core.
+    deadline_s: seconds that one video may take.
+    memory_limit_mb: MiB that one may need.
+    progress: called after each video.
+
+  Returns:
+    {'written', 'failed': [...], 'before', 'after' (bytes), 'shards'}.
+
+  Raises:
+    ValueError: `out` holds shards made from other videos or settings.
+  """
+  os.makedirs(out, exist_ok=True)
+  _settle(out, source, target, shard_videos)
+  total = -(-len(source) // shard_videos)
+  parts = [
+    (number, range(n, min(n + shard_videos, len(source))))
+    for number, n in enumerate(range(0, len(source), shard_videos))
+    if not os.path.exists(_report_path(out, number, total))
+  ]
+  with Shop(
+    source,
+    target,
+    workers=workers or loading.cores(),
+    deadline_s=deadline_s,
+    memory_limit_mb=memory_limit_mb,
+  ) as shop:
+    results = shop.results(i for _, numbers in parts for i in numbers)
+    for number, numbers in parts:
+      part = itertools.islice(results, len(numbers))
+      _write_shard(out, number, total, part, progress)
+  return _summary(out, source, total)
+
+
+def _settle(
+  out: str, source: sources.Source, target: transcode.Target, per: int
+) -> None:
+  """Notes the settings in a new folder; refuses one with others."""
+  wanted = {
+    'videos': source.fingerprint,
+    'shard_videos': per,
+    **dataclasses.asdict(target),
+  }
+  path = os.path.join(out, SETTINGS)
+  if os.path.exists(path):
+    with open(path, encoding='utf-8') as file:
+      found = json.load(file)
+    changed = [
+      f'{key} was {found.get(key)!r}, is {wanted.get(key)!r}'
+      for key in sorted({*found, *wanted})
+      if found.get(key) != wanted.get(key)
+    ]
+    if changed:
+      raise ValueError(
+        f'{out} holds shards of other settings ({"; ".join(changed)}); choose '
+        'another --out, or remove that folder'
+      )
+  _write_json(path, wanted)
+
+
+def _write_shard(
+  out: str,
+  number: int,
+  total: int,
+  results: Iterable[Result],
+  progress: Callable[[Result], None],
+) -> None:
+  """Writes a shard and then, as a sign that it is whole, its report."""
+  path = _shard_path(out, number, total)
+  partial = os.path.join(out, f'.{number}.partial')
+  writer = array_record_module.ArrayRecordWriter(partial, OPTIONS)
+  report = {'written': 0, 'failed': [], 'before': 0, 'after': 0}
+  for result in results:
+    if result.media is None:
+      report['failed'].append(
+        {
+          'index': result.index,
+          'file': result.name,
+          'reason': result.reason,
+          'detail': result.detail,
+        }
+      )
+    else:
+      writer.write(records.pack(result.media, result.name, result.label))
+      report['written'] += 1
+      report['before'] += result.size
+      report['after'] += len(result.media)
+    progress(result)
+  writer.close()
+  if report['written']:
+    os.replace(partial, path)
+  else:
+    os.unlink(partial)
+  _write_json(_report_path(out, number, total), report)
+
+
+def _summary(out: str, source: sources.Source, total: int) -> dict[str, Any]:
+  """Adds up the reports; writes the index and the list of failures."""
+  summary = {'written': 0, 'failed': [], 'before': 0, 'after': 0, 'shards': 0}
+  for number in range(total):
+    with open(_report_path(out, number, total), encoding='utf-8') as file:
+      report = json.load(file)
+    for key in ('written', 'failed', 'before', 'after'):
+      summary[key] += report[key]
+  shards = [
+    os.path.basename(_shard_path(out, number, total))
+    for number in range(total)
+    if os.path.exists(_shard_path(out, number, total))
+  ]
+  summary['shards'] = len(shards)
+  with open(os.path.join(out, FAILED), 'w', encoding='utf-8') as file:
+    file.writelines(json.dumps(failure) + '\n' for failure in summary['failed'])
+  index = {'classes': list(source.classes or ()), 'shards': shards}
+  _write_json(os.path.join(out, records.INDEX), index)
+  return summary
+
+
+def _shard_path(out: str, number: int, total: int) -> str:
+  return os.path.join(out, f'videos-{number:05}-of-{total:05}.array_record')
+
+
+def _report_path(out: str, number: int, total: int) -> str:
+  return os.path.join(out, f'report-{number:05}-of-{total:05}.json')
+
+
+def _write_json(path: str, content: dict[str, Any]) -> None:
+  """Writes a file that is there whole or not at all."""
+  with open(f'{path}.partial', 'w', encoding='utf-8') as file:
+    json.dump(content, file)
+  os.replace(f'{path}.partial', path)
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog='python -m vssl_jax.data.prepare',
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  add = parser.add_argument
+  add('--source', required=True, help='as config.data.source')
+  add('--out', required=True, help='folder for the shards')
+  add('--where', default='', help='rows of a manifest, as config.data.where')
+  add('--short_side', type=int, default=256, help='pixels (256)')
+  add('--gop', type=int, default=16, help='frames between key frames (16)')
+  add('--fps', type=float, default=0.0, help='frames/s; 0 keeps all (0)')
+  add('--quality', type=int, default=20, help='x264 crf, lower is better (20)')
+  add('--preset', default='veryfast', help='of x264 (veryfast)')
+  add('--shard_videos', type=int, default=256, help='videos per shard (256)')
+  add('--workers', type=int, default=0, help='videos at a time; 0: by cores')
+  add('--deadline_s', type=float, default=600.0, help='for a video (600)')
+  add('--memory_limit_mb', type=int, default=2048, help='for a video (2048)')
+  return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """The command; returns its exit status."""
+  options = _parser().parse_args(arguments)
+  source = sources.find(options.source.split(','), where=options.where)
+  target = transcode.Target(
+    short_side=options.short_side,
+    gop=options.gop,
+    fps=options.fps,
+    quality=options.quality,
+    preset=options.preset,
+  )
+  done = 0
+  with tqdm.tqdm(total=len(source), unit='video') as bar:
+
+    def progress(result: Result) -> None:
+      nonlocal done
+      done += 1
+      if result.media is None:
+        bar.write(f'{result.name}: {result.reason}, {result.detail}')
+      bar.update()
+
+    summary = prepare(
+      source,
+      options.out,
+      target,
+      shard_videos=options.shard_videos,
+      workers=options.workers,
+      deadline_s=options.deadline_s,
+      memory_limit_mb=options.memory_limit_mb,
+      progress=progress,
+    )
+    bar.update(len(source) - done)  # those of an earlier start
+  failed = summary['failed']
+  reasons = collections.Counter(failure['reason'] for failure in failed)
+  print(
+    f'{summary["written"]} of {len(source)} videos in {summary["shards"]} '
+    f'shards, {summary["before"] / 1e6:.1f} -> {summary["after"] / 1e6:.1f} MB'
+  )
+  if failed:
+    counts = ', '.join(f'{n} {reason}' for reason, n in reasons.most_common())
+    path = os.path.join(options.out, FAILED)
+    print(f'{len(failed)} left out ({counts}): {path}')
+  print(f'train on them with --config.data.source={options.out}')
+  return 0 if summary['written'] else 1
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -14,6 +14,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 TOOLS = 'bash cat cksum dirname flock grep head mkdir rm tail touch tr env'
 PIP = """
 import os, pathlib, signal, sys, time
+print('Successfully installed everything')
 with open(os.environ['STUB_LOG'], 'a') as log:
   log.write(' '.join(sys.argv[1:]) + '\\n')
 do = os.environ.get('STUB_PIP')

@@ -50,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   except ValueError as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
-  print(config_lib.describe(config, config_lib.default(config.method.name)))
+  if jax.process_index() == 0:
+    base = config_lib.default(config.method.name)
+    print(config_lib.describe(config, base), flush=True)
   try:
     return job(config)
   except trainer.EXPECTED as error:

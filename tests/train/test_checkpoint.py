@@ -165,7 +165,9 @@ def test_swapped_files_are_found(tmp_path):
   for i in (1, 2):
     saver.save(_tree(i), i, 'one')
   saver.finish()
-  files = sorted(_files(tmp_path / 'checkpoints' / '00000002'), key=os.path.getsize)
+  files = sorted(
+    _files(tmp_path / 'checkpoints' / '00000002'), key=os.path.getsize
+  )
   a, b = files[-1].read_bytes(), files[-2].read_bytes()
   files[-1].write_bytes(b)
   files[-2].write_bytes(a)
@@ -273,7 +275,9 @@ def _kills(tmp_path, count, seed):
   for _ in range(count):
     process = subprocess.Popen(
       [sys.executable, '-c', SAVER, str(tmp_path)],
-      stdout=subprocess.PIPE, text=True, env=env,
+      stdout=subprocess.PIPE,
+      text=True,
+      env=env,
     )
     assert process.stdout.readline().startswith('ready')
     finished = 0
@@ -289,9 +293,9 @@ def _kills(tmp_path, count, seed):
     saved = saver.newest()
     assert saved.step >= finished
     left = {p.name for p in (tmp_path / 'checkpoints').iterdir()}
-    assert all(
-      name.removesuffix('.json') + '.json' in left for name in left
-    ), left
+    assert all(name.removesuffix('.json') + '.json' in left for name in left), (
+      left
+    )
     tree = checkpoint.restore(saved, _target(saved.shapes()))
     np.testing.assert_array_equal(tree['w7'], saved.step)
 

@@ -29,9 +29,7 @@ def _loss(params, x, labels):
 def _step(labels, tx):
   def step(params, opt, x):
     grads = jax.grad(_loss)(params, x, labels)
-    updates, opt = tx.update(
-      grads, opt, params, step=jnp.zeros((), jnp.int32)
-    )
+    updates, opt = tx.update(grads, opt, params, step=jnp.zeros((), jnp.int32))
     return optax.apply_updates(params, updates), opt, optax.tree.norm(grads)
 
   return jax.jit(step)

@@ -109,7 +109,11 @@ def test_adamw_against_numpy_with_joint_clipping():
 def test_without_clipping_it_is_optax_adamw():
   params = _run(_optim(clip=0.0), 0.1, 0.3)
   tx = optax.adamw(
-    0.1, 0.9, 0.95, 1e-8, weight_decay=0.3,
+    0.1,
+    0.9,
+    0.95,
+    1e-8,
+    weight_decay=0.3,
     mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p),
   )
   want = jax.tree.map(jnp.asarray, _grads(100))
@@ -134,12 +138,14 @@ def test_tokens_are_decayed_unless_told_otherwise():
   params = {
     'mask_token_0': jnp.ones((1, 3)),
     'norm': {'scale': jnp.ones((3,))},
-    'position': jnp.ones((4, 3)),
+    'positions': jnp.ones((2, 2, 2, 3)),
     'fc': {'kernel': jnp.ones((3, 3)), 'bias': jnp.ones((3,))},
   }
   on = optimizer.decayed(params, True)
   assert on == {
-    'mask_token_0': True, 'norm': {'scale': False}, 'position': False,
+    'mask_token_0': True,
+    'norm': {'scale': False},
+    'positions': False,
     'fc': {'kernel': True, 'bias': False},
   }
   assert not optimizer.decayed(params, False)['mask_token_0']

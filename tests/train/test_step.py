@@ -163,7 +163,9 @@ def test_ema_teacher_of_momentum_1_is_a_frozen_teacher():
     method = toy.Toy((before, phase))
     assert method.phases()[1] is phase
     state, update = _make_for(method, phase)
-    teachers = {} if ema else {'t': jax.tree.map(jnp.copy, state.params['encoder'])}
+    teachers = (
+      {} if ema else {'t': jax.tree.map(jnp.copy, state.params['encoder'])}
+    )
     losses = []
     for i in range(5):
       state, values = update(state, teachers, _batch(i))

@@ -43,8 +43,10 @@ def finished(clips, tmp_path_factory):
 def test_a_run_leaves_what_it_promises(finished):
   _, workdir = finished
   assert sorted(p.name for p in (workdir / 'params').iterdir()) == [
-    'latent_student', 'latent_student.json',
-    'pixel_teacher', 'pixel_teacher.json',
+    'latent_student',
+    'latent_student.json',
+    'pixel_teacher',
+    'pixel_teacher.json',
   ]
   record = json.loads((workdir / 'run.json').read_text())
   assert record['config']['method']['name'] == 'salt'
@@ -135,7 +137,9 @@ def test_a_changed_config_is_refused_by_key(finished, tmp_path):
   config = config.copy_and_resolve_references()
   config.workdir = str(copy)
   config.optim.lr = 0.5
-  with pytest.raises(run_lib.TrainingError, match=r'optim.lr: was 0.01, is 0.5'):
+  with pytest.raises(
+    run_lib.TrainingError, match=r'optim.lr: was 0.01, is 0.5'
+  ):
     trainer.train(config)
   config.optim.lr = 1e-2
   config.log.every = 3  # may change

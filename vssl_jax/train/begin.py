@@ -1,4 +1,4 @@
-"""How a phase starts: its state restored, carried over or fresh; its teachers."""
+"""How a phase starts: its state restored, carried over or fresh; teachers."""
 
 import dataclasses
 from typing import Any
@@ -99,7 +99,7 @@ def _begin(
       and (there[name].shape, there[name].dtype) == (x.shape, x.dtype)
     }
     carried = checkpoint.read_leaves(saved, wanted)
-    state = trees.map_named(lambda n, x: carried.get(n, x), state)
+    state = trees.map_named(carried.get, state)
     run.logger.say(
       f'phase {phase.name}: carried {len(carried)} of '
       f'{len(trees.named_leaves(target))} leaves from {saved.phase}'

@@ -156,10 +156,10 @@ def decayed(params: Any, decay_tokens: bool) -> Any:
   """
 
   def one(name: str, x: Any) -> bool:
-    if x.ndim < 2 or name.endswith('position'):
+    last = name.rsplit('/', maxsplit=1)[-1]
+    if x.ndim < 2 or last.startswith('position'):
       return False
-    is_token = 'token' in name.rsplit('/', maxsplit=1)[-1]
-    return decay_tokens or not is_token
+    return decay_tokens or 'token' not in last
 
   return trees.map_named(one, params)
 

@@ -72,8 +72,10 @@ def _devices(config: ml_collections.ConfigDict) -> int:
 
 
 def _fsdp(config: ml_collections.ConfigDict, devices: int) -> int:
-  return config.mesh.fsdp if config.mesh.fsdp > 0 else (
-    devices // max(config.mesh.data, 1)
+  return (
+    config.mesh.fsdp
+    if config.mesh.fsdp > 0
+    else (devices // max(config.mesh.data, 1))
   )
 
 
@@ -145,9 +147,7 @@ def _state(
     optimizer.weight_decay(config.optim, horizon),
   )
   state = jax.eval_shape(
-    lambda: step.init_state(
-      method, phase, tx, key, video, examples, span.start
-    )
+    lambda: step.init_state(method, phase, tx, key, video, examples, span.start)
   )
   return state, (tx, labels)
 
@@ -213,7 +213,12 @@ def _compiled(
     if not t.source.startswith('@ema/')
   }
   update = step.make_update(
-    method, span.phase, tx, labels, key=jax.random.key(0), start=span.start,
+    method,
+    span.phase,
+    tx,
+    labels,
+    key=jax.random.key(0),
+    start=span.start,
     accumulate=config.optim.accumulate,
   )
   at = sharding.batch_sharding(mesh)

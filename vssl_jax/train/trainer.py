@@ -9,6 +9,7 @@ import ml_collections
 import numpy as np
 
 from vssl_jax import sharding, trees
+from vssl_jax.data import ledger
 from vssl_jax.train import begin, checkpoint, freezing, optimizer, step
 from vssl_jax.train import run as run_lib
 from vssl_jax.train.recorder import Recorder
@@ -19,7 +20,9 @@ from vssl_jax.train.run import Run, Span, spans
 PREEMPTED = 128 + signal.SIGTERM
 # Errors whose message says all that the user needs.
 EXPECTED = (
+  FileNotFoundError,
   ValueError,
+  ledger.TooManyBadFiles,
   run_lib.TrainingError,
   checkpoint.CheckpointError,
 )

@@ -1,0 +1,233 @@
+"""Runs as separate programs: signals, and two processes that train together."""
+
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tests.train import conftest
+from vssl_jax import config as config_lib
+from vssl_jax.train import checkpoint, trainer
+
+PAGE = """
+import json, pathlib
+from vssl_jax import config
+
+def get_config(variant=''):
+  text = pathlib.Path(__file__).with_name('config.json').read_text()
+  return config.from_json(json.loads(text))
+"""
+
+
+def _start(folder, config, devices=1, **env):
+  """Starts the program on a config."""
+  folder.mkdir(exist_ok=True)
+  (folder / 'page.py').write_text(PAGE)
+  (folder / 'config.json').write_text(json.dumps(config_lib.to_json(config)))
+  env = dict(os.environ, JAX_NUM_CPU_DEVICES=str(devices), **env)
+  return subprocess.Popen(
+    [sys.executable, '-m', 'vssl_jax.main', '--config=page.py'],
+    cwd=folder,
+    env=env,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+def _finish(*processes):
+  """Waits; returns the outputs. A process that fails shows its output."""
+  outputs = [p.communicate(timeout=240)[0] for p in processes]
+  for process, output in zip(processes, outputs, strict=True):
+    assert process.returncode == 0, output[-3000:]
+  return outputs
+
+
+def _wait_for(workdir, step):
+  """Waits until the run has logged a step."""
+  path = pathlib.Path(workdir) / 'metrics.jsonl'
+  for _ in range(2400):
+    if path.exists() and f'"step": {step},' in path.read_text():
+      return
+    time.sleep(0.05)
+  raise AssertionError(f'step {step} never came')
+
+
+def _sums(workdir):
+  states = [s for s in checkpoint.listing(workdir) if 'opt' in s.shapes()]
+  newest = max(states, key=lambda s: s.step)
+  leaves = newest.manifest['leaves']
+  return newest.step, {name: leaf['sum'] for name, leaf in leaves.items()}
+
+
+def _losses(workdir):
+  text = (pathlib.Path(workdir) / 'metrics.jsonl').read_text()
+  lines = [json.loads(line) for line in text.splitlines()]
+  return {x['step']: x['loss'] for x in lines if 'loss' in x}
+
+
+def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(clips, tmp_path):
+  """One process; the signal comes while steps are taken (R2)."""
+  whole = conftest.tiny_config(clips, tmp_path / 'whole')
+  cut = conftest.tiny_config(clips, tmp_path / 'cut')
+  for config in (whole, cut):
+    config.method.phases = ('pixel_teacher',)
+    config.method.pixel_teacher.steps = 60
+    config.checkpoint.every = 1000
+  _finish(_start(tmp_path / 'a', whole))
+  process = _start(tmp_path / 'b', cut)
+  _wait_for(cut.workdir, random.Random(0).randrange(5, 30))
+  process.send_signal(signal.SIGTERM)
+  output = process.communicate(timeout=60)[0]
+  assert process.returncode == trainer.PREEMPTED, output[-3000:]
+  assert 'SIGTERM: saved step' in output
+  step, _ = _sums(cut.workdir)
+  # At most the steps in flight are lost; here none.
+  assert max(_losses(cut.workdir)) == step < 60
+  _finish(_start(tmp_path / 'b', cut))
+  assert _sums(cut.workdir) == _sums(whole.workdir)
+
+
+def test_a_second_sigterm_ends_it_at_once(clips, tmp_path):
+  config = conftest.tiny_config(clips, tmp_path / 'run')
+  config.method.pixel_teacher.steps = 5000
+  config.checkpoint.every = 1
+  process = _start(tmp_path / 'a', config)
+  _wait_for(config.workdir, 10)
+  process.send_signal(signal.SIGTERM)
+  process.send_signal(signal.SIGTERM)
+  process.communicate(timeout=60)
+  assert process.returncode in (-signal.SIGTERM, trainer.PREEMPTED)
+  saver = checkpoint.Checkpoints(config.workdir)
+  assert saver.newest().step >= 9
+
+
+def _free_port():
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    return s.getsockname()[1]
+
+
+def _pair(folder, config):
+  """Starts two processes with two devices each."""
+  address = f'127.0.0.1:{_free_port()}'
+  return [
+    _start(
+      folder,
+      config,
+      devices=2,
+      JAX_COORDINATOR_ADDRESS=address,
+      JAX_NUM_PROCESSES='2',
+      JAX_PROCESS_ID=str(i),
+      JAX_CPU_COLLECTIVES_IMPLEMENTATION='gloo',
+    )
+    for i in range(2)
+  ]
+
+
+def _truncate(workdir, step):
+  for saved in checkpoint.listing(workdir):
+    if saved.step > step:
+      shutil.rmtree(saved.path)
+      saved.path.with_suffix('.json').unlink()
+
+
+def _same_losses(workdir, want, steps):
+  got = _losses(workdir)
+  assert sorted(got) == list(steps)
+  np.testing.assert_allclose(
+    [got[s] for s in steps], [want[s] for s in steps], rtol=1e-5
+  )
+
+
+@pytest.fixture(scope='module')
+def alone(clips, tmp_path_factory):
+  """What one process with one device does, every second step kept."""
+  folder = tmp_path_factory.mktemp('alone')
+  config = conftest.tiny_config(clips, folder / 'run')
+  config.checkpoint.update(dict(every=2, keep=100))
+  _finish(_start(folder / 'a', config))
+  return config, _losses(config.workdir)
+
+
+def test_two_processes_train_and_resume_like_one(clips, tmp_path, alone):
+  """Two processes with two devices each: same losses, also from a restart."""
+  config = conftest.tiny_config(clips, tmp_path / 'run')
+  config.checkpoint.update(dict(every=2, keep=100))
+  outputs = _finish(*_pair(tmp_path / 'a', config))
+  assert 'pixel_teacher 6/6' in outputs[0]
+  assert 'pixel_teacher' not in outputs[1]
+  _same_losses(config.workdir, alone[1], range(1, 13))
+  _truncate(config.workdir, 8)
+  (pathlib.Path(config.workdir) / 'metrics.jsonl').unlink()
+  _finish(*_pair(tmp_path / 'a', config))
+  _same_losses(config.workdir, alone[1], range(9, 13))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('starts', [1, 2])
+def test_a_run_goes_on_with_another_number_of_processes(
+  clips, tmp_path, alone, starts
+):
+  """One process goes on from two's state, and two from one's (R5)."""
+  config = conftest.tiny_config(clips, tmp_path / 'run')
+  config.checkpoint.update(dict(every=2, keep=100))
+
+  def run(processes):
+    if processes == 1:
+      _finish(_start(tmp_path / 'a', config))
+    else:
+      _finish(*_pair(tmp_path / 'a', config))
+
+  run(starts)
+  _truncate(config.workdir, 8)
+  (pathlib.Path(config.workdir) / 'metrics.jsonl').unlink()
+  run(3 - starts)
+  _same_losses(config.workdir, alone[1], range(9, 13))
+
+
+@pytest.mark.parametrize('bad', [dict(JAX_COORDINATOR_ADDRESS='127.0.0.1:1')])
+def test_half_a_cluster_is_an_error(clips, tmp_path, bad):
+  config = conftest.tiny_config(clips, tmp_path / 'run')
+  process = _start(tmp_path / 'a', config, **bad)
+  output = process.communicate(timeout=60)[0]
+  assert process.returncode == 2
+  assert 'JAX_NUM_PROCESSES' in output
+
+
+def test_errors_are_one_line_and_not_status_0(clips, tmp_path):
+  config = conftest.tiny_config(clips, tmp_path / 'run')
+  config.data.source = str(tmp_path / 'nowhere')
+  process = _start(tmp_path / 'a', config)
+  output = process.communicate(timeout=60)[0]
+  assert process.returncode == 1
+  assert 'nowhere' in output
+  assert 'Traceback' not in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('seed', range(3))
+def test_sigkill_at_any_moment_loses_only_unsaved_steps(clips, tmp_path, seed):
+  whole = conftest.tiny_config(clips, tmp_path / 'whole')
+  cut = conftest.tiny_config(clips, tmp_path / 'cut')
+  for config in (whole, cut):
+    config.method.pixel_teacher.steps = 40
+    config.checkpoint.every = 3
+  _finish(_start(tmp_path / 'a', whole))
+  rng = random.Random(seed)
+  for _ in range(3):
+    process = _start(tmp_path / 'b', cut)
+    time.sleep(rng.uniform(6, 14))
+    process.kill()
+    process.communicate()
+  _finish(_start(tmp_path / 'b', cut))
+  assert _sums(cut.workdir) == _sums(whole.workdir)

@@ -167,8 +167,9 @@ def test_two_streams_of_one_object_are_the_same(data_config):
   for _ in range(3):
     assert fingerprints([next(one)]) == fingerprints([next(two)])
   clips.close()
-  with pytest.raises((RuntimeError, ValueError)):
-    [next(one) for _ in range(9)]
+  assert next(one, None) is None and next(two, None) is None
+  with pytest.raises(RuntimeError, match='closed'):
+    next(clips.iterator())
 
 
 class Spy:

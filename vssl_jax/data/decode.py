@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 
 import av
 
+from vssl_jax.data import headers
+
 # Demuxers that read one stream of bytes and never open another file.
 FORMATS = (
   'mov,mp4,m4a,3gp,3g2,mj2', 'matroska,webm', 'avi', 'mpegts', 'mpeg',
@@ -30,12 +32,17 @@ VIDEOS = (
 # Decoding on through a gap of so many seconds is cheaper than a seek.
 SEEK_GAP = 1.5
 
+# PyAV before 19 raises on names of streams that are not UTF-8, unless told
+# otherwise; from 19 on it never does, and takes no such argument.
+_OLD = int(av.__version__.split('.')[0]) < 19
+_LENIENT = {'metadata_errors': 'ignore'} if _OLD else {}
+
 
 class VideoError(Exception):
   """A video that cannot be used, with a reason fit for counting.
 
   Reasons: missing, empty, unreadable, no_video, wrong_extension, too_large,
-  too_short, truncated, undecodable, io, memory, timeout, died.
+  too_short, truncated, undecodable, unwritable, io, memory, timeout, died.
   """
 
   def __init__(self, reason: str, detail: str) -> None:
@@ -106,10 +113,10 @@ class Video:
       check_file(self._media)
       source = f'file:{self._media}'
     with translated('unreadable', 'cannot be opened'):
-      self._container = av.open(
-        source, options=options, metadata_errors='ignore'
-      )
-    streams = [s for s in self._container.streams.video if not _is_cover(s)]
+      self._container = av.open(source, options=options, **_LENIENT)
+    streams = [
+      s for s in self._container.streams.video if not headers.is_cover(s)
+    ]
     if not streams:
       kinds = sorted({s.type for s in self._container.streams}) or ['nothing']
       self.close()
@@ -126,8 +133,10 @@ class Video:
     self.still = container.format.name.endswith('_pipe')
     self._start = float((stream.start_time or 0) * base) if base else 0.0
     self.pixel_aspect = float(stream.sample_aspect_ratio or 1)
-    self.rate = _rate(stream)
-    self.seconds = 0.0 if self.still else _seconds(container, self._start)
+    self.rate = headers.rate(stream)
+    self.seconds = (
+      0.0 if self.still else headers.seconds(container, stream, self._start)
+    )
     count = 1 if self.still else stream.frames
     if not count and self.seconds is None:
       count = self._count_packets()
@@ -207,7 +216,9 @@ class Video:
     end = 0.0
     for time, frame in self._decode():
       yield time, frame
-      end = time + _shown(frame, self.rate)
+      end = time + headers.shown(frame, self.rate)
+    if not end:
+      raise VideoError('truncated', 'there is not one picture')
     self._check_end(end)
 
   def _check_end(self, end: float) -> None:
@@ -230,7 +241,7 @@ class Video:
         yield pending.popleft(), frame
       if not pending:
         return
-      held, last = frame, time + _shown(frame, self.rate)
+      held, last = frame, time + headers.shown(frame, self.rate)
     if held is None:
       start = wanted[0] / (fps or self.rate)
       raise VideoError(
@@ -253,7 +264,7 @@ class Video:
           found = time <= start + 1e-3 or time <= shown_until + 1e-3
           if not found and time > start + (0 if fps else 0.5) / self.rate:
             break  # pictures between the key frame and this one are lost
-        shown_until = time + _shown(frame, self.rate)
+        shown_until = time + headers.shown(frame, self.rate)
         if fps is not None:
           number = time * fps
         elif number is not None:
@@ -329,41 +340,3 @@ def translated(reason: str, detail: str, time: object = None) -> Iterator[None]:
       reason = 'memory' if error.errno == 12 else 'io'
     where = f' {time():.2f} s' if time else ''
     raise VideoError(reason, f'{detail}{where}: {text}') from error
-
-
-def _is_cover(stream: av.video.stream.VideoStream) -> bool:
-  """True for the picture of a record sleeve that sound files carry."""
-  return bool(stream.disposition & av.stream.Disposition.attached_pic)
-
-
-def _rate(stream: av.video.stream.VideoStream) -> float:
-  for rate in (stream.average_rate, stream.guessed_rate, stream.base_rate):
-    if rate and 0.01 < rate < 1000:
-      return float(rate)
-  return 25.0
-
-
-def _seconds(
-  container: av.container.InputContainer, start: float
-) -> float | None:
-  """Length of the picture stream, or None when only sound could tell it."""
-  stream = container.streams.video[0]
-  if stream.duration and stream.time_base:
-    return float(stream.duration * stream.time_base)
-  tag = stream.metadata.get('DURATION')
-  if tag:  # Matroska: the time at which the track ends
-    with contextlib.suppress(ValueError):
-      hours, minutes, seconds = tag.split(':')
-      end = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-      return end - start if end > start else end
-  if container.duration and not container.streams.audio:
-    end = container.duration / av.time_base
-    return end - start if end > start else end
-  return None
-
-
-def _shown(frame: av.VideoFrame, rate: float) -> float:
-  """Seconds for which a picture is shown."""
-  if frame.duration and frame.time_base:
-    return float(frame.duration * frame.time_base)
-  return 1 / rate

@@ -235,6 +235,11 @@ def stream(
   return iter(batches)
 
 
+def own(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """A batch whose small arrays do not hold on to a worker's shared memory."""
+  return {k: v if k == 'video' else np.array(v) for k, v in batch.items()}
+
+
 def cores() -> int:
   """CPU cores that this process may use."""
   if hasattr(os, 'sched_getaffinity'):

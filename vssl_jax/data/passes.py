@@ -77,7 +77,7 @@ class Pass:
         start = time.perf_counter()
         batch = next(iterator)
         self._ledger.take(batch, time.perf_counter() - start)
-        yield self._finish(batch, number)
+        yield self._finish(loading.own(batch), number)
     finally:
       iterator.close()
 

@@ -8,8 +8,10 @@ step s are the same for any number of hosts, workers and restarts, and nothing
 about an iterator needs to be saved.
 """
 
+import contextlib
 import os
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -68,7 +70,7 @@ class Clips:
     self._loader, self._tickets, self._ledger = loader, tickets, ledger
     self._process = process_index, process_count
     self._workers, self._prefetch = workers, prefetch
-    self._open = []
+    self._open = weakref.WeakSet()
 
   def iterator(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
     """Yields the local batches of steps start_step, start_step + 1, ...
@@ -80,8 +82,9 @@ class Clips:
     iterator = loading.stream(
       tickets, self._loader, self._workers, self._prefetch
     )
-    self._open.append(iterator)
-    return self._watched(iterator)
+    watched = self._watched(iterator)
+    self._open.add(watched)
+    return watched
 
   def _watched(self, iterator: Any) -> Iterator[dict[str, np.ndarray]]:
     try:
@@ -89,11 +92,9 @@ class Clips:
         start = time.perf_counter()
         batch = next(iterator)
         self._ledger.take(batch, time.perf_counter() - start)
-        yield batch
+        yield loading.own(batch)
     finally:  # also when the caller stops half-way
       iterator.close()
-      if iterator in self._open:
-        self._open.remove(iterator)
 
   def report(self) -> dict[str, float]:
     """Rates since the last report, counts since the start."""
@@ -109,8 +110,9 @@ class Clips:
 
   def close(self) -> None:
     """Ends iterators, workers and readers."""
-    while self._open:
-      self._open.pop().close()
+    for watched in list(self._open):
+      with contextlib.suppress(ValueError):  # at work in another thread
+        watched.close()
     self._loader.close()
 
 

@@ -30,6 +30,7 @@ class Target:
     fps: frames per second; 0 keeps every frame and its time.
     quality: constant rate factor of x264, 0 (lossless) to 51.
     preset: of x264.
+    tune: of x264.
     max_pixels: of a picture; larger ones are refused.
   """
 
@@ -38,6 +39,8 @@ class Target:
   fps: int | float = 0.0
   quality: int = 20
   preset: str = 'veryfast'
+  # Decodes 1.5 times as fast for 10 % more bytes.
+  tune: str = 'fastdecode'
   max_pixels: int = 2**26
 
 
@@ -55,16 +58,15 @@ def transcode(media: str | bytes, target: Target) -> bytes:
   with decode.Video(media, max_pixels=target.max_pixels) as video:
     output = io.BytesIO()
     with av.open(output, 'w', format='mp4') as container:
-      stream = None
+      stream, ticks = None, -1
       for time, frame in _pictures(video, target):
         if stream is None:
           stream = _stream(container, video, frame, target)
         picture = av.VideoFrame.from_ndarray(_upright(frame, stream))
-        picture.pts, picture.time_base = (
-          round(time * _TICKS),
-          fractions.Fraction(1, _TICKS),
-        )
-        container.mux(stream.encode(picture))
+        ticks = max(round(time * _TICKS), ticks + 1)  # mp4 wants it to grow
+        picture.pts, picture.time_base = ticks, fractions.Fraction(1, _TICKS)
+        with decode.translated('unwritable', f'at {time:.2f} s'):
+          container.mux(stream.encode(picture))
       container.mux(stream.encode())
   return output.getvalue()
 
@@ -101,6 +103,7 @@ def _stream(
   stream.options = {
     'crf': str(target.quality),
     'preset': target.preset,
+    'tune': target.tune,
     'keyint_min': str(target.gop),
     'sc_threshold': '0',
   }

@@ -117,8 +117,8 @@ def load(
   if not any(resolved.is_relative_to(_resolve(r)) for r in allowed):
     raise ValueError(
       f'--config: {path_text} is {resolved}, outside of '
-      f'{[str(_resolve(r)) for r in allowed]}; a page is code. If you trust it, '
-      f'add --config_root={resolved.parent}'
+      f'{[str(_resolve(r)) for r in allowed]}; a page is code. If you trust '
+      f'it, add --config_root={resolved.parent}'
     )
   if not resolved.is_file():
     found = sorted(p.name for p in (clone_root() / 'configs').glob('*.py'))

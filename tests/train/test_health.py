@@ -1,0 +1,67 @@
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from vssl_jax.train import health, trainer
+
+
+def _panel(features, labels=None):
+  return health.panel(features, np.ones(len(features)), labels)
+
+
+def test_figures_of_known_features():
+  rng = np.random.default_rng(0)
+  spread = rng.normal(size=(256, 16)).astype(np.float32)
+  values = _panel(spread)
+  np.testing.assert_allclose(values['health/feature_std'], 1, atol=0.05)
+  assert values['health/rankme'] > 15
+  assert abs(values['health/cosine']) < 0.05
+  line = rng.normal(size=(256, 1)) * np.ones((1, 16))
+  values = _panel(line.astype(np.float32) + 3)
+  np.testing.assert_allclose(values['health/rankme'], 1, atol=0.1)
+  assert values['health/cosine'] > 0.9
+
+
+def test_neighbours_vote_where_there_are_labels():
+  rng = np.random.default_rng(0)
+  labels = np.tile([0, 1], 64)
+  features = rng.normal(size=(128, 8)).astype(np.float32)
+  features[:, 0] += 20 * labels - 10
+  assert _panel(features, labels)['health/knn'] == 1
+  assert 'health/knn' not in _panel(features)
+  assert 'health/knn' not in _panel(features, labels - 1)
+
+
+@pytest.mark.parametrize(
+  ('factor', 'alarms'), [(1.0, 0), (0.2, 0), (0.05, 1)]
+)
+def test_the_alarm_names_what_collapsed(factor, alarms):
+  rng = np.random.default_rng(0)
+  before = _panel(rng.normal(size=(64, 8)).astype(np.float32))
+  after = dict(before)
+  after['health/token_variance'] *= factor
+  found = health.collapsed(after, before)
+  assert len(found) == alarms
+  if alarms:
+    assert 'health/token_variance fell to 0.05, from 1' in found[0]
+
+
+def test_constant_features_raise_it():
+  rng = np.random.default_rng(0)
+  before = _panel(rng.normal(size=(64, 8)).astype(np.float32))
+  constant = np.ones((64, 8), np.float32) + 1e-6 * rng.normal(size=(64, 8))
+  assert health.collapsed(_panel(constant.astype(np.float32)), before)
+
+
+def test_a_run_logs_the_panel(tiny):
+  tiny.health.update(dict(every=4.0, clips=32))
+  assert trainer.train(tiny) == 0
+  text = (pathlib.Path(tiny.workdir) / 'metrics.jsonl').read_text()
+  lines = [json.loads(line) for line in text.splitlines()]
+  looked = [x for x in lines if 'health/rankme' in x]
+  # Early in each phase, and every four steps.
+  assert [x['step'] for x in looked] == [1, 4, 7, 8, 12]
+  assert all(0 <= x['health/knn'] <= 1 for x in looked)
+  assert all(x['health/feature_std'] > 0 for x in looked)

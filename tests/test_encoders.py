@@ -1,0 +1,140 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import vssl_jax
+from tests.train import conftest
+from vssl_jax import encoders, main, trees
+from vssl_jax.data import synthetic
+from vssl_jax.train import trainer
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  """The folder of a finished run of both phases, with an average."""
+  folder = tmp_path_factory.mktemp('encoders')
+  synthetic.write(
+    folder / 'clips', clips={'train': 40, 'test': 20}, size=32, frames=8
+  )
+  config = conftest.tiny_config(folder / 'clips' / 'train', folder / 'run')
+  config.method.latent_student.encoder.width = 24
+  assert trainer.train(config) == 0
+  return folder / 'run'
+
+
+def _video(*shape):
+  rng = np.random.default_rng(0)
+  return rng.integers(0, 255, (*shape, 3), dtype=np.uint8)
+
+
+def test_three_lines(run):
+  encoder = vssl_jax.load(str(run))
+  features = encoder(_video(2, 4, 16, 16))
+  assert features.shape == (2, 8, 24) and features.dtype == np.float32
+  # The final norm is on: mean and variance are those of its parameters.
+  norm = encoder.params['norm']
+  plain = (features - norm['bias'][None, None]) / norm['scale'][None, None]
+  np.testing.assert_allclose(np.mean(plain, -1), 0, atol=1e-5)
+  assert (encoder.width, encoder.grid) == (24, (2, 2, 2))
+  one = encoder(_video(2, 4, 16, 16)[0])
+  np.testing.assert_allclose(one, features[:1], atol=1e-5)
+
+
+def test_phases_and_averages_by_name(run):
+  student = encoders.load(str(run))
+  assert student.params is not None
+  teacher = encoders.load(f'{run}@pixel_teacher')
+  assert teacher.width == 16
+  polyak = encoders.load(f'{run}@latent_student/polyak')
+  pairs = zip(
+    trees.named_leaves(student.params),
+    trees.named_leaves(polyak.params),
+    strict=True,
+  )
+  assert any(not np.array_equal(a, b) for (_, a), (_, b) in pairs)
+
+
+def test_random_initialisation_is_the_same_network_untrained(run):
+  student = encoders.load(str(run))
+  fresh = encoders.random(student, 1)
+  assert not np.allclose(
+    fresh(_video(1, 4, 16, 16)), student(_video(1, 4, 16, 16))
+  )
+  assert 'random initialisation' in fresh.name
+
+
+def test_other_clip_shapes_where_positions_allow(run):
+  encoder = encoders.load(str(run))
+  assert encoder(_video(1, 8, 32, 16)).shape == (1, 4 * 4 * 2, 24)
+  with pytest.raises(ValueError, match='15'):
+    encoder(_video(1, 4, 15, 16))
+
+
+@pytest.mark.parametrize(
+  ('part', 'message'),
+  [
+    ('@pixel_techer', r"no finished checkpoint of phase 'pixel_techer'"),
+    ('@latent_student/slow', r"no average 'slow'"),
+  ],
+)
+def test_parts_that_do_not_exist_are_named(run, part, message):
+  with pytest.raises(ValueError, match=message):
+    encoders.load(f'{run}{part}')
+
+
+def test_a_source_that_is_nothing_is_an_error(tmp_path):
+  with pytest.raises((ValueError, FileNotFoundError), match='nothing_here'):
+    encoders.load(str(tmp_path / 'nothing_here'))
+
+
+def test_a_student_may_start_from_a_run(run, tmp_path):
+  """`init_from`: the first state holds the source's values."""
+  from vssl_jax.train import checkpoint
+
+  config = conftest.tiny_config(run.parent / 'clips' / 'train', tmp_path / 'r')
+  config.method.phases = ('pixel_teacher',)
+  config.method.pixel_teacher.steps = 1
+  config.method.pixel_teacher.init_from = f'{run}@pixel_teacher'
+  config.optim.update(dict(lr=1e-9, lr_start=1e-9, lr_end=1e-9, warmup=0))
+  assert trainer.train(config) == 0
+  (saved,) = [
+    s for s in checkpoint.listing(tmp_path / 'r') if 'opt' not in s.shapes()
+  ]
+  del saved
+  a = encoders.load(f'{run}@pixel_teacher').params
+  b = encoders.load(str(tmp_path / 'r')).params
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), a, b)
+  config.workdir = str(tmp_path / 's')
+  config.method.pixel_teacher.encoder.width = 32
+  with pytest.raises(ValueError, match='cannot start from'):
+    trainer.train(config)
+
+
+@pytest.mark.parametrize('protocol', ['knn', 'linear'])
+def test_the_probe_job_measures_a_run(run, tmp_path, monkeypatch, protocol):
+  monkeypatch.chdir(tmp_path)
+  clips = run.parent / 'clips'
+  status = main.main(
+    [
+      f'--config=configs/probe_fast.py:{protocol}',
+      f'--config.encoder={run}',
+      f'--config.probe.train={clips}/train',
+      f'--config.probe.test={clips}/test',
+      '--config.workdir=out',
+      '--config.data.frames=4',
+      '--config.data.stride=1',
+      '--config.data.size=(16, 16)',
+      '--config.data.isolate=False',
+      '--config.probe.epochs=2',
+      '--config.probe.batch_size=8',
+      '--config.probe.test_batch_size=8',
+    ]
+  )
+  assert status == 0
+  report = json.loads((tmp_path / 'out' / 'report.json').read_text())
+  assert report['test']['evaluated'] == 20
+  assert report['protocol'] == protocol
+  assert report['encoder'] == str(run)
+  assert len(report['classes']) == len(synthetic.MOTIONS)

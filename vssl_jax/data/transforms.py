@@ -9,13 +9,16 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float, Int
 
 Number = int | float
 Box = tuple[Number, Number, Number, Number]
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 
 
-def window(count: int, frames: int, stride: int, chance: Number) -> np.ndarray:
+def window(
+  count: int, frames: int, stride: int, chance: Number
+) -> Int[np.ndarray, 'T']:
   """Numbers of `frames` frames, every stride-th, starting anywhere that fits.
 
   A video that is too short repeats its last reachable frame.
@@ -36,7 +39,7 @@ def window(count: int, frames: int, stride: int, chance: Number) -> np.ndarray:
 
 def part(
   count: int, frames: int, stride: int, chance: Number, which: int, parts: int
-) -> np.ndarray:
+) -> Int[np.ndarray, 'T']:
   """A window inside one of `parts` equal parts of the video.
 
   It starts in its part, and reaches into the next where that is too short.
@@ -59,7 +62,9 @@ def part(
   return _reachable(start + np.arange(frames) * stride, count, stride, start)
 
 
-def scattered(count: int, frames: int, chances: np.ndarray) -> np.ndarray:
+def scattered(
+  count: int, frames: int, chances: Float[np.ndarray, 'T']
+) -> Int[np.ndarray, 'T']:
   """One frame out of each of `frames` equal parts of the video.
 
   Args:
@@ -71,7 +76,9 @@ def scattered(count: int, frames: int, chances: np.ndarray) -> np.ndarray:
   return np.minimum(ticks.astype(np.int64), count - 1)
 
 
-def spread(count: int, frames: int, stride: int, segments: int) -> np.ndarray:
+def spread(
+  count: int, frames: int, stride: int, segments: int
+) -> Int[np.ndarray, 'segments T']:
   """Evenly spaced windows over a whole video, for evaluation.
 
   Every stride-th frame of the video makes a list; windows of `frames` entries
@@ -92,7 +99,9 @@ def spread(count: int, frames: int, stride: int, segments: int) -> np.ndarray:
   return np.minimum(entries, length - 1) * stride
 
 
-def interleaved(count: int, frames: int, segments: int) -> np.ndarray:
+def interleaved(
+  count: int, frames: int, segments: int
+) -> Int[np.ndarray, 'segments T']:
   """Samplings of a whole video that lie between each other (SSv2 testing).
 
   Returns:

@@ -35,7 +35,8 @@ class Run:
   logger: metrics.Logger
   clock: metrics.Clock
   panel: health.Panel
-  preempted: bool = False
+  asked: bool = False  # this process got a SIGTERM
+  preempted: bool = False  # all processes agreed to save and stop
 
   @property
   def video(self) -> tuple[int, ...]:
@@ -150,17 +151,22 @@ class Preemption:
     self._before = signal.signal(signal.SIGTERM, self._ask)
 
   def _ask(self, *_: Any) -> None:
-    self._run.preempted = True
+    self._run.asked = True
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
   def __exit__(self, *_: Any) -> None:
     signal.signal(signal.SIGTERM, self._before)
 
 
-def should_stop(run: Run) -> bool:
+# Steps between agreements of several processes; each costs them a round trip.
+AGREE_EVERY = 8
+
+
+def should_stop(run: Run, done: int) -> bool:
   """Returns whether all processes are to save and stop after this step."""
-  if jax.process_count() > 1:
-    run.preempted |= bool(
-      multihost_utils.process_allgather(np.bool_(run.preempted)).any()
-    )
+  if jax.process_count() == 1:
+    run.preempted = run.asked
+  elif done % AGREE_EVERY == 0:
+    asked = multihost_utils.process_allgather(np.bool_(run.asked))
+    run.preempted = bool(asked.any())
   return run.preempted

@@ -136,7 +136,7 @@ def _loop(
   batches = run.clips.iterator(done)
   recorder = Recorder(run, span, schedules)
   compiled = None
-  while done < span.end and not run_lib.should_stop(run):
+  while done < span.end and not run_lib.should_stop(run, done):
     with run.clock('data'):
       local = next(batches)
     batch = _on_device(run, local, done)

@@ -61,10 +61,12 @@ def default(method: str = 'salt') -> ml_collections.ConfigDict:
         'checkpoint',
         'log',
         'health',
-        'show',
         'data.workers',
         'data.decode_processes',
         'data.isolate',
+        'data.prefetch',
+        'data.deadline_s',
+        'data.memory_limit_mb',
       ),
     )
   )

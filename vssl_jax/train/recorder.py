@@ -24,7 +24,7 @@ class Recorder:
     self._recent: collections.deque[float] = collections.deque(maxlen=50)
     self._last_time: float | None = None
     self._cost = run.method.cost(span.phase, run.video)
-    self._first = True
+    self._first, self._reports, self._advice = True, 0, ''
 
   def add(
     self, step_index: int, local: Any, values: Any, state: step.TrainState
@@ -109,6 +109,7 @@ class Recorder:
       for k, v in numbers.items()
       if k in ('loss', 'lr', 'grad_norm', 'clips_per_s', 'mfu')
     }
+    self._say_data(done)
     left = spans(run.method)[-1].end - done
     run.logger.say(
       metrics.progress_line(
@@ -120,3 +121,16 @@ class Recorder:
         left,
       )
     )
+
+  def _say_data(self, done: int) -> None:
+    """Says how fast clips come, once, and when they are what a run waits for.
+
+    After the second report the numbers are no longer those of the start.
+    """
+    self._reports += 1
+    if self._reports == 2:
+      self._run.logger.say(self._run.clips.describe())
+    advice = self._run.clips.advice()
+    if advice and self._reports > 1 and advice != self._advice:
+      self._run.logger.say(advice)
+      self._advice = advice

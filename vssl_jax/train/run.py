@@ -85,6 +85,12 @@ def open_run(config: ml_collections.ConfigDict) -> Run:
   method = methods.build(
     config.method, tuple(clips.shapes['video']), encoders.module_of
   )
+  if method.rows and not clips.distinct:
+    raise ValueError(
+      f'{config.method.name} keeps a row per example, and a batch of '
+      f'{config.batch_size} may hold one of the {clips.num_examples} videos '
+      'twice; lower --config.batch_size, or give one source without weights'
+    )
   total = sum(p.steps for p in method.phases())
   return Run(
     config=config,

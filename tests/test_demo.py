@@ -1,0 +1,64 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from vssl_jax import demo, main
+
+ROWS = [
+  'pixel_teacher (trained)',
+  'latent_student (trained)',
+  'latent_student at random initialisation',
+  'raw pixels',
+  'motion energy',
+  'a single frame',
+]
+
+
+def small(tmp_path):
+  return [
+    '--config.method.pixel_teacher.steps=4',
+    '--config.method.latent_student.steps=4',
+    '--config.probe.lrs=(0.03,)',
+    '--config.health.clips=32',
+    f'--config.workdir={tmp_path / "run"}',
+  ]
+
+
+@pytest.mark.slow
+def test_a_small_demo_runs_and_reports(
+  tmp_path, monkeypatch, capsys
+):
+  clips = {'pretrain': 32, 'train': 100, 'test': 200}
+  monkeypatch.setattr(demo, 'CLIPS', clips)
+  assert main.main(small(tmp_path)) == 0
+  report = json.loads((tmp_path / 'run' / 'demo.json').read_text())
+  accuracy = {name: row['accuracy'] for name, row in report['accuracy'].items()}
+  assert list(accuracy) == ROWS
+  assert report['chance'] == 0.1
+  # Eight steps teach nothing; that labels and features belong together can
+  # be seen from what needs no training.
+  limit = 0.1 + 3 * np.sqrt(0.1 * 0.9 / clips['test'])
+  assert accuracy['motion energy'] > limit > accuracy['a single frame']
+  printed = capsys.readouterr().out
+  last = printed[printed.index('Which of 10 motions?') :]
+  for name in ROWS:
+    assert f'  {name}' in last
+  assert f'The encoder is in {tmp_path / "run"}' in last
+  again = [line for line in last.splitlines() if line.startswith('  python')]
+  assert len(again) == 3
+
+
+@pytest.mark.slow
+def test_the_demo_learns_what_its_baselines_do_not_see(tmp_path):
+  subprocess.run(
+    [sys.executable, '-m', 'vssl_jax.main'], cwd=tmp_path, check=True
+  )
+  report = json.loads((tmp_path / 'runs/demo/demo.json').read_text())
+  accuracy = {name: row['accuracy'] for name, row in report['accuracy'].items()}
+  trained = accuracy.pop('latent_student (trained)')
+  accuracy.pop('pixel_teacher (trained)')
+  for name, other in accuracy.items():
+    assert trained > other + 0.15, name

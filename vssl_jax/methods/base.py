@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Num
 
-from vssl_jax import rngs, trees
+from vssl_jax import masking, rngs, trees
 
 Params = Mapping[str, Any]  # role -> tree: {'encoder': ..., 'predictor': ...}
 # uint8, or float in [0, 1].
@@ -52,6 +52,20 @@ class Cost(NamedTuple):
   def total(self) -> float:
     """FLOPs of the step per clip."""
     return self.trained + self.frozen
+
+
+class Reconstruction(NamedTuple):
+  """What a pixel phase predicts, for pictures.
+
+  Attributes:
+    mask: what the encoder saw, and which patches were predicted.
+    predicted: float32 [B, M, PC], in the units of the target.
+    kind: how the target is normalised, of `losses.pixel_targets`.
+  """
+
+  mask: masking.Mask
+  predicted: Array
+  kind: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,6 +253,20 @@ class Method(abc.ABC):
     return phase.encoder.apply(
       {'params': params['encoder']}, video, depth=depth
     )
+
+  def reconstruct(
+    self,
+    params: Params,
+    batch: Mapping[str, Any],
+    rng: rngs.Rng,
+    phase: Phase,
+  ) -> Mapping[str, Reconstruction]:
+    """Returns predicted pixels by mask, for pictures.
+
+    Empty where a phase predicts none. Arguments as in `loss`.
+    """
+    del params, batch, rng, phase
+    return {}
 
 
 def check(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:

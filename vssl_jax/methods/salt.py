@@ -139,6 +139,29 @@ class Salt(base.Method):
     metrics['prediction/std'] = jnp.std(predicted.astype(jnp.float32))
     return jnp.mean(jnp.stack(terms)), base.Aux(metrics)
 
+  def reconstruct(
+    self,
+    params: base.Params,
+    batch: Mapping[str, Any],
+    rng: rngs.Rng,
+    phase: base.Phase,
+  ) -> Mapping[str, base.Reconstruction]:
+    """Returns what the pixel teacher's decoder predicts, by mask."""
+    if not isinstance(phase, PixelTeacher):
+      return {}
+    video, out = batch['video'], {}
+    grid = layers.grid_of(video.shape, phase.encoder.patch)
+    for token, spec in enumerate(phase.masks):
+      mask, _ = spec.draw(rng, batch, grid)
+      tokens = phase.encoder.apply(
+        {'params': params['encoder']}, video, mask.visible
+      )
+      predicted = phase.decoder.apply(
+        {'params': params['decoder']}, tokens, mask, grid, token=token
+      )
+      out[spec.name] = base.Reconstruction(mask, predicted, phase.pixel_norm)
+    return out
+
   def cost(self, phase: base.Phase, video: tuple[int, ...]) -> base.Cost:
     """Returns FLOPs per clip from true token counts."""
     grid = layers.grid_of((1, *video), phase.encoder.patch)

@@ -1,0 +1,112 @@
+"""Curves from `metrics.jsonl`, of several runs in one picture."""
+
+import contextlib
+import json
+import math
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+from matplotlib import figure
+from matplotlib.backends import backend_agg
+
+Series = Mapping[str, tuple[np.ndarray, np.ndarray]]
+
+COLUMNS = 3
+# Where the time went is a table of its own, not a curve.
+LEFT_OUT = ('time/', 'data/', 'lost_steps', 'streak')
+FIRST = ('loss', 'lr', 'grad_norm', 'clips_per_s')
+
+
+def read(path: pathlib.Path) -> list[dict]:
+  """Returns the lines of a metrics file that are whole.
+
+  A run that was killed, or is running, may leave half a line.
+  """
+  out = []
+  for line in path.read_text(errors='replace').splitlines():
+    with contextlib.suppress(ValueError):
+      found = json.loads(line)
+      if isinstance(found, dict) and isinstance(found.get('step'), int):
+        out.append(found)
+  return out
+
+
+def series(lines: list[dict]) -> Series:
+  """Returns metric -> (steps, values), by name.
+
+  Of a step that was logged twice, before and after a resume, the later line
+  counts; a value that is not finite is NaN.
+  """
+  found: dict[str, dict[int, float]] = {}
+  for line in lines:
+    for name, value in line.items():
+      is_number = isinstance(value, (int, float)) or value is None
+      if name == 'step' or not is_number or isinstance(value, bool):
+        continue
+      number = math.nan if value is None else float(value)
+      found.setdefault(name, {})[line['step']] = number
+  return {
+    name: (np.array(sorted(at)), np.array([at[s] for s in sorted(at)]))
+    for name, at in sorted(found.items())
+  }
+
+
+def boundaries(lines: list[dict]) -> dict[str, int]:
+  """Returns phase -> first step that was logged in it."""
+  out: dict[str, int] = {}
+  for line in lines:
+    if 'phase' in line:
+      out.setdefault(line['phase'], line['step'])
+  return out
+
+
+def names(runs: Mapping[str, Series]) -> list[str]:
+  """Returns which metrics are drawn, the common ones first.
+
+  One that has a single value, or the same value throughout in all runs, is
+  left out.
+  """
+  values: dict[str, set[float]] = {}
+  for run in runs.values():
+    for name, (_, y) in run.items():
+      values.setdefault(name, set()).update(y[np.isfinite(y)].tolist())
+  kept = [
+    name
+    for name in sorted(values)
+    if not name.startswith(LEFT_OUT) and len(values[name]) > 1
+  ]
+  return sorted(kept, key=lambda n: FIRST.index(n) if n in FIRST else 99)
+
+
+def save(path: pathlib.Path, runs: Mapping[str, pathlib.Path]) -> list[str]:
+  """Draws the metrics of some runs and returns the names of those drawn.
+
+  Args:
+    path: the PNG to write.
+    runs: label -> metrics file.
+  """
+  lines = {label: read(file) for label, file in runs.items()}
+  data = {label: series(found) for label, found in lines.items()}
+  drawn = names(data)
+  count = max(1, -(-len(drawn) // COLUMNS))
+  sheet = figure.Figure(figsize=(5 * COLUMNS, 3 * count), layout='constrained')
+  backend_agg.FigureCanvasAgg(sheet)
+  axes = sheet.subplots(count, COLUMNS, squeeze=False).ravel()
+  for axis, name in zip(axes, drawn, strict=False):
+    for number, (label, found) in enumerate(data.items()):
+      if name in found:
+        mark = '.' if len(found[name][0]) < 20 else ''
+        axis.plot(*found[name], label=label, color=f'C{number}', marker=mark)
+      for step in list(boundaries(lines[label]).values())[1:]:
+        axis.axvline(step, color=f'C{number}', lw=0.6, ls=':')
+    axis.set_title(name, fontsize=10)
+    axis.set_xlabel('step', fontsize=8)
+    axis.tick_params(labelsize=8)
+    axis.grid(alpha=0.3)
+  for axis in axes[len(drawn) :]:
+    axis.set_axis_off()
+  if drawn and len(data) > 1:
+    axes[0].legend(fontsize=8)
+  sheet.savefig(path, dpi=90)
+  return drawn

@@ -1,0 +1,259 @@
+"""One page per run: its curves, and what each phase sees, predicts and learns.
+
+A phase is drawn by what its method offers: `masks` of the phase,
+`Method.reconstruct`, and `Method.encode`.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from vssl_jax import config as config_lib
+from vssl_jax import encoders, methods, rngs
+from vssl_jax.data import pipeline
+from vssl_jax.methods import base
+from vssl_jax.models import layers
+from vssl_jax.show import colours, curves, page, pixels, sheet
+from vssl_jax.train import checkpoint, manifests
+
+TRUTH_USED = (
+  "each predicted patch is un-normalised with the true patch's mean and "
+  'deviation, so brightness and contrast are not predicted'
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+  """A run opened for pictures.
+
+  Attributes:
+    folder: the run's.
+    record: its `run.json`.
+    config: the config in it.
+    method: built from that.
+    batch: `video` and `index` of the clips to draw.
+  """
+
+  folder: pathlib.Path
+  record: dict[str, Any]
+  config: ml_collections.ConfigDict
+  method: base.Method
+  batch: dict[str, np.ndarray]
+
+
+def write(
+  folder: str | pathlib.Path,
+  others: Sequence[str | pathlib.Path] = (),
+  clips: int = 3,
+) -> pathlib.Path:
+  """Writes `<folder>/report/index.html` and its pictures; returns its path.
+
+  Args:
+    folder: a run's.
+    others: runs whose curves are drawn beside.
+    clips: how many of the run's clips to draw.
+
+  Raises:
+    ValueError: no run there, or its videos are not where they were.
+  """
+  runs = [pathlib.Path(f) for f in (folder, *others)]
+  for run in runs:
+    for name in ('run.json', 'metrics.jsonl'):
+      if not (run / name).exists():
+        raise ValueError(
+          f'{run}: found no {name}, wanted the folder of a run '
+          '(its --config.workdir)'
+        )
+  shown = _open(runs[0], clips)
+  out = runs[0] / 'report'
+  out.mkdir(exist_ok=True)
+  sections = [_curves(out, runs)]
+  for phase in shown.method.phases():
+    sections.append(_phase(out, shown, phase))
+  text = page.render(runs[0].name, _facts(shown), sections)
+  path = out / 'index.html'
+  path.write_text(text)
+  return path
+
+
+def _open(folder: pathlib.Path, clips: int) -> Shown:
+  if clips < 1:
+    raise ValueError(f'--clips: found {clips}, wanted at least 1')
+  record = json.loads((folder / 'run.json').read_text())
+  config = config_lib.from_json(record['config'])
+  method = methods.build(
+    config.method, tuple(record['video']), encoders.module_of
+  )
+  data = config.data.to_dict() | {'workers': 0}
+  first = next(iter(pipeline.evaluation(data, batch_size=clips)))
+  there = first['weight'] > 0
+  batch = {k: np.asarray(first[k])[there] for k in ('video', 'index')}
+  if not there.any():
+    raise ValueError(f'{folder}: none of the first {clips} videos can be read')
+  return Shown(folder, record, config, method, batch)
+
+
+def _curves(out: pathlib.Path, runs: Sequence[pathlib.Path]) -> page.Section:
+  labels = [str(r) for r in runs]
+  if len({r.name for r in runs}) == len(runs):
+    labels = [r.name for r in runs]
+  files = [r / 'metrics.jsonl' for r in runs]
+  curves.save(out / 'curves.png', dict(zip(labels, files, strict=True)))
+  caption = 'Metrics by step; dotted lines are where a phase begins.'
+  return page.Section('Curves', [page.Picture('curves.png', caption)])
+
+
+def _phase(out: pathlib.Path, shown: Shown, phase: base.Phase) -> page.Section:
+  """Draws what a phase offers; without a checkpoint, its masks alone."""
+  pictures = list(_masks(out, shown, phase))
+  params = _params(shown.folder, phase)
+  note = ''
+  if params is None:
+    note = 'This phase has no checkpoint yet.'
+  else:
+    pictures += _reconstructions(out, shown, phase, params)
+    pictures += _features(out, shown, phase, params)
+  return page.Section(f'Phase {phase.name}', pictures, note)
+
+
+def _params(folder: pathlib.Path, phase: base.Phase) -> Any:
+  """Returns the newest parameters of a phase, None if none are saved."""
+  found = [s for s in manifests.listing(folder) if s.phase == phase.name]
+  found = [s for s in found if not manifests.damage(s)]
+  if not found:
+    return None
+  saved = max(found, key=lambda s: s.step)
+  place = SingleDeviceSharding(jax.local_devices()[0])
+  target = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+    saved.shapes('params'),
+  )
+  return checkpoint.restore(saved, target, 'params')
+
+
+def _rng(shown: Shown) -> rngs.Rng:
+  return rngs.Rng(jax.random.key(shown.config.seed), jax.numpy.int32(0))
+
+
+def _frames(clips: np.ndarray, i: int) -> list[np.ndarray]:
+  return list(sheet.some(pixels.rgb(clips[i])))
+
+
+def _masks(
+  out: pathlib.Path, shown: Shown, phase: base.Phase
+) -> list[page.Picture]:
+  """One picture per mask: the clips, and what the encoder sees of them."""
+  pictures = []
+  video = shown.batch['video']
+  for spec in getattr(phase, 'masks', ()):
+    grid = layers.grid_of(video.shape, phase.encoder.patch)
+    mask, _ = spec.draw(_rng(shown), shown.batch, grid)
+    seen = pixels.masked(video, mask, phase.encoder.patch)
+    rows = {}
+    for i in range(len(video)):
+      rows[f'clip {i}'] = _frames(video, i)
+      rows[f'clip {i}, what the encoder sees'] = _frames(seen, i)
+    visible, hidden = (x.shape[1] for x in mask)
+    rest = int(np.prod(grid)) - visible - hidden
+    caption = (
+      f'{phase.name}, mask {spec.name}: {visible} tokens are seen and {hidden} '
+      'are to be predicted (grey)'
+      + (f'; {rest} are neither (dark).' if rest else '.')
+    )
+    name = f'{phase.name}-mask-{spec.name or "all"}.png'
+    sheet.save(out / name, rows, caption)
+    pictures.append(page.Picture(name, caption))
+  return pictures
+
+
+def _reconstructions(
+  out: pathlib.Path, shown: Shown, phase: base.Phase, params: Any
+) -> list[page.Picture]:
+  """One picture per mask of a phase that predicts pixels."""
+  kinds: dict[str, str] = {}
+
+  @jax.jit
+  def predict(params: Any, batch: Any, rng: rngs.Rng) -> Any:
+    found = shown.method.reconstruct(params, batch, rng, phase)
+    kinds.update({name: r.kind for name, r in found.items()})  # when traced
+    return {name: (r.mask, r.predicted) for name, r in found.items()}
+
+  found = predict(params, shown.batch, _rng(shown))
+  video, patch = shown.batch['video'], phase.encoder.patch
+  pictures = []
+  for label, (mask, output) in found.items():
+    kind, predicted = kinds[label], np.asarray(output, np.float32)
+    seen = pixels.masked(video, mask, patch)
+    made = pixels.reconstructed(video, mask, predicted, kind, patch)
+    rows = {}
+    for i in range(len(video)):
+      rows[f'clip {i}'] = _frames(video, i)
+      rows[f'clip {i}, what the encoder sees'] = _frames(seen, i)
+      rows[f'clip {i}, predicted'] = _frames(made, i)
+    how = (
+      'no statistics of the truth are used' if kind == 'none' else TRUTH_USED
+    )
+    caption = (
+      f'{phase.name}, reconstruction under mask {label}: hidden patches as '
+      f'predicted, visible ones as they are. Target {kind}: {how}.'
+    )
+    name = f'{phase.name}-reconstruction-{label or "all"}.png'
+    sheet.save(out / name, rows, caption)
+    pictures.append(page.Picture(name, caption))
+  return pictures
+
+
+def _features(
+  out: pathlib.Path, shown: Shown, phase: base.Phase, params: Any
+) -> list[page.Picture]:
+  """One picture of the clips and of their features as colours."""
+  video, patch = shown.batch['video'], phase.encoder.patch
+  encode = jax.jit(functools.partial(shown.method.encode, phase=phase))
+  tokens = np.asarray(encode(params, video), np.float32)
+  grid = layers.grid_of(video.shape, patch)
+  rows = {}
+  for i in range(len(video)):
+    rows[f'clip {i}'] = _frames(video, i)
+    painted = colours.of_clip(tokens[i], grid, patch)
+    rows[f'clip {i}, features'] = list(sheet.some(painted))
+  caption = (
+    f'{phase.name}, features of the encoder: their first three principal '
+    'components as red, green and blue, one basis and one scale for all '
+    'frames of a clip. Colours of different clips do not compare.'
+  )
+  name = f'{phase.name}-features.png'
+  sheet.save(out / name, rows, caption)
+  return [page.Picture(name, caption)]
+
+
+def _facts(shown: Shown) -> dict[str, Any]:
+  """Returns what the head of the page says."""
+  made = shown.record['provenance']
+  lines = curves.read(shown.folder / 'metrics.jsonl')
+  last = lines[-1] if lines else {}
+  total = sum(p.steps for p in shown.method.phases())
+  default = config_lib.default(shown.config.method.name)
+  changed = [
+    line[2:]
+    for line in config_lib.describe(shown.config, default).splitlines()
+    if line.startswith('*')
+  ]
+  return {
+    'step': f'{last.get("step", 0)} of {total}',
+    'phase': last.get('phase', ''),
+    'data': f'{shown.config.data.source}, {shown.record["num_examples"]} '
+    f'videos, hash {shown.record["data_fingerprint"]}',
+    'device': made['device'],
+    'commit': made['git'] or 'not in a clone',
+    'versions': ', '.join(f'{k} {v}' for k, v in made['versions'].items()),
+    'command': ' '.join(made['command']),
+    'config that differs from the default': '\n'.join(changed),
+  }

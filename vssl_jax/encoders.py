@@ -23,7 +23,7 @@ from vssl_jax import config as config_lib
 from vssl_jax import methods, sharding, trees, weights
 from vssl_jax.methods import base
 from vssl_jax.models import layers
-from vssl_jax.train import checkpoint
+from vssl_jax.train import checkpoint, manifests
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Source:
   folder: pathlib.Path
   phase: base.Phase
   subtree: str
-  saved: checkpoint.Saved
+  saved: manifests.Saved
   video: tuple[int, int, int, int]
 
 
@@ -142,12 +142,12 @@ def find(source: str) -> Source:
 
 def _newest(
   folder: pathlib.Path, wanted: str | None, names: list[str]
-) -> checkpoint.Saved | None:
+) -> manifests.Saved | None:
   """Returns the newest checkpoint of a phase, finished or under way."""
-  found = checkpoint.listing(folder)
+  found = manifests.listing(folder)
   if wanted:
     found = [s for s in found if s.phase == wanted]
-  found = [s for s in found if s.phase in names and not checkpoint.damage(s)]
+  found = [s for s in found if s.phase in names and not manifests.damage(s)]
   return max(found, key=lambda s: s.step, default=None)
 
 

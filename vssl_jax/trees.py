@@ -1,7 +1,7 @@
 """Trees of arrays whose leaves have names such as `encoder/block_00/norm`."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -71,6 +71,18 @@ def subtree(tree: Any, path: str) -> Any:
       )
     tree = tree[name]
   return tree
+
+
+def nest(named: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns nested dicts from leaves with slash-separated names."""
+  out: dict[str, Any] = {}
+  for name, leaf in named.items():
+    *parents, last = name.split('/')
+    node = out
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[last] = leaf
+  return out
 
 
 def matcher(

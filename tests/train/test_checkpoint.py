@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from vssl_jax import sharding, trees
-from vssl_jax.train import checkpoint
+from vssl_jax.train import checkpoint, manifests
 
 
 def _tree(seed=0):
@@ -209,15 +209,15 @@ def test_values_that_rot_past_the_file_hashes_are_found(tmp_path):
 def test_bit_sum_changes_with_every_bit_and_place(dtype):
   rng = np.random.default_rng(0)
   x = np.asarray(jnp.asarray(rng.integers(0, 100, (5, 7)), dtype))
-  base = np.asarray(checkpoint.bit_sum(jnp.asarray(x)))
+  base = np.asarray(manifests.bit_sum(jnp.asarray(x)))
   for _ in range(50):
     raw = bytearray(x.tobytes())
     raw[rng.integers(len(raw))] ^= 1 << int(rng.integers(8))
     y = np.frombuffer(bytes(raw), x.dtype).reshape(x.shape)
-    assert (np.asarray(checkpoint.bit_sum(jnp.asarray(y))) != base).all()
+    assert (np.asarray(manifests.bit_sum(jnp.asarray(y))) != base).all()
   swapped = x.copy()
   swapped[0, 0], swapped[4, 6] = x[4, 6], x[0, 0] + x.dtype.type(1)
-  assert (np.asarray(checkpoint.bit_sum(jnp.asarray(swapped))) != base).any()
+  assert (np.asarray(manifests.bit_sum(jnp.asarray(swapped))) != base).any()
 
 
 def test_bit_sum_against_numpy():
@@ -225,7 +225,7 @@ def test_bit_sum_against_numpy():
   bits = x.view(np.uint32).ravel().astype(np.uint64)
   place = np.arange(12, dtype=np.uint64)
   want = int(np.sum(bits * (2 * place + 1)) % 2**32)
-  assert int(checkpoint.bit_sum(jnp.asarray(x))[0]) == want
+  assert int(manifests.bit_sum(jnp.asarray(x))[0]) == want
 
 
 def test_a_config_that_does_not_fit_names_the_keys(tmp_path):

@@ -34,9 +34,7 @@ def test_neighbours_vote_where_there_are_labels():
   assert 'health/knn' not in _panel(features, labels - 1)
 
 
-@pytest.mark.parametrize(
-  ('factor', 'alarms'), [(1.0, 0), (0.2, 0), (0.05, 1)]
-)
+@pytest.mark.parametrize(('factor', 'alarms'), [(1.0, 0), (0.2, 0), (0.05, 1)])
 def test_the_alarm_names_what_collapsed(factor, alarms):
   rng = np.random.default_rng(0)
   before = _panel(rng.normal(size=(64, 8)).astype(np.float32))

@@ -16,7 +16,7 @@ import pytest
 
 from tests.train import conftest
 from vssl_jax import config as config_lib
-from vssl_jax.train import checkpoint, trainer
+from vssl_jax.train import checkpoint, manifests, trainer
 
 PAGE = """
 import json, pathlib
@@ -63,7 +63,7 @@ def _wait_for(workdir, step):
 
 
 def _sums(workdir):
-  states = [s for s in checkpoint.listing(workdir) if 'opt' in s.shapes()]
+  states = [s for s in manifests.listing(workdir) if 'opt' in s.shapes()]
   newest = max(states, key=lambda s: s.step)
   leaves = newest.manifest['leaves']
   return newest.step, {name: leaf['sum'] for name, leaf in leaves.items()}
@@ -135,7 +135,7 @@ def _pair(folder, config):
 
 
 def _truncate(workdir, step):
-  for saved in checkpoint.listing(workdir):
+  for saved in manifests.listing(workdir):
     if saved.step > step:
       shutil.rmtree(saved.path)
       saved.path.with_suffix('.json').unlink()

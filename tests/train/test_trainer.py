@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from tests.train import conftest
-from vssl_jax.train import checkpoint, metrics, trainer
+from vssl_jax.train import checkpoint, manifests, metrics, trainer
 from vssl_jax.train import run as run_lib
 
 
 def _sums(workdir):
   """Leaf name -> sum of bits, of the newest state."""
-  found = [s for s in checkpoint.listing(workdir) if 'opt' in s.shapes()]
+  found = [s for s in manifests.listing(workdir) if 'opt' in s.shapes()]
   newest = max(found, key=lambda s: s.step)
   leaves = newest.manifest['leaves']
   return newest.step, {name: leaf['sum'] for name, leaf in leaves.items()}
@@ -70,7 +70,7 @@ def test_the_teacher_is_the_boundary_checkpoint(finished):
   saver = checkpoint.Checkpoints(workdir, keep=100)
   end = next(
     s
-    for s in checkpoint.listing(workdir)
+    for s in manifests.listing(workdir)
     if s.step == 6 and s.phase == 'pixel_teacher' and 'opt' in s.shapes()
   )
   kept = saver.params_of('pixel_teacher')
@@ -87,7 +87,7 @@ def test_resume_is_bit_exact(finished, tmp_path, seed):
   step = [3, 6, 7, random.Random(seed).randrange(1, 12), 11][seed]
   copy = tmp_path / 'run'
   shutil.copytree(workdir, copy)
-  for saved in checkpoint.listing(copy):
+  for saved in manifests.listing(copy):
     if saved.step > step:
       shutil.rmtree(saved.path)
       saved.path.with_suffix('.json').unlink()
@@ -115,7 +115,7 @@ def test_rotten_values_give_way_to_the_state_before(finished, tmp_path):
   config, workdir = finished
   copy = tmp_path / 'run'
   shutil.copytree(workdir, copy)
-  for saved in checkpoint.listing(copy):
+  for saved in manifests.listing(copy):
     if saved.step > 4:
       shutil.rmtree(saved.path)
       saved.path.with_suffix('.json').unlink()

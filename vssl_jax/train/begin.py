@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from vssl_jax import encoders, sharding, trees
 from vssl_jax.methods import base
-from vssl_jax.train import checkpoint, metrics, step
+from vssl_jax.train import checkpoint, manifests, metrics, step
 from vssl_jax.train.run import Run, Span, TrainingError
 
 
@@ -24,7 +24,7 @@ def state(
   run: Run,
   span: Span,
   tx: Any,
-  saved: checkpoint.Saved | None,
+  saved: manifests.Saved | None,
   inside: bool,
 ) -> step.TrainState:
   """Returns the state to start from: restored, or begun."""
@@ -59,7 +59,7 @@ def state(
   return _begin(run, span, state, target, saved)
 
 
-def _restore(run: Run, saved: checkpoint.Saved, target: Any) -> Any:
+def _restore(run: Run, saved: manifests.Saved, target: Any) -> Any:
   """Restores; one whose values are rotten gives way to the one before."""
   try:
     return checkpoint.restore(saved, target)
@@ -79,7 +79,7 @@ def _begin(
   span: Span,
   state: step.TrainState,
   target: step.TrainState,
-  saved: checkpoint.Saved | None,
+  saved: manifests.Saved | None,
 ) -> step.TrainState:
   """Carries over by name what the phase asks for, and loads `init_from`."""
   phase = span.phase
@@ -136,7 +136,7 @@ def teacher_params(run: Run, teacher: base.Teacher) -> Any:
 def _kept_params(run: Run, teacher: base.Teacher) -> Any:
   """Reads what an earlier phase of this run ended with."""
   saved = run.checkpoints.params_of(teacher.source[1:])
-  wrong = checkpoint.damage(saved) if saved else 'they were never saved'
+  wrong = manifests.damage(saved) if saved else 'they were never saved'
   if wrong:
     raise TrainingError(
       f'teacher {teacher.source}: no usable parameters under '

@@ -12,8 +12,6 @@ bits of each leaf, computed on the device at save and again after restore, on
 whatever mesh.
 """
 
-import dataclasses
-import json
 import os
 import pathlib
 import shutil
@@ -22,15 +20,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-import xxhash
 from absl import logging
 from jax.experimental import multihost_utils
-from jaxtyping import Array, UInt32
+from jaxtyping import Array
 
 from vssl_jax import trees
+from vssl_jax.train import manifests
 
 
 class CheckpointError(RuntimeError):
@@ -39,37 +36,6 @@ class CheckpointError(RuntimeError):
 
 class RottenError(CheckpointError):
   """The values read are not those that were saved."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Saved:
-  """One whole checkpoint.
-
-  Attributes:
-    path: folder of its arrays.
-    manifest: step, phase, files, leaves and whatever was given to `save`.
-  """
-
-  path: pathlib.Path
-  manifest: Mapping[str, Any]
-
-  @property
-  def step(self) -> int:
-    """Steps done over the whole run."""
-    return self.manifest['step']
-
-  @property
-  def phase(self) -> str:
-    """Name of the phase the state belongs to."""
-    return self.manifest['phase']
-
-  def shapes(self, subtree: str = '') -> Any:
-    """Returns the tree of shapes and dtypes it holds, as nested dicts."""
-    leaves = {
-      name: jax.ShapeDtypeStruct(tuple(leaf['shape']), leaf['dtype'])
-      for name, leaf in self.manifest['leaves'].items()
-    }
-    return trees.subtree(nest(leaves), subtree)
 
 
 class Checkpoints:
@@ -90,7 +56,7 @@ class Checkpoints:
     if jax.process_index() == 0:
       for folder in (self.folder, self.params_folder):
         folder.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder)
+        manifests.remove_leftovers(folder)
     _barrier('checkpoint folders')
 
   def save(
@@ -139,7 +105,7 @@ class Checkpoints:
     self, path: pathlib.Path, tree: Any, manifest: dict[str, Any]
   ) -> None:
     leaves = dict(trees.named_leaves(tree))
-    sums = jax.device_get(_sums(leaves))
+    sums = jax.device_get(manifests.bit_sums(leaves))
     manifest['leaves'] = {
       name: {
         'shape': list(x.shape),
@@ -151,8 +117,8 @@ class Checkpoints:
     try:
       if jax.process_index() == 0:
         # Writing again over an old or unreadable one of the same name.
-        _manifest_path(path).unlink(missing_ok=True)
-      self._saver.save(path, nest(leaves), force=True)
+        manifests.path_of(path).unlink(missing_ok=True)
+      self._saver.save(path, trees.nest(leaves), force=True)
     except Exception as error:
       raise self._failed(error) from error
     self._committer = threading.Thread(
@@ -164,8 +130,8 @@ class Checkpoints:
     try:
       self._saver.wait_until_finished()
       if jax.process_index() == 0:
-        manifest['files'] = _hash_files(path)
-        _write_atomic(_manifest_path(path), manifest)
+        manifest['files'] = manifests.hash_files(path)
+        manifests.write_atomic(manifests.path_of(path), manifest)
         if path.parent == self.folder:
           self._prune()
     except BaseException as error:  # raised again by finish()
@@ -174,15 +140,17 @@ class Checkpoints:
   def _prune(self) -> None:
     """Removes all but the newest whole states."""
     for saved in self._whole()[self._keep :]:
-      _manifest_path(saved.path).unlink()
+      manifests.path_of(saved.path).unlink()
       shutil.rmtree(saved.path)
 
-  def _whole(self) -> list[Saved]:
+  def _whole(self) -> list[manifests.Saved]:
     """Returns the whole states, newest first."""
     found = sorted(self.folder.glob('*.json'), reverse=True)
-    return [Saved(p.with_suffix(''), _read_manifest(p)) for p in found]
+    return [
+      manifests.Saved(p.with_suffix(''), manifests.read(p)) for p in found
+    ]
 
-  def newest(self) -> Saved | None:
+  def newest(self) -> manifests.Saved | None:
     """Returns the newest checkpoint whose files are as they were written.
 
     Those that are not are set aside under the suffix `.rotten`, loudly.
@@ -203,19 +171,19 @@ class Checkpoints:
     if step < 0:
       return None
     path = self.folder / f'{step:08d}'
-    return Saved(path, _read_manifest(_manifest_path(path)))
+    return manifests.Saved(path, manifests.read(manifests.path_of(path)))
 
   def _newest_sound(self) -> int:
     """Returns the step of the newest sound one; -1: none, -2: all damaged."""
     whole = self._whole()
     for saved in whole:
-      wrong = damage(saved)
+      wrong = manifests.damage(saved)
       if not wrong:
         return saved.step
       self.set_aside(saved, wrong)
     return -2 if whole else -1
 
-  def set_aside(self, saved: Saved, why: str) -> None:
+  def set_aside(self, saved: manifests.Saved, why: str) -> None:
     """Renames a damaged checkpoint so that it is never read again."""
     logging.error(
       'checkpoint %s is damaged: %s. It is kept as %s.rotten and the one '
@@ -227,20 +195,20 @@ class Checkpoints:
     if jax.process_index() == 0:
       aside = saved.path.with_suffix('.rotten')
       shutil.rmtree(aside, ignore_errors=True)
-      manifest = _manifest_path(saved.path)
+      manifest = manifests.path_of(saved.path)
       manifest.replace(manifest.with_suffix('.json.rotten'))
       if saved.path.exists():
         saved.path.rename(aside)
 
-  def params_of(self, phase: str) -> Saved | None:
+  def params_of(self, phase: str) -> manifests.Saved | None:
     """Returns the parameters kept at the end of a phase, if any."""
     manifest = self.params_folder / f'{phase}.json'
     if not manifest.exists():
       return None
-    return Saved(manifest.with_suffix(''), _read_manifest(manifest))
+    return manifests.Saved(manifest.with_suffix(''), manifests.read(manifest))
 
 
-def restore(saved: Saved, target: Any, subtree: str = '') -> Any:
+def restore(saved: manifests.Saved, target: Any, subtree: str = '') -> Any:
   """Reads a checkpoint, or a part of it, into the shardings of `target`.
 
   Args:
@@ -253,7 +221,7 @@ def restore(saved: Saved, target: Any, subtree: str = '') -> Any:
       the names, shapes and dtypes are not those of `target`.
   """
   wanted = dict(trees.named_leaves(target))
-  differing = trees.difference(saved.shapes(subtree), nest(wanted))
+  differing = trees.difference(saved.shapes(subtree), trees.nest(wanted))
   if differing:
     raise CheckpointError(
       f'checkpoint {saved.path} does not fit this config:\n{differing}\n'
@@ -265,7 +233,7 @@ def restore(saved: Saved, target: Any, subtree: str = '') -> Any:
 
 
 def read_leaves(
-  saved: Saved, wanted: Mapping[str, jax.ShapeDtypeStruct]
+  saved: manifests.Saved, wanted: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, Array]:
   """Reads some leaves by name and holds their values against the manifest.
 
@@ -277,7 +245,7 @@ def read_leaves(
     CheckpointError: they cannot be read.
     RottenError: they are not what was saved.
   """
-  target = nest(wanted)
+  target = trees.nest(wanted)
   try:
     with ocp.PyTreeCheckpointer() as reader:
       read = reader.restore(
@@ -293,7 +261,7 @@ def read_leaves(
       f'checkpoint {saved.path} cannot be read: {error}'
     ) from error
   leaves = dict(trees.named_leaves(read))
-  sums = jax.device_get(_sums(leaves))
+  sums = jax.device_get(manifests.bit_sums(leaves))
   rotten = [
     name
     for name, pair in sums.items()
@@ -307,129 +275,6 @@ def read_leaves(
   return leaves
 
 
-def damage(saved: Saved) -> str:
-  """Returns what is wrong with the files of a checkpoint, or ''."""
-  files = saved.manifest.get('files', {})
-  present = _list_files(saved.path)
-  for name in sorted(set(files) - set(present)):
-    return f'{name} is missing'
-  for name in sorted(set(present) - set(files)):
-    return f'{name} is not in the manifest'
-  for name, (size, digest) in files.items():
-    path = saved.path / name
-    if path.stat().st_size != size:
-      return f'{name} has {path.stat().st_size} bytes, wanted {size}'
-    if _hash_file(path) != digest:
-      return f'the hash of {name} is not that of what was written'
-  return ''
-
-
-def nest(named: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns nested dicts from leaves with slash-separated names."""
-  out: dict[str, Any] = {}
-  for name, leaf in named.items():
-    *parents, last = name.split('/')
-    node = out
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[last] = leaf
-  return out
-
-
-@jax.jit
-def _sums(leaves: Mapping[str, Array]) -> dict[str, UInt32[Array, '2']]:
-  return {name: bit_sum(x) for name, x in leaves.items()}
-
-
-def bit_sum(x: Array) -> UInt32[Array, '2']:
-  """Returns a 64-bit sum of an array's bits, each word weighted by its place.
-
-  Sums modulo 2^32 do not depend on their order, so neither on the mesh. The
-  weights are odd: a single flipped bit always changes both halves.
-  """
-  if x.dtype == jnp.bool_:
-    x = x.astype(jnp.uint8)
-  width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-  bits = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
-  place = jnp.zeros(x.shape, jnp.uint32)
-  for axis in range(x.ndim):
-    place = place * jnp.uint32(x.shape[axis]) + jax.lax.broadcasted_iota(
-      jnp.uint32, x.shape, axis
-    )
-  one = jnp.uint32(1)
-  mixed = (place * jnp.uint32(0x9E3779B1)) ^ (place >> 15)
-  return jnp.stack(
-    [
-      jnp.sum(bits * (place * jnp.uint32(2) + one), dtype=jnp.uint32),
-      jnp.sum(bits * (mixed | one), dtype=jnp.uint32),
-    ]
-  )
-
-
-def _manifest_path(path: pathlib.Path) -> pathlib.Path:
-  return path.parent / (path.name + '.json')
-
-
-def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    return json.loads(path.read_text())
-  except (OSError, ValueError) as error:
-    # Unreadable is damaged: `damage` finds files that no manifest lists.
-    logging.error('manifest %s cannot be read: %s', path, error)
-    step = int(path.stem) if path.stem.isdigit() else -1
-    return {'step': step, 'phase': '', 'files': {}, 'leaves': {}}
-
-
-def _write_atomic(path: pathlib.Path, tree: Any) -> None:
-  """Writes JSON so that the file is there whole or not at all."""
-  partial = path.with_suffix('.partial')
-  with partial.open('w') as f:
-    json.dump(tree, f)
-    f.flush()
-    os.fsync(f.fileno())
-  partial.replace(path)
-
-
-def _remove_leftovers(folder: pathlib.Path) -> None:
-  """Removes what a killed process left: anything without a manifest."""
-  for path in folder.iterdir():
-    if path.suffix == '.partial':
-      path.unlink()
-    elif path.is_dir() and path.suffix != '.rotten':
-      if not _manifest_path(path).exists():
-        logging.warning('removing the unfinished checkpoint %s', path)
-        shutil.rmtree(path)
-
-
-def _list_files(folder: pathlib.Path) -> list[str]:
-  return [str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file()]
-
-
-def _hash_files(folder: pathlib.Path) -> dict[str, tuple[int, str]]:
-  return {
-    name: ((folder / name).stat().st_size, _hash_file(folder / name))
-    for name in _list_files(folder)
-  }
-
-
-def _hash_file(path: pathlib.Path) -> str:
-  digest = xxhash.xxh3_64()
-  with path.open('rb') as f:
-    while block := f.read(1 << 22):
-      digest.update(block)
-  return digest.hexdigest()
-
-
 def _barrier(name: str) -> None:
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
-
-
-def listing(workdir: str | os.PathLike[str]) -> list[Saved]:
-  """Returns all whole checkpoints of a run, phase parameters included.
-
-  Reads only; safe while the run is going on.
-  """
-  root = pathlib.Path(workdir).absolute()
-  manifests = [*root.glob('checkpoints/*.json'), *root.glob('params/*.json')]
-  return [Saved(p.with_suffix(''), _read_manifest(p)) for p in manifests]

@@ -15,7 +15,7 @@ from vssl_jax import config as config_lib
 from vssl_jax import encoders, methods, sharding
 from vssl_jax.data import pipeline
 from vssl_jax.methods import base
-from vssl_jax.train import checkpoint, health, metrics, provenance
+from vssl_jax.train import checkpoint, health, manifests, metrics, provenance
 
 
 class TrainingError(RuntimeError):
@@ -116,7 +116,7 @@ def _check_batch(
     )
 
 
-def check_same_run(run: Run, saved: checkpoint.Saved | None) -> None:
+def check_same_run(run: Run, saved: manifests.Saved | None) -> None:
   """Writes `run.json`, or compares it with a resumed run's config."""
   path = run.workdir / 'run.json'
   config = config_lib.to_json(run.config)

@@ -10,7 +10,14 @@ import numpy as np
 
 from vssl_jax import sharding, trees
 from vssl_jax.data import ledger
-from vssl_jax.train import begin, checkpoint, freezing, optimizer, step
+from vssl_jax.train import (
+  begin,
+  checkpoint,
+  freezing,
+  manifests,
+  optimizer,
+  step,
+)
 from vssl_jax.train import run as run_lib
 from vssl_jax.train.recorder import Recorder
 from vssl_jax.train.run import Run, Span, spans
@@ -65,7 +72,7 @@ def train(config: ml_collections.ConfigDict) -> int:
     run.logger.close()
 
 
-def _is_over(saved: checkpoint.Saved, span: Span) -> bool:
+def _is_over(saved: manifests.Saved, span: Span) -> bool:
   """Returns whether a checkpoint lies past a phase.
 
   A state at the very end of a phase belongs to it by name; the phase after it
@@ -77,7 +84,7 @@ def _is_over(saved: checkpoint.Saved, span: Span) -> bool:
 
 
 def _run_phase(
-  run: Run, span: Span, saved: checkpoint.Saved | None
+  run: Run, span: Span, saved: manifests.Saved | None
 ) -> step.TrainState:
   """Runs a phase from its start or from a checkpoint inside it."""
   phase, config = span.phase, run.config

@@ -281,3 +281,32 @@ def test_settings_files_hold_only_settings():
 def test_scripts_are_programs():
   for name in ('launch/local.sh', 'launch/test.sh', '.ci/run'):
     assert os.access(ROOT / name, os.X_OK)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_fresh_clone_installs_and_runs(tmp_path):
+  # The real pip and the real package; what it reads of the user is PATH, HOME
+  # and how pip reaches its index.
+  root = tmp_path / 'a clone'
+  ignore = shutil.ignore_patterns('.*', 'runs', 'build', '__pycache__')
+  shutil.copytree(ROOT, root, ignore=ignore)
+  env = {
+    key: value
+    for key, value in os.environ.items()
+    if key in {'PATH', 'HOME'} or key.startswith(('PIP_', 'SSL_', 'HTTP'))
+  }
+  for start in ('first', 'second'):
+    result = subprocess.run(
+      ['bash', root / 'launch/local.sh', '--plan'],
+      cwd=tmp_path,
+      env=env | {'VSSL_ACCELERATOR': 'cpu'},
+      check=False,
+      stdin=subprocess.DEVNULL,
+      capture_output=True,
+      text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert 'latent_student' in result.stdout
+    assert ('installing' in result.stderr) == (start == 'first')
+  assert (root / '.venv/bin/python').exists()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.train import conftest
-from vssl_jax import bench, encoders, methods
+from vssl_jax import bench, encoders, methods, timing
 from vssl_jax.train import step
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -92,16 +92,16 @@ def test_the_teacher_is_part_of_the_students_step_alone(found):
 def test_steps_are_timed_from_end_to_end(monkeypatch):
   """Warm-up is left out, and the state goes from step to step."""
   clock = iter(2.0 ** np.arange(100))
-  monkeypatch.setattr(bench.time, 'perf_counter', lambda: next(clock))
+  monkeypatch.setattr(timing.time, 'perf_counter', lambda: next(clock))
   first = step.TrainState(0, {}, {}, {}, {}, {})
 
   def compiled(state, teachers, batch):
     return dataclasses.replace(state, step=state.step + 1), {}
 
-  prepared = bench.Prepared(compiled, first, {}, {}, 0.0)
-  seconds, state = bench.step_seconds(prepared, 4)
+  prepared = timing.Prepared(compiled, first, {}, {}, 0.0)
+  seconds, state = timing.step_seconds(prepared, 4)
   assert seconds == [4.0, 8.0, 16.0, 32.0]
-  assert state.step == bench.WARM_UP + 4 + 1
+  assert state.step == timing.WARM_UP + 4 + 1
 
 
 @pytest.mark.slow
@@ -130,7 +130,7 @@ def test_the_named_peak_is_the_limit_where_there_is_one(tmp_path):
 
 
 def test_a_sweep_ends_where_memory_does(tmp_path, monkeypatch):
-  prepare, tried = bench.prepare, []
+  prepare, tried = timing.prepare, []
 
   def allocate(config, method, span, size, video, mesh):
     tried.append((span.phase.name, size))
@@ -140,7 +140,7 @@ def test_a_sweep_ends_where_memory_does(tmp_path, monkeypatch):
       )
     return prepare(config, method, span, size, video, mesh)
 
-  monkeypatch.setattr(bench, 'prepare', allocate)
+  monkeypatch.setattr(timing, 'prepare', allocate)
   result = bench.bench(
     _config(tmp_path), steps=1, sizes=(24, 8, 16), matrix=64, say=lambda _: None
   )

@@ -20,6 +20,17 @@ def test_identical_frames_have_identical_colours():
   assert len(np.unique(clip[0].reshape(-1, 3), axis=0)) > 8
 
 
+def test_a_token_has_its_colour_in_every_frame():
+  """A basis or a scale per frame would see the frames' other tokens."""
+  frames = np.stack([_tokens(0), 5 * _tokens(1), _tokens(2)])
+  frames[:, :4] = frames[0, :4]
+  clip = colours.of_clip(frames.reshape(48, 6), (3, 4, 4), (1, 2, 2))
+  row = clip[:, :2]  # the first four tokens
+  np.testing.assert_array_equal(row[0], row[1])
+  np.testing.assert_array_equal(row[0], row[2])
+  assert (clip[0, 2:] != clip[1, 2:]).any()
+
+
 def test_the_largest_component_is_red():
   x = np.zeros((50, 8), np.float32)
   x[:, 5] = np.arange(50)

@@ -35,9 +35,7 @@ def get_config(variant=''):
     dict(lr=1.5e-4, lr_start=1e-6, lr_end=1e-5, lr_batch=256, lr_power=1.0)
   )
   c.optim.update(
-    dict(
-      warmup=40 * epoch, weight_decay=0.05, weight_decay_end=0.05, clip=0.0
-    )
+    dict(warmup=40 * epoch, weight_decay=0.05, weight_decay_end=0.05, clip=0.0)
   )
   c.method.vit.update(
     dict(positions='sinusoid_1d', qkv_bias='qv', init='videomae')

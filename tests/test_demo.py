@@ -28,9 +28,7 @@ def small(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_small_demo_runs_and_reports(
-  tmp_path, monkeypatch, capsys
-):
+def test_a_small_demo_runs_and_reports(tmp_path, monkeypatch, capsys):
   clips = {'pretrain': 32, 'train': 100, 'test': 200}
   monkeypatch.setattr(demo, 'CLIPS', clips)
   assert main.main(small(tmp_path)) == 0

@@ -43,9 +43,7 @@ class Rng:
     """Returns the key of stream `name` at this step."""
     return jax.random.fold_in(stream(self.key, name), self.step)
 
-  def per_example(
-    self, name: str, batch: Mapping[str, Any]
-  ) -> Key[Array, 'B']:
+  def per_example(self, name: str, batch: Mapping[str, Any]) -> Key[Array, 'B']:
     """Returns one key per example of the batch.
 
     Args:

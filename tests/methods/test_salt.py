@@ -261,9 +261,7 @@ def test_the_loss_depends_on_seed_step_and_clip_only():
   params = method.init(jax.random.key(1), batch['video'], phase)
 
   def at(batch, step=0):
-    return float(
-      method.loss(params, teachers, batch, _rng(step), phase)[0]
-    )
+    return float(method.loss(params, teachers, batch, _rng(step), phase)[0])
 
   order = np.array([2, 0, 3, 1])
   shuffled = dict(

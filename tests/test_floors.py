@@ -12,7 +12,7 @@ FLOORS = (
   {'masking', 'mask_specs', 'rectangles', 'losses', 'flops', 'models', 'data'},
   {'weights', 'methods'},
   {'config', 'encoders', 'train', 'evals', 'show', ''},
-  {'main', '__main__', 'demo', 'bench'},
+  {'main', '__main__', 'demo', 'bench', 'timing'},
 )
 # Who may import a library; a room or one of its files.
 KEEPERS = {

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vssl_jax.models import layers
+
 Distance = Callable[[Array, Array], Float[Array, '']]
 
 
@@ -64,11 +66,8 @@ def patchify(
     Patches in raster order, time first; the P = pt * py * px pixels of a
     patch in the same order.
   """
-  b, t, h, w, c = video.shape
-  pt, py, px = patch
-  x = video.reshape(b, t // pt, pt, h // py, py, w // px, px, c)
-  x = x.transpose(0, 1, 3, 5, 2, 4, 6, 7)
-  return x.reshape(b, -1, pt * py * px, c)
+  rows = layers.patchify(video, patch)
+  return rows.reshape(*rows.shape[:2], -1, video.shape[-1])
 
 
 def pixel_targets(

@@ -126,7 +126,7 @@ def to_ours(
     tuple(missing),
     tuple(unused),
   )
-  return _nested(leaves), report
+  return trees.nest(leaves), report
 
 
 def _piece(x: np.ndarray, row: tables.Row, source: str) -> np.ndarray:
@@ -166,17 +166,6 @@ def _refuse(
       f'{source}: {what} {len(bad)} names: {_some(bad)}. The file is of '
       f'another model or release; what may be so goes into {option}'
     )
-
-
-def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-  tree: dict[str, Any] = {}
-  for name, x in leaves.items():
-    *path, last = name.split('/')
-    node = tree
-    for step in path:
-      node = node.setdefault(step, {})
-    node[last] = x
-  return tree
 
 
 def to_theirs(

@@ -28,6 +28,7 @@ def small(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_small_demo_runs_and_reports(tmp_path, monkeypatch, capsys):
   clips = {'pretrain': 32, 'train': 100, 'test': 200}
   monkeypatch.setattr(demo, 'CLIPS', clips)
@@ -50,6 +51,7 @@ def test_a_small_demo_runs_and_reports(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_demo_learns_what_its_baselines_do_not_see(tmp_path):
   subprocess.run(
     [sys.executable, '-m', 'vssl_jax.main'], cwd=tmp_path, check=True

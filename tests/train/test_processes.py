@@ -97,6 +97,7 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(clips, tmp_path):
   assert _sums(cut.workdir) == _sums(whole.workdir)
 
 
+@pytest.mark.slow
 def test_a_second_sigterm_ends_it_at_once(clips, tmp_path):
   config = conftest.tiny_config(clips, tmp_path / 'run')
   config.method.pixel_teacher.steps = 5000

@@ -165,9 +165,8 @@ def test_resume_off_refuses_a_folder_in_use(finished):
     trainer.train(config)
 
 
-@pytest.mark.parametrize(
-  'mesh', [(2, 4), pytest.param((8, 1), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('mesh', [(2, 4), (8, 1)])
 def test_the_mesh_does_not_change_the_losses(finished, tmp_path, mesh):
   config, workdir = finished
   config = config.copy_and_resolve_references()

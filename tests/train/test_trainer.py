@@ -219,3 +219,24 @@ def test_the_last_logged_step_survives_half_a_line(tmp_path):
   assert metrics.last_step(tmp_path) == 0
   (tmp_path / 'metrics.jsonl').write_text('{"step": 5}\n{"step": 7}\n{"st')
   assert metrics.last_step(tmp_path) == 7
+
+
+@pytest.mark.parametrize(
+  ('decay', 'message'),
+  [
+    (1e3, r"parameter '\w+/\S+' holds a value that is not finite"),
+    # Parameters stay finite, and no loss is any more.
+    (0.0, r'4 steps in a row had a loss or gradient that is not finite'),
+  ],
+)
+def test_a_run_that_cannot_recover_stops_and_keeps_the_batches(
+  tiny, decay, message
+):
+  tiny.optim.update(dict(lr=1e38, lr_start=1e38, clip=0.0, warmup=0))
+  tiny.optim.weight_decay = decay
+  tiny.health.max_skipped = 3
+  with pytest.raises(run_lib.TrainingError, match=message):
+    trainer.train(tiny)
+  skipped = pathlib.Path(tiny.workdir) / 'skipped_0.jsonl'
+  record = json.loads(skipped.read_text().splitlines()[0])
+  assert len(record['index']) == tiny.batch_size

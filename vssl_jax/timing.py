@@ -52,7 +52,7 @@ def prepare(
   clip = jax.ShapeDtypeStruct((1, *video), jnp.uint8)
   shapes = jax.eval_shape(lambda k, v: method.init(k, v, phase), key, clip)
   labels = freezing.labels(shapes, phase.frozen)
-  horizon = optimizer.Horizon(span.start, phase.steps, phase.warmup)
+  horizon = optimizer.horizon(phase, span.start, span.total)
   tx = optimizer.make(
     config.optim,
     labels,

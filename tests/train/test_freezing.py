@@ -19,8 +19,8 @@ def _params():
   }
 
 
-def _loss(params, x, labels):
-  params = freezing.stop(params, labels)
+def _loss(trained, frozen, x):
+  params = freezing.join(trained, frozen)
   for name in sorted(params):
     x = jnp.tanh(x @ params[name]['kernel'])
   return jnp.mean(jnp.square(x))
@@ -28,9 +28,12 @@ def _loss(params, x, labels):
 
 def _step(labels, tx):
   def step(params, opt, x):
-    grads = jax.grad(_loss)(params, x, labels)
+    trained, frozen = freezing.split(params, labels)
+    grads = jax.grad(_loss)(trained, frozen, x)
+    norm = optax.tree.norm(grads)
+    grads = freezing.join(grads, jax.tree.map(jnp.zeros_like, frozen))
     updates, opt = tx.update(grads, opt, params, step=jnp.zeros((), jnp.int32))
-    return optax.apply_updates(params, updates), opt, optax.tree.norm(grads)
+    return optax.apply_updates(params, updates), opt, norm
 
   return jax.jit(step)
 

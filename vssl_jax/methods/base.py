@@ -158,7 +158,13 @@ class Phase:
     rows: the same for the rows.
     init_from: role -> source, for parameters that start from a run folder or
       a published model.
-    warmup: warm-up steps; None for the optimizer's own setting.
+    horizon: what the schedules of learning rate and weight decay cover: each
+      `phase` anew, or the whole `run`.
+    warmup: warm-up steps of that horizon; None for the optimizer's own
+      setting.
+    rewarm: (steps, factor): over its first steps the phase multiplies the
+      learning rate by a factor that rises to 1.
+    frozen_dtype: frozen matrices are stored in this type.
     ema: name -> average to keep.
   """
 
@@ -171,13 +177,21 @@ class Phase:
   opt: Literal['carry', 'fresh'] = 'carry'
   rows: Literal['carry', 'fresh'] = 'carry'
   init_from: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  horizon: Literal['phase', 'run'] = 'phase'
   warmup: int | None = None
+  rewarm: tuple[int, float] = (0, 1.0)
+  frozen_dtype: str = 'float32'
   ema: Mapping[str, Ema] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self) -> None:
     if self.steps < 1:
       raise ValueError(
         f'phase {self.name!r}: found steps={self.steps}, wanted at least 1'
+      )
+    if not 0 <= self.rewarm[0] <= self.steps or not 0 < self.rewarm[1] <= 1:
+      raise ValueError(
+        f'phase {self.name!r}: found rewarm={self.rewarm}, wanted at most '
+        f'{self.steps} steps and a factor in (0, 1]'
       )
     for name, teacher in self.teachers.items():
       ema = teacher.source.removeprefix('@ema/')

@@ -1,6 +1,7 @@
 """How a phase starts: its state restored, carried over or fresh; teachers."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -96,9 +97,9 @@ def _begin(
       for name, x in trees.named_leaves(target)
       if parts.get(name.split('/')[0])
       and name in there
-      and (there[name].shape, there[name].dtype) == (x.shape, x.dtype)
+      and there[name].shape == x.shape
     }
-    carried = checkpoint.read_leaves(saved, wanted)
+    carried = _carry(saved, wanted, there)
     state = trees.map_named(carried.get, state)
     run.logger.say(
       f'phase {phase.name}: carried {len(carried)} of '
@@ -117,6 +118,22 @@ def _begin(
     at = jax.tree.map(lambda x: x.sharding, params[role])
     params[role] = jax.device_put(jax.device_get(loaded), at)
   return dataclasses.replace(state, params=params)
+
+
+def _carry(
+  saved: manifests.Saved,
+  wanted: Mapping[str, jax.ShapeDtypeStruct],
+  there: Mapping[str, jax.ShapeDtypeStruct],
+) -> dict[str, Any]:
+  """Reads leaves by name, in the types that this phase stores them in."""
+  as_saved = {
+    name: jax.ShapeDtypeStruct(
+      x.shape, there[name].dtype, sharding=x.sharding
+    )
+    for name, x in wanted.items()
+  }
+  read = checkpoint.read_leaves(saved, as_saved)
+  return {name: x.astype(wanted[name].dtype) for name, x in read.items()}
 
 
 def teacher_params(run: Run, teacher: base.Teacher) -> Any:

@@ -1,10 +1,11 @@
 """Freezing is one tree of labels, used twice.
 
-`stop` cuts the gradient inside the loss, so that the backward pass of frozen
-parts is never computed; the optimizer's `multi_transform` gives frozen leaves
-no update and no state. Either alone is wrong: without the first the gradients
-are computed for the global norm, without the second momentum and weight decay
-go on moving frozen weights.
+`split` and `join` keep frozen leaves out of what the loss is differentiated
+by, so that their backward pass is never computed and no gradient of them is
+stored; the optimizer's `multi_transform` gives them no update and no state.
+Either alone is wrong: without the first the gradients are computed for the
+global norm, without the second momentum and weight decay go on moving frozen
+weights.
 """
 
 from collections.abc import Sequence
@@ -36,10 +37,32 @@ def labels(params: Any, frozen: Sequence[str]) -> Any:
   )
 
 
-def stop(params: Any, labels: Any) -> Any:
-  """Returns the parameters with the gradient of frozen leaves cut."""
+def split(tree: Any, labels: Any) -> tuple[Any, Any]:
+  """Returns the trained leaves and the frozen ones, None where the other is."""
+
+  def only(wanted: str) -> Any:
+    return jax.tree.map(lambda x, l: x if l == wanted else None, tree, labels)
+
+  return only(TRAIN), only(FREEZE)
+
+
+def join(trained: Any, frozen: Any) -> Any:
+  """Returns the whole tree again, with no gradient for its frozen leaves."""
   return jax.tree.map(
-    lambda x, label: jax.lax.stop_gradient(x) if label == FREEZE else x,
-    params,
-    labels,
+    lambda t, f: jax.lax.stop_gradient(f) if t is None else t,
+    trained,
+    frozen,
+    is_leaf=lambda x: x is None,
   )
+
+
+def store(params: Any, labels: Any, dtype: str) -> Any:
+  """Returns the parameters with frozen matrices in another type.
+
+  Vectors stay as they are: norms are computed in float32.
+  """
+
+  def one(x: Any, label: str) -> Any:
+    return x.astype(dtype) if label == FREEZE and x.ndim > 1 else x
+
+  return jax.tree.map(one, params, labels)

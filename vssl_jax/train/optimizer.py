@@ -16,6 +16,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from vssl_jax import trees
+from vssl_jax.methods import base
 from vssl_jax.train import freezing
 
 Schedule = Callable[[Int[Array, ''] | int], Float[Array, '']]
@@ -58,14 +59,30 @@ class Horizon:
   """The stretch of steps that a schedule covers.
 
   Attributes:
-    start: first step of the phase, counted over the run.
-    steps: length of the phase.
+    start: its first step, counted over the run.
+    steps: its length.
     warmup: warm-up steps asked for by the phase; None for the config's.
+    rewarm_at: first step of the phase, counted over the run.
+    rewarm: (steps, factor), see `base.Phase`.
   """
 
   start: int
   steps: int
   warmup: int | None = None
+  rewarm_at: int = 0
+  rewarm: tuple[int, float] = (0, 1.0)
+
+
+def horizon(phase: base.Phase, start: int, total: int) -> Horizon:
+  """Returns what the schedules of a phase cover.
+
+  Args:
+    phase: the phase.
+    start: its first step, counted over the run.
+    total: steps of the run.
+  """
+  covers = (0, total) if phase.horizon == 'run' else (start, phase.steps)
+  return Horizon(*covers, phase.warmup, start, phase.rewarm)
 
 
 def warmup_steps(
@@ -132,7 +149,14 @@ def learning_rate(
   joined = optax.join_schedules(
     [optax.linear_schedule(start, peak, max(warmup, 1)), after], [warmup]
   )
-  return lambda step: jnp.asarray(joined(step - horizon.start), jnp.float32)
+  steps, factor = horizon.rewarm
+
+  def schedule(step: Any) -> Float[Array, '']:
+    rate = jnp.asarray(joined(step - horizon.start), jnp.float32)
+    done = jnp.clip((step - horizon.rewarm_at) / max(steps, 1), 0.0, 1.0)
+    return rate * (factor + (1 - factor) * done) if steps else rate
+
+  return schedule
 
 
 def weight_decay(

@@ -101,7 +101,7 @@ def _phase(
   phase = span.phase
   state, _ = _state(config, method, span, video, examples)
   cost = method.cost(phase, video)
-  horizon = optimizer.Horizon(span.start, phase.steps, phase.warmup)
+  horizon = optimizer.horizon(phase, span.start, span.total)
   warmup = optimizer.warmup_steps(config.optim, horizon, phase.name)
   sizes = ', '.join(
     f'{role} {trees.count(tree) / 1e6:.2f} M'
@@ -139,7 +139,7 @@ def _state(
   clip = jax.ShapeDtypeStruct((1, *video), jnp.uint8)
   shapes = jax.eval_shape(lambda k, v: method.init(k, v, phase), key, clip)
   labels = freezing.labels(shapes, phase.frozen)
-  horizon = optimizer.Horizon(span.start, phase.steps, phase.warmup)
+  horizon = optimizer.horizon(phase, span.start, span.total)
   tx = optimizer.make(
     config.optim,
     labels,

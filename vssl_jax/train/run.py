@@ -51,18 +51,21 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-  """A phase and where it lies in the run: steps `start` to `end`."""
+  """A phase and where it lies in a run of `total` steps: `start` to `end`."""
 
   phase: base.Phase
   start: int
   end: int
+  total: int
 
 
 def spans(method: base.Method) -> tuple[Span, ...]:
   """Returns the phases with their cumulative boundaries."""
+  phases = method.phases()
+  total = sum(phase.steps for phase in phases)
   out, start = [], 0
-  for phase in method.phases():
-    out.append(Span(phase, start, start + phase.steps))
+  for phase in phases:
+    out.append(Span(phase, start, start + phase.steps, total))
     start += phase.steps
   return tuple(out)
 

@@ -24,7 +24,8 @@ class TrainState:
 
   Attributes:
     step: int32 scalar, steps done over the whole run.
-    params: role -> tree, float32.
+    params: role -> tree, float32; frozen matrices in the phase's
+      `frozen_dtype`.
     opt: the optimizer's state.
     ema: name -> averaged tree, float32.
     rows: name -> memory of every training example, `[num_examples, ...]`.
@@ -72,15 +73,21 @@ def init_state(
   """
   clip = jnp.zeros((1, *video), jnp.uint8)
   params = method.init(rngs.stream(key, f'init/{phase.name}'), clip, phase)
+  labels = freezing.labels(params, phase.frozen)
+  params = freezing.store(params, labels, phase.frozen_dtype)
   return TrainState(
     step=jnp.asarray(start, jnp.int32),
     params=params,
     opt=tx.init(params),
-    # A copy: two donated arguments must not share a buffer.
-    ema={n: jax.tree.map(jnp.copy, params[e.of]) for n, e in phase.ema.items()},
+    ema={n: _copy(params[e.of]) for n, e in phase.ema.items()},
     rows=rows.init(method.rows, num_examples),
     guard=init_guard(),
   )
+
+
+def _copy(params: Any) -> Any:
+  """Returns a copy: two donated arguments must not share a buffer."""
+  return jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params)
 
 
 def make_update(
@@ -114,16 +121,21 @@ def make_update(
     targets = dict(teachers) | _ema_teachers(phase, state.ema)
     batch = dict(batch) | rows.gather(method.rows, state.rows, batch)
 
-    def loss(params: Any, batch: Any) -> tuple[jax.Array, base.Aux]:
-      params = freezing.stop(params, labels)
+    trained, frozen = freezing.split(state.params, labels)
+
+    def loss(trained: Any, batch: Any) -> tuple[jax.Array, base.Aux]:
+      params = freezing.join(trained, frozen)
       return method.loss(params, targets, batch, rng, phase)
 
     grad = jax.value_and_grad(loss, has_aux=True)
-    (value, aux), grads = _accumulate(grad, accumulate)(state.params, batch)
-    norm = optax.tree.norm(_trained(grads, labels))
+    (value, aux), grads = _accumulate(grad, accumulate)(trained, batch)
+    norm = optax.tree.norm(grads)
     ok, spike = _accept(value, norm, state.guard['history'], skip_spike)
-    updates, opt = tx.update(grads, state.opt, state.params, step=state.step)
-    params = optax.apply_updates(state.params, updates)
+    # The optimizer wants the whole tree; it sets these zeros to zero.
+    whole = freezing.join(grads, jax.tree.map(jnp.zeros_like, frozen))
+    updates, opt = tx.update(whole, state.opt, state.params, step=state.step)
+    updates, _ = freezing.split(updates, labels)
+    params = freezing.join(optax.apply_updates(trained, updates), frozen)
     ema = _average(phase, state.ema, params, state.step - start)
     new_rows = rows.scatter(
       method.rows, state.rows, batch, aux.rows, state.step + 1 - start
@@ -216,11 +228,6 @@ def _accumulate(grad: Callable[..., Any], micro: int) -> Callable[..., Any]:
     return (value, base.Aux(metrics, new_rows)), grads
 
   return averaged
-
-
-def _trained(grads: Any, labels: Any) -> list[jax.Array]:
-  pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(labels), strict=True)
-  return [g for g, label in pairs if label == freezing.TRAIN]
 
 
 def _accept(

@@ -88,7 +88,7 @@ def _run_phase(
 ) -> step.TrainState:
   """Runs a phase from its start or from a checkpoint inside it."""
   phase, config = span.phase, run.config
-  horizon = optimizer.Horizon(span.start, phase.steps, phase.warmup)
+  horizon = optimizer.horizon(phase, span.start, span.total)
   optimizer.warmup_steps(config.optim, horizon, phase.name)
   lr = optimizer.learning_rate(config.optim, horizon, config.batch_size)
   decay = optimizer.weight_decay(config.optim, horizon)
@@ -146,7 +146,7 @@ def _loop(
   while done < span.end and not run_lib.should_stop(run, done):
     with run.clock('data'):
       local = next(batches)
-    batch = _on_device(run, local, done)
+    batch = _on_device(run, local, done, span.total)
     if compiled is None:
       with run.clock('compile'):
         compiled = update.lower(state, teachers, batch).compile()
@@ -166,9 +166,8 @@ def _loop(
 
 
 def _on_device(
-  run: Run, local: Mapping[str, np.ndarray], done: int
+  run: Run, local: Mapping[str, np.ndarray], done: int, total: int
 ) -> dict[str, Any]:
-  total = spans(run.method)[-1].end
   local = dict(local, progress=np.float32(done / total))
   return sharding.put_batch(local, run.mesh)
 

@@ -136,7 +136,7 @@ def _check_flags(module, rest):
   assert importlib.util.find_spec(module), f'no module {module}'
   own = [w for w in rest if not w.startswith('--config')]
   if module == 'vssl_jax.main':
-    arguments, assignments = main._flags(rest)
+    arguments, assignments = main.flags(rest)
     with contextlib.chdir(ROOT):
       main.resolve(arguments.config, assignments, tuple(arguments.config_root))
     return

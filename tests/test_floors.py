@@ -11,7 +11,7 @@ FLOORS = (
   {'trees', 'rngs', 'sharding'},
   {'masking', 'mask_specs', 'rectangles', 'losses', 'flops', 'models', 'data'},
   {'weights', 'methods'},
-  {'config', 'encoders', 'train', 'evals', 'show', ''},
+  {'config', 'flags', 'encoders', 'train', 'evals', 'show', ''},
   {'main', '__main__', 'demo', 'bench', 'timing'},
 )
 # Who may import a library; a room or one of its files.

@@ -23,7 +23,7 @@ import ml_collections
 import numpy as np
 
 from vssl_jax import config as config_lib
-from vssl_jax import encoders, main, methods, sharding, timing
+from vssl_jax import encoders, flags, main, methods, sharding, timing
 from vssl_jax.data import options
 from vssl_jax.methods import base
 from vssl_jax.train import metrics, provenance, step
@@ -270,34 +270,29 @@ def text(result: dict[str, Any]) -> str:
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
   """Returns the flags, and the assignments of `--config.<key>=<value>`."""
-  parser = argparse.ArgumentParser(
-    prog='python -m vssl_jax.bench',
-    description='Times the train step of a config. Every key of '
-    'vssl_jax/config.py can be set as --config.<key>=<value>.',
-    allow_abbrev=False,
+  parser = flags.parser(
+    'python -m vssl_jax.bench',
+    'Times the train step of a config.',
+    needs_page=True,
   )
   add = parser.add_argument
-  add('--config', required=True, help='page.py or page.py:variant')
   add('--phase', default='', help='one phase; all if not given')
   add('--steps', type=int, default=30, help='timed steps')
   add('--sweep', default='', help='batch sizes, separated by commas')
   add('--out', default='', help='file for the result, as JSON')
-  args, rest = parser.parse_known_args(argv)
-  for flag in rest:
-    if not flag.startswith('--config.'):
-      parser.error(f'no such flag: {flag}')
+  args, assignments = flags.parse(parser, argv)
   try:
     args.sweep = tuple(int(x) for x in args.sweep.split(',') if x)
   except ValueError:
     parser.error(f'--sweep: found {args.sweep!r}, wanted sizes such as 8,16,32')
-  return args, [flag.removeprefix('--config.') for flag in rest]
+  return args, assignments
 
 
 def run(argv: Sequence[str] | None = None) -> int:
   """Runs the benchmark as a program and returns its exit status."""
   args, assignments = parse(sys.argv[1:] if argv is None else argv)
   try:
-    config = main.resolve(args.config, assignments)
+    config = main.resolve(args.config, assignments, tuple(args.config_root))
     found = bench(config, phase=args.phase, steps=args.steps, sizes=args.sweep)
   except ValueError as error:
     print(f'error: {error}', file=sys.stderr)

@@ -9,7 +9,6 @@ it.
 """
 
 import argparse
-import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from absl import logging
 
 from vssl_jax import config as config_lib
 from vssl_jax import demo
+from vssl_jax import flags as flags_lib
 from vssl_jax.evals import run as evaluation
 from vssl_jax.train import plan, trainer
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   """
   logging.set_verbosity(logging.WARNING)
   _keep_compiled_programs()
-  args, assignments = _flags(sys.argv[1:] if argv is None else argv)
+  args, assignments = flags(sys.argv[1:] if argv is None else argv)
   try:
     config = resolve(args.config, assignments, tuple(args.config_root))
     if args.plan:
@@ -87,22 +87,10 @@ def resolve(
   return config
 
 
-def _flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
   """Splits the command line into flags and config assignments."""
-  parser = argparse.ArgumentParser(
-    prog='python -m vssl_jax.main',
-    description='Pretrains and measures video encoders. Every key of '
-    'vssl_jax/config.py can be set as --config.<key>=<value>.',
-    allow_abbrev=False,
-  )
-  parser.add_argument(
-    '--config', default='', help='page.py or page.py:variant; demo if not given'
-  )
-  parser.add_argument(
-    '--config_root',
-    action='append',
-    default=[],
-    help='a further folder that pages may come from (a page is code)',
+  parser = flags_lib.parser(
+    'python -m vssl_jax.main', 'Pretrains and measures video encoders.'
   )
   parser.add_argument(
     '--plan',
@@ -112,18 +100,7 @@ def _flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     help='print phases, sizes, FLOPs and memory, and exit; "compile" also '
     'compiles the first and the last phase',
   )
-  args, rest = parser.parse_known_args(argv)
-  assignments, known = [], ['--config', '--config_root', '--plan', '--help']
-  while rest:
-    flag = rest.pop(0)
-    if not flag.startswith('--config.'):
-      near = difflib.get_close_matches(flag.partition('=')[0], known, 1)
-      hint = f'; did you mean {near[0]}?' if near else ''
-      parser.error(f'no such flag: {flag}{hint}')
-    if '=' not in flag and rest and not rest[0].startswith('--'):
-      flag += '=' + rest.pop(0)
-    assignments.append(flag.removeprefix('--config.'))
-  return args, assignments
+  return flags_lib.parse(parser, argv)
 
 
 def _keep_compiled_programs() -> None:

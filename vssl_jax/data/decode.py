@@ -112,6 +112,11 @@ class Video:
     else:
       check_file(self._media)
       source = f'file:{self._media}'
+      if self._media.lower().endswith(IMAGES):
+        # By its name a large JPEG is taken for the first of a numbered list
+        # of files, which is refused; by its content it is what it is.
+        with translated('io', 'cannot be read'), open(self._media, 'rb') as f:
+          source = io.BytesIO(f.read())
     with translated('unreadable', 'cannot be opened'):
       self._container = av.open(source, options=options, **_LENIENT)
     streams = [

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     config = resolve(args.config, assignments, tuple(args.config_root))
     if args.plan:
-      print(plan.describe(config, compile_phases=args.plan == 'compile'))
+      print(plan.describe(config, args.plan))
       return 0
     _join_cluster()
     job = JOBS[config.job]
@@ -96,9 +96,9 @@ def flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     '--plan',
     nargs='?',
     const='shapes',
-    choices=['shapes', 'compile'],
-    help='print phases, sizes, FLOPs and memory, and exit; "compile" also '
-    'compiles the first and the last phase',
+    help='print phases, sizes, FLOPs, memory and what it fits on, and exit; '
+    '"phases" has a line for every phase, "compile" compiles the first and the '
+    'last one for this machine, "tpu:v5p:4x4x4" for that slice of TPUs',
   )
   return flags_lib.parse(parser, argv)
 

@@ -20,6 +20,9 @@ from vssl_jax import trees
 # latency than holding them costs in memory.
 MIN_SHARDED_SIZE = 2**14
 
+# The compiler decides where intermediate values live.
+AUTO = (AxisType.Auto,) * 2
+
 
 def make_mesh(data: int = 1, fsdp: int = -1) -> Mesh:
   """Makes the mesh with axes `data` and `fsdp` over all devices.
@@ -42,9 +45,7 @@ def make_mesh(data: int = 1, fsdp: int = -1) -> Mesh:
       f'({jax.devices()[0].platform}); set --config.mesh.data and '
       '--config.mesh.fsdp so that they multiply to it, or one of them to -1'
     )
-  return jax.make_mesh(
-    (data, fsdp), ('data', 'fsdp'), axis_types=(AxisType.Auto,) * 2
-  )
+  return jax.make_mesh((data, fsdp), ('data', 'fsdp'), axis_types=AUTO)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

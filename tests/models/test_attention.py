@@ -96,6 +96,15 @@ def test_machine_tells_nvidia_from_other_gpus(monkeypatch, version, wanted):
   assert attention.machine() == wanted
 
 
+def test_a_mesh_of_other_devices_decides():
+  """A step compiled here for a TPU gets the TPU's kernel."""
+  device = jax.sharding.AbstractDevice('TPU v5', 2, 'tpu')
+  mesh = jax.sharding.AbstractMesh((8,), ('fsdp',), abstract_device=device)
+  with jax.sharding.use_abstract_mesh(mesh):
+    assert attention.machine() == attention.Machine('tpu')
+  assert attention.machine().kind == jax.default_backend()
+
+
 def scalar(function):
   return lambda q, k, v: jnp.sum(function(q, k, v) ** 3)
 

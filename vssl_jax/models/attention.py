@@ -43,8 +43,12 @@ class Choice(NamedTuple):
 
 
 def machine() -> Machine:
-  """Returns what JAX's default device is."""
+  """Returns what the step is for: the mesh's device, else JAX's default."""
   device = jax.devices()[0]
+  mesh = jax.sharding.get_abstract_mesh()
+  planned = getattr(mesh, 'abstract_device', None)
+  if planned is not None and planned.platform != device.platform:
+    return Machine(planned.platform)  # compiled ahead of time, elsewhere
   if device.platform != 'gpu':
     return Machine(device.platform)
   version = str(getattr(device, 'compute_capability', '0'))

@@ -24,16 +24,22 @@ PEAK_TFLOPS = {
   'TPU v5p': 459.0,
   'TPU v5 lite': 197.0,
   'TPU v5e': 197.0,
+  'TPU v5': 459.0,  # what JAX calls a v5p
   'TPU v6 lite': 918.0,
   'TPU v6e': 918.0,
 }
 
 
-def peak_flops(given_tflops: float = 0.0) -> float:
-  """Returns the peak of one device in FLOP/s; 0 where none is known."""
+def peak_flops(given_tflops: float = 0.0, kind: str = '') -> float:
+  """Returns the peak of one device in FLOP/s; 0 where none is known.
+
+  Args:
+    given_tflops: the peak in TFLOP/s where it is known better.
+    kind: what JAX calls the device; '' for the one at hand.
+  """
   if given_tflops:
     return given_tflops * 1e12
-  kind = jax.devices()[0].device_kind
+  kind = kind or jax.devices()[0].device_kind
   for name, tflops in PEAK_TFLOPS.items():
     if kind.startswith(name):
       return tflops * 1e12

@@ -1,62 +1,80 @@
 """What a run will do and need, before it starts.
 
 Nothing is allocated, read or compiled: parameters come from `eval_shape`,
-FLOPs and activations from closed forms. Bytes of parameters, optimizer,
-averages, teachers and rows are exact; activations are an estimate.
+FLOPs and activations from closed forms. Bytes of parameters, gradients,
+optimizer, averages, teachers and rows are exact; activations are an estimate.
 """
 
 import contextlib
-import math
-from typing import Any
+from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import ml_collections
-import numpy as np
 
 from vssl_jax import encoders, methods, sharding, trees
 from vssl_jax.data import options
 from vssl_jax.methods import base
-from vssl_jax.train import freezing, metrics, optimizer, step
+from vssl_jax.train import ahead, freezing, memory, metrics, optimizer
 from vssl_jax.train import run as run_lib
 
 GIB = 2**30
+# Runs of more phases than this are told by their first and last.
+SHOWN = 4
+
+DETAILS = ('shapes', 'phases', 'compile')
+TPU = 'tpu:'
 
 
-def describe(
-  config: ml_collections.ConfigDict, compile_phases: bool = False
-) -> str:
+def check(detail: str) -> str:
+  """Returns what `--plan` asks for.
+
+  Raises:
+    ValueError: it is none of `DETAILS` and no slice such as `tpu:v5p:2x2x2`.
+  """
+  if detail not in DETAILS and not detail.startswith(TPU):
+    raise ValueError(
+      f'--plan: found {detail!r}, wanted one of {DETAILS} or a TPU slice such '
+      'as tpu:v5p:4x4x4'
+    )
+  return detail
+
+
+def describe(config: ml_collections.ConfigDict, detail: str = 'shapes') -> str:
   """Returns the plan of a run as text.
 
   Args:
     config: a resolved config.
-    compile_phases: also compile the first and the last phase on the devices
-      at hand, and report what the compiler says.
+    detail: `phases` has a line for every phase of a long run; `compile` also
+      compiles the first and the last phase for the devices at hand, and
+      `tpu:<kind>:<shape>` for a slice of TPUs that need not be there.
+
+  Raises:
+    ValueError: an unknown detail or slice, or a config that does not fit.
   """
+  check(detail)
+  # Before anything asks for devices: a slice that is not there has none.
+  mesh = _mesh(config, detail)
   video = options.spec(config.data.to_dict()).shape
   method = methods.build(config.method, video, encoders.module_of)
-  devices = _devices(config)
   examples, note = _examples(config)
-  lines = [f'clips {_x(video)}, batch {config.batch_size}, {note}']
-  total_flops = 0.0
   spans = run_lib.spans(method)
-  for span in spans:
-    text, flops = _phase(config, method, span, video, devices, examples or 1)
-    lines += text
-    total_flops += flops * span.phase.steps
-  steps = spans[-1].end
-  clips = steps * config.batch_size
-  epochs = f', {clips / examples:.1f} epochs' if examples else ''
-  lines.append(
-    f'in all: {steps} steps, {clips:,} clips{epochs}, {total_flops:.3g} FLOPs'
-  )
-  peak = metrics.peak_flops(config.log.peak_tflops)
-  if peak:
-    hours = total_flops / (0.4 * peak * devices * 3600)
-    lines.append(f'about {hours:.1f} hours at 40 % of the peak of {devices}')
-  if compile_phases:
-    for span in {s.phase.name: s for s in (spans[0], spans[-1])}.values():
-      lines.append(_compiled(config, method, span, video, examples or 1))
+  ends = (spans[0], spans[-1]) if len(spans) > SHOWN else spans
+  outlines = [
+    ahead.outline(config, method, span, video, examples or 1) for span in ends
+  ]
+  data, fsdp = _mesh_sizes(config, mesh)
+  told = [_phase(config, method, o, video, data, fsdp) for o in outlines]
+  if len(spans) > SHOWN:
+    told.insert(1, _between(config, method, spans[1:-1], video, detail))
+  lines = [f'clips {_x(video)}, batch {config.batch_size}, {note}']
+  lines += [line for part in told for line in part]
+  lines += _totals(config, method, spans, video, examples, data * fsdp, mesh)
+  first_and_last = list(dict.fromkeys((0, len(outlines) - 1)))
+  outlines = [outlines[i] for i in first_and_last]
+  lines += memory.fits(config, method, outlines, video)
+  for shapes in outlines if mesh is not None else ():
+    lowered = ahead.lower(config, method, shapes, video, mesh)
+    lines.append(ahead.report(lowered, mesh, shapes.span.phase.name))
   return '\n'.join(lines)
 
 
@@ -64,19 +82,29 @@ def _x(shape: tuple[int, ...]) -> str:
   return 'x'.join(map(str, shape))
 
 
-def _devices(config: ml_collections.ConfigDict) -> int:
-  """Returns the devices planned for: the config's, else those at hand."""
-  if config.mesh.data > 0 and config.mesh.fsdp > 0:
-    return config.mesh.data * config.mesh.fsdp
-  return jax.device_count()
+def _mesh(
+  config: ml_collections.ConfigDict, detail: str
+) -> jax.sharding.Mesh | None:
+  """Returns what to compile for; None to compile nothing."""
+  if detail.startswith(TPU):
+    return ahead.tpu_mesh(detail.removeprefix(TPU), max(config.mesh.data, 1))
+  if detail == 'compile':
+    return sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+  return None
 
 
-def _fsdp(config: ml_collections.ConfigDict, devices: int) -> int:
-  return (
-    config.mesh.fsdp
-    if config.mesh.fsdp > 0
-    else (devices // max(config.mesh.data, 1))
-  )
+def _mesh_sizes(
+  config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None
+) -> tuple[int, int]:
+  """Returns (data, fsdp): to compile for, else the config's or at hand."""
+  if mesh is not None:
+    return mesh.shape['data'], mesh.shape['fsdp']
+  data, fsdp = config.mesh.data, config.mesh.fsdp
+  if data > 0 and fsdp > 0:
+    return data, fsdp
+  known = max(data, fsdp, 1)
+  rest = max(jax.device_count() // known, 1)
+  return (rest, fsdp) if fsdp > 0 else (known, rest)
 
 
 def _examples(config: ml_collections.ConfigDict) -> tuple[int, str]:
@@ -92,155 +120,110 @@ def _examples(config: ml_collections.ConfigDict) -> tuple[int, str]:
 def _phase(
   config: ml_collections.ConfigDict,
   method: base.Method,
-  span: run_lib.Span,
+  shapes: ahead.Outline,
   video: tuple[int, ...],
-  devices: int,
-  examples: int,
-) -> tuple[list[str], float]:
-  """Returns the lines of one phase, and the FLOPs of its step."""
-  phase = span.phase
-  state, _ = _state(config, method, span, video, examples)
+  data: int,
+  fsdp: int,
+) -> list[str]:
+  """Returns the lines of one phase."""
+  span, phase = shapes.span, shapes.span.phase
   cost = method.cost(phase, video)
   horizon = optimizer.horizon(phase, span.start, span.total)
   warmup = optimizer.warmup_steps(config.optim, horizon, phase.name)
-  sizes = ', '.join(
-    f'{role} {trees.count(tree) / 1e6:.2f} M'
-    for role, tree in state.params.items()
+  warmup_text = f'warm-up {warmup}' + (
+    f' of the run, {phase.rewarm[0]} of the phase' if phase.rewarm[0] else ''
   )
-  per_step = cost.total * config.batch_size
-  memory = _memory(config, method, phase, state, video, devices)
-  shown = ', '.join(f'{k} {v / GIB:.2f}' for k, v in memory.items())
-  lines = [
-    f'phase {phase.name}: steps {span.start} to {span.end}, warm-up {warmup}, '
+  needs = memory.per_device(config, method, shapes, video, data, fsdp)
+  shown = ', '.join(f'{k} {v / GIB:.2f}' for k, v in needs.items())
+  return [
+    f'phase {phase.name}: steps {span.start} to {span.end}, {warmup_text}, '
     f'{optimizer.describe_lr(config.optim, config.batch_size)}',
-    f'  parameters: {sizes}',
+    f'  parameters: {_sizes(shapes)}',
     *(
-      f'  teacher {name}: {t.source}, '
-      f'{trees.count(_teacher_shapes(t, video)) / 1e6:.2f} M, {t.dtype}, '
-      f'{100 * cost.frozen / cost.total:.0f} % of the FLOPs'
-      for name, t in phase.teachers.items()
+      f'  teacher {name}: {teacher.source}, '
+      + _teacher_size(shapes, name, teacher)
+      + f'{teacher.dtype}, {100 * cost.frozen / cost.total:.0f} % of the FLOPs'
+      for name, teacher in phase.teachers.items()
     ),
-    f'  per step: {per_step:.3g} FLOPs ({cost.total / 1e12:.3f} TF per clip)',
-    f'  GiB per device of {devices}: {shown}; '
-    f'{sum(memory.values()) / GIB:.2f} in all (activations are an estimate)',
+    f'  per step: {cost.total * config.batch_size:.3g} FLOPs '
+    f'({_flops(cost)} TF per clip)',
+    f'  GiB per device of {data * fsdp}: {shown}; '
+    f'{sum(needs.values()) / GIB:.2f} in all (activations are an estimate)',
   ]
-  return lines, per_step
 
 
-def _state(
-  config: ml_collections.ConfigDict,
-  method: base.Method,
-  span: run_lib.Span,
-  video: tuple[int, ...],
-  examples: int,
-) -> tuple[step.TrainState, Any]:
-  """Returns the shapes of a phase's state, and its optimizer and labels."""
-  phase, key = span.phase, jax.random.key(0)
-  clip = jax.ShapeDtypeStruct((1, *video), jnp.uint8)
-  shapes = jax.eval_shape(lambda k, v: method.init(k, v, phase), key, clip)
-  labels = freezing.labels(shapes, phase.frozen)
-  horizon = optimizer.horizon(phase, span.start, span.total)
-  tx = optimizer.make(
-    config.optim,
-    labels,
-    optimizer.learning_rate(config.optim, horizon, config.batch_size),
-    optimizer.weight_decay(config.optim, horizon),
-  )
-  state = jax.eval_shape(
-    lambda: step.init_state(method, phase, tx, key, video, examples, span.start)
-  )
-  return state, (tx, labels)
+def _sizes(shapes: ahead.Outline) -> str:
+  """Returns the millions of parameters by role, and how many are frozen."""
+  sizes = [
+    f'{role} {trees.count(tree) / 1e6:.2f} M'
+    for role, tree in shapes.state.params.items()
+  ]
+  _, frozen = freezing.split(shapes.state.params, shapes.labels)
+  if trees.count(frozen):
+    sizes.append(f'of which frozen {trees.count(frozen) / 1e6:.2f} M')
+  return ', '.join(sizes)
 
 
-def _teacher_shapes(teacher: base.Teacher, video: tuple[int, ...]) -> Any:
-  shapes = jax.eval_shape(
-    teacher.module.init,
-    jax.random.key(0),
-    jax.ShapeDtypeStruct((1, *video), jnp.uint8),
-  )['params']
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(teacher.dtype)), shapes
-  )
-
-
-def _memory(
-  config: ml_collections.ConfigDict,
-  method: base.Method,
-  phase: base.Phase,
-  state: step.TrainState,
-  video: tuple[int, ...],
-  devices: int,
-) -> dict[str, float]:
-  """Returns bytes per device by what they are for."""
-  fsdp = _fsdp(config, devices)
-
-  def share(tree: Any) -> float:
-    return sum(
-      math.prod(x.shape)
-      * x.dtype.itemsize
-      / (fsdp if sharding.spec(name, x.shape, fsdp) else 1)
-      for name, x in trees.named_leaves(tree)
-    )
-
-  teachers = {n: _teacher_shapes(t, video) for n, t in phase.teachers.items()}
-  local = config.batch_size / devices / config.optim.accumulate
-  memory = {
-    'parameters': share(state.params),
-    'gradients': share(state.params),
-    'optimizer': share(state.opt),
-    'averages': share(state.ema),
-    'teachers': share(teachers),
-    'rows': share(state.rows),
-    'batch': 2 * config.batch_size / devices * math.prod(video),
-    'activations': local * method.cost(phase, video).activations,
-  }
-  return {k: v for k, v in memory.items() if v}
-
-
-def _compiled(
-  config: ml_collections.ConfigDict,
-  method: base.Method,
-  span: run_lib.Span,
-  video: tuple[int, ...],
-  examples: int,
+def _teacher_size(
+  shapes: ahead.Outline, name: str, teacher: base.Teacher
 ) -> str:
-  """Compiles a phase's step for the devices at hand."""
-  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-  state, (tx, labels) = _state(config, method, span, video, examples)
-  teachers = {
-    n: _teacher_shapes(t, video)
-    for n, t in span.phase.teachers.items()
-    if not t.source.startswith('@ema/')
-  }
-  update = step.make_update(
-    method,
-    span.phase,
-    tx,
-    labels,
-    key=jax.random.key(0),
-    start=span.start,
-    accumulate=config.optim.accumulate,
+  average = teacher.source.removeprefix('@ema/')
+  tree = shapes.teachers.get(name, shapes.state.ema.get(average))
+  return f'{trees.count(tree) / 1e6:.2f} M, '
+
+
+def _flops(cost: base.Cost) -> str:
+  return f'{cost.total / 1e12:.3f}'
+
+
+def _between(
+  config: ml_collections.ConfigDict,
+  method: base.Method,
+  spans: Sequence[run_lib.Span],
+  video: tuple[int, ...],
+  detail: str,
+) -> list[str]:
+  """Returns a line for the phases between first and last, or one for each."""
+  costs = [method.cost(span.phase, video) for span in spans]
+  if detail == 'phases':
+    return [
+      f'phase {span.phase.name}: steps {span.start} to {span.end}, '
+      f'{_flops(cost)} TF per clip ({cost.frozen / 1e12:.3f} of it for '
+      f'targets), activations {cost.activations / GIB:.3f} GiB per clip'
+      for span, cost in zip(spans, costs, strict=True)
+    ]
+  steps = sorted(span.phase.steps for span in spans)
+  first, last = spans[0], spans[-1]
+  span_of_steps = '-'.join(map(str, dict.fromkeys((steps[0], steps[-1]))))
+  return [
+    f'{len(spans)} phases {first.phase.name} to {last.phase.name}: steps '
+    f'{first.start} to {last.end}, {span_of_steps} each, {_flops(costs[0])} '
+    f'to {_flops(costs[-1])} TF per clip (--plan=phases has a line for each)'
+  ]
+
+
+def _totals(
+  config: ml_collections.ConfigDict,
+  method: base.Method,
+  spans: Sequence[run_lib.Span],
+  video: tuple[int, ...],
+  examples: int,
+  devices: int,
+  mesh: jax.sharding.Mesh | None,
+) -> list[str]:
+  """Returns what the run needs in all."""
+  per_clip = sum(
+    span.phase.steps * method.cost(span.phase, video).total for span in spans
   )
-  at = sharding.batch_sharding(mesh)
-  size = config.batch_size
-  batch = {
-    'video': jax.ShapeDtypeStruct((size, *video), np.uint8, sharding=at),
-    'index': jax.ShapeDtypeStruct((size,), np.int32, sharding=at),
-    'repeat': jax.ShapeDtypeStruct((size,), np.int32, sharding=at),
-    'progress': jax.ShapeDtypeStruct((), np.float32),
-  }
-  with jax.set_mesh(mesh):
-    compiled = (
-      step.jit_update(update, state, teachers, mesh)
-      .lower(state, teachers, batch)
-      .compile()
-    )
-  memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
-  return (
-    f'compiled {span.phase.name} for {mesh.size} x '
-    f'{jax.devices()[0].device_kind}: temporary '
-    f'{memory.temp_size_in_bytes / GIB:.2f} GiB, arguments '
-    f'{memory.argument_size_in_bytes / GIB:.2f} GiB per device, '
-    f'{cost.get("flops", 0):.3g} FLOPs by the compiler '
-    '(of this machine, not of another)'
-  )
+  flops = per_clip * config.batch_size
+  clips = spans[-1].end * config.batch_size
+  epochs = f', {clips / examples:.1f} epochs' if examples else ''
+  lines = [
+    f'in all: {spans[-1].end} steps, {clips:,} clips{epochs}, {flops:.3g} FLOPs'
+  ]
+  kind = mesh.devices.flat[0].device_kind if mesh is not None else ''
+  peak = metrics.peak_flops(config.log.peak_tflops, kind)
+  if peak:
+    hours = flops / (0.4 * peak * devices * 3600)
+    lines.append(f'about {hours:.1f} hours at 40 % of the peak of {devices}')
+  return lines

@@ -1,0 +1,173 @@
+"""`--plan` against what a real state and a real step hold."""
+
+import importlib.util
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from tests.train import conftest, toy
+from vssl_jax import encoders, methods, sharding, trees
+from vssl_jax.train import ahead, memory, metrics, plan
+from vssl_jax.train import run as run_lib
+
+VIDEO = (4, 16, 16, 3)
+
+
+def _config(tmp_path, **encoder):
+  config = conftest.tiny_config('nowhere', tmp_path)
+  for phase in ('pixel_teacher', 'latent_student'):
+    config.method[phase].encoder.update(encoder)
+  return config
+
+
+def _outlines(config):
+  method = methods.build(config.method, VIDEO, encoders.module_of)
+  return method, [
+    ahead.outline(config, method, span, VIDEO) for span in run_lib.spans(method)
+  ]
+
+
+def _wide(tmp_path):
+  """Matrices large enough to be split over devices."""
+  return _config(tmp_path, width=128, mlp_width=256)
+
+
+def test_exact_bytes_are_those_of_real_arrays(tmp_path):
+  config = _wide(tmp_path)
+  method, outlines = _outlines(config)
+  mesh = sharding.make_mesh()
+  at = sharding.shardings(outlines[1].state, mesh)
+  state = jax.tree.map(
+    lambda x, s: jax.device_put(np.zeros(x.shape, x.dtype), s),
+    dict(params=outlines[1].state.params, opt=outlines[1].state.opt),
+    dict(params=at.params, opt=at.opt),
+  )
+
+  def held(tree):  # by one device
+    return sum(
+      x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree)
+    )
+
+  found = memory.per_device(config, method, outlines[1], VIDEO, 1, mesh.size)
+  assert found['parameters'] == held(state['params'])
+  assert found['optimizer'] == held(state['opt'])
+  assert found['parameters'] < trees.nbytes(state['params'])  # some are split
+
+
+def test_frozen_leaves_have_no_gradient_and_their_own_type(tmp_path):
+  config = _config(tmp_path)
+  method, (shapes, _) = _outlines(config)
+  whole = memory.per_device(config, method, shapes, VIDEO, 1, 1)
+  frozen = 'encoder/block_00'
+  fields = dict(frozen=(frozen,), frozen_dtype='bfloat16')
+  span = run_lib.spans(method)[0]
+  phase = type(span.phase)(**vars(span.phase) | fields)
+  span = run_lib.Span(phase, span.start, span.end, span.total)
+  shapes = ahead.outline(config, method, span, VIDEO)
+  locked = memory.per_device(config, method, shapes, VIDEO, 1, 1)
+  block = trees.subtree(shapes.state.params, frozen)
+  scalars = trees.count(block)
+  matrices = sum(x.size for x in jax.tree.leaves(block) if x.ndim > 1)
+  assert scalars > matrices > 0
+  lost = {k: whole[k] - locked[k] for k in memory.EXACT}
+  assert lost == {
+    'parameters': 2 * matrices,
+    'gradients': 4 * scalars,
+    'optimizer': 8 * scalars,
+  }
+
+
+def test_overrides_of_the_mesh_count(tmp_path):
+  config = _wide(tmp_path)
+  method, (shapes, _) = _outlines(config)
+  before = memory.per_device(config, method, shapes, VIDEO, 1, 8)
+  config.mesh.overrides = (('params/.*', ()),)
+  after = memory.per_device(config, method, shapes, VIDEO, 1, 8)
+  assert after['parameters'] == trees.nbytes(shapes.state.params)
+  assert after['optimizer'] == before['optimizer']
+
+
+def test_a_device_fits_what_it_holds_and_no_more(tmp_path, monkeypatch):
+  config = _config(tmp_path)
+  config.batch_size = 512
+  method, outlines = _outlines(config)
+  need = memory.per_device(config, method, outlines[0], VIDEO, 1, 8)
+  total = sum(need.values())
+  half = total - need['activations'] / 2
+  devices = {'just': total, 'less': total - 1, 'half': half, 'none': 1.0}
+  monkeypatch.setattr(memory, 'DEVICES', devices)
+  monkeypatch.setattr(memory, 'MESHES', (8, 1024))
+  row, advice, never = memory.fits(config, method, outlines[:1], VIDEO)[3:]
+  assert re.findall('yes|no', row) == ['yes', 'no', 'no', 'no']
+  assert 'less with 2, half with 2, none with none' in advice
+  assert never.startswith('1024: batch 512 does not divide')
+
+
+def test_the_mesh_is_chosen_that_splits_the_widths(tmp_path):
+  config = _config(tmp_path, width=384, num_heads=2, mlp_width=1408)
+  config.batch_size = 1024
+  method, outlines = _outlines(config)
+  table = memory.fits(config, method, outlines, VIDEO)
+  # 384 = 3 x 128 and 1408 = 11 x 128.
+  assert [line.split()[2] for line in table[3:]] == ['8', '8'] + ['64'] * 2 + [
+    '128'
+  ] * 2
+
+
+def test_a_long_run_is_told_by_its_ends(tmp_path, monkeypatch):
+  phases = [toy.phase(name=f'lock_{i}', steps=10 + i // 4) for i in range(6)]
+  monkeypatch.setattr(methods, 'build', lambda *_: toy.Toy(tuple(phases)))
+  config = _config(tmp_path)
+  config.optim.warmup = 1
+  short = plan.describe(config)
+  assert re.findall(r'^phase (\w+)', short, re.MULTILINE) == [
+    'lock_0',
+    'lock_5',
+  ]
+  assert '\n4 phases lock_1 to lock_4: steps 10 to 51, 10-11 each' in short
+  long = plan.describe(config, 'phases')
+  names = re.findall(r'^phase (\w+): steps (\d+)', long, re.MULTILINE)
+  assert names == [(f'lock_{i}', str(10 * i + i // 5)) for i in range(6)]
+
+
+def test_a_compiler_speaks_of_its_own_machine_only(tmp_path):
+  config = _config(tmp_path)
+  config.method.phases = ('pixel_teacher',)
+  lines = plan.describe(config, 'compile').splitlines()
+  spoken = [line for line in lines if line.startswith('compiled')]
+  assert len(spoken) == 1
+  assert f'for {jax.device_count()} x cpu' in spoken[0]
+  assert spoken[0].endswith('(of this machine, not of another)')
+  arguments = float(re.search(r'arguments ([\d.]+)', spoken[0])[1])
+  assert 'GiB per device' in spoken[0] and arguments < 0.01
+
+
+@pytest.mark.parametrize(
+  ('detail', 'message'),
+  [
+    (
+      'shape',
+      r"found 'shape', wanted one of \('shapes', 'phases', 'compile'\)",
+    ),
+    ('tpu:v5p', "found the slice 'v5p', wanted a kind and a shape"),
+  ],
+)
+def test_unknown_details_say_what_there_is(tmp_path, detail, message):
+  with pytest.raises(ValueError, match=message):
+    plan.describe(_config(tmp_path), detail)
+
+
+def test_a_missing_tpu_compiler_says_how_to_get_it(tmp_path, monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(ValueError, match=r"pip install 'jax\[tpu\]'"):
+    plan.describe(_config(tmp_path), 'tpu:v5p:2x2x2')
+
+
+@pytest.mark.parametrize(
+  ('kind', 'tflops'),
+  [('TPU v5', 459), ('TPU v5 lite', 197), ('TPU v6 lite', 918), ('cpu', 0)],
+)
+def test_peaks_go_by_the_names_that_jax_gives(kind, tflops):
+  assert metrics.peak_flops(kind=kind) == tflops * 1e12

@@ -1,0 +1,220 @@
+"""A phase's step in shapes, and compiled before there is a run.
+
+Nothing is allocated. The compiler is that of the devices at hand, or the
+TPU's for a slice that is not there (`libtpu` compiles without one). What it
+says of memory holds for the devices that it compiled for and for no others.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from vssl_jax import sharding
+from vssl_jax.methods import base
+from vssl_jax.train import freezing, optimizer, step
+from vssl_jax.train import run as run_lib
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Outline:
+  """A phase's step in shapes.
+
+  Attributes:
+    span: the phase and where it lies in the run.
+    state: shapes of its state.
+    teachers: name -> shapes; averages are in the state.
+    tx: the optimizer.
+    labels: `freezing.labels` of the parameters.
+  """
+
+  span: run_lib.Span
+  state: step.TrainState
+  teachers: dict[str, Any]
+  tx: optax.GradientTransformationExtraArgs
+  labels: Any
+
+
+def outline(
+  config: ml_collections.ConfigDict,
+  method: base.Method,
+  span: run_lib.Span,
+  video: tuple[int, ...],
+  examples: int = 1,
+) -> Outline:
+  """Returns the shapes of everything that a phase's step reads and writes.
+
+  Args:
+    config: a resolved config.
+    method: its method.
+    span: one of `run.spans(method)`.
+    video: (T, H, W, C) of a clip.
+    examples: rows to make room for.
+  """
+  phase, key = span.phase, jax.random.key(0)
+  clip = jax.ShapeDtypeStruct((1, *video), jnp.uint8)
+  shapes = jax.eval_shape(lambda k, v: method.init(k, v, phase), key, clip)
+  labels = freezing.labels(shapes, phase.frozen)
+  horizon = optimizer.horizon(phase, span.start, span.total)
+  tx = optimizer.make(
+    config.optim,
+    labels,
+    optimizer.learning_rate(config.optim, horizon, config.batch_size),
+    optimizer.weight_decay(config.optim, horizon),
+  )
+  state = jax.eval_shape(
+    lambda: step.init_state(method, phase, tx, key, video, examples, span.start)
+  )
+  teachers = {
+    name: _teacher(teacher, clip)
+    for name, teacher in phase.teachers.items()
+    if not teacher.source.startswith('@ema/')
+  }
+  return Outline(span, state, teachers, tx, labels)
+
+
+def _teacher(teacher: base.Teacher, clip: jax.ShapeDtypeStruct) -> Any:
+  shapes = jax.eval_shape(teacher.module.init, jax.random.key(0), clip)
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(teacher.dtype)),
+    shapes['params'],
+  )
+
+
+def lower(
+  config: ml_collections.ConfigDict,
+  method: base.Method,
+  shapes: Outline,
+  video: tuple[int, ...],
+  mesh: Mesh,
+) -> jax.stages.Lowered:
+  """Returns the step as the trainer would lower it for a mesh.
+
+  Args:
+    config: a resolved config.
+    method: its method.
+    shapes: from `outline`.
+    video: (T, H, W, C) of a clip.
+    mesh: of devices at hand, or of `tpu_mesh`.
+  """
+  phase, overrides = shapes.span.phase, dict(config.mesh.overrides)
+  update = step.make_update(
+    method,
+    phase,
+    shapes.tx,
+    shapes.labels,
+    key=jax.random.key(0),
+    start=shapes.span.start,
+    accumulate=config.optim.accumulate,
+    skip_spike=config.optim.skip_spike,
+  )
+  update = step.jit_update(
+    update, shapes.state, shapes.teachers, mesh, overrides
+  )
+  with jax.set_mesh(mesh):
+    return update.lower(
+      shapes.state, shapes.teachers, _batch(config.batch_size, video, mesh)
+    )
+
+
+def _batch(
+  size: int, video: tuple[int, ...], mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns the shapes of a batch as the pipeline makes it."""
+  split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+
+  def shape(dtype: Any, *rest: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((size, *rest), dtype, sharding=split)
+
+  return {
+    'video': shape(np.uint8, *video),
+    'index': shape(np.int32),
+    'repeat': shape(np.int32),
+    'substituted': shape(np.bool_),
+    'progress': jax.ShapeDtypeStruct((), np.float32, sharding=whole),
+  }
+
+
+def tpu_mesh(slice_name: str, data: int = 1) -> Mesh:
+  """Returns the mesh of a TPU slice that need not be there.
+
+  Args:
+    slice_name: kind and shape, such as `v5p:4x4x4` or `v6e:8x8`.
+    data: size of the `data` axis; the other axis takes the rest.
+
+  Raises:
+    ValueError: no such slice, `libtpu` is not installed, or `data` does not
+      divide the slice.
+  """
+  if not re.fullmatch(r'v\w+:\d+(x\d+)+', slice_name):
+    raise ValueError(
+      f'--plan: found the slice {slice_name!r}, wanted a kind and a shape such '
+      'as tpu:v5p:4x4x4 or tpu:v6e:8x8'
+    )
+  if importlib.util.find_spec('libtpu') is None:
+    raise ValueError(
+      '--plan: compiling for a TPU needs its compiler, which needs no TPU: '
+      "pip install 'jax[tpu]'"
+    )
+  # Without it libtpu waits minutes for the metadata server of a cloud machine.
+  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+  try:
+    slice_ = topologies.get_topology_desc(slice_name, 'tpu')
+  except jax.errors.JaxRuntimeError as error:
+    raise ValueError(
+      f'--plan: libtpu knows no slice {slice_name!r}: {error}'
+    ) from error
+  devices = np.array(slice_.devices)
+  if data < 1 or devices.size % data:
+    raise ValueError(
+      f'mesh.data: found {data}, which does not divide the {devices.size} '
+      f'devices of {slice_name}'
+    )
+  return Mesh(
+    devices.reshape(data, -1), ('data', 'fsdp'), axis_types=sharding.AUTO
+  )
+
+
+def report(lowered: jax.stages.Lowered, mesh: Mesh, name: str) -> str:
+  """Compiles a step and returns what the compiler says of it, as one line.
+
+  Args:
+    lowered: from `lower`.
+    mesh: that it was lowered for.
+    name: of the phase.
+  """
+  device = mesh.devices.flat[0]
+  here = device.client is jax.devices()[0].client
+  head = f'compiled {name} for {mesh.size} x {device.device_kind}'
+  start = time.perf_counter()
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    reason = str(error).partition('\n')[0].removeprefix('RESOURCE_EXHAUSTED: ')
+    return f'{head}: does not fit. {reason}'
+  seconds = time.perf_counter() - start
+  memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+  kept = memory.argument_size_in_bytes - memory.alias_size_in_bytes
+  in_all = kept + memory.output_size_in_bytes + memory.temp_size_in_bytes
+  of_what = 'of this machine, not of another' if here else 'by its own compiler'
+  return (
+    f'{head} in {seconds:.0f} s: GiB per device: arguments '
+    f'{memory.argument_size_in_bytes / GIB:.2f}, temporary '
+    f'{memory.temp_size_in_bytes / GIB:.2f}, in all {in_all / GIB:.2f}; '
+    f'{cost.get("flops", math.nan):.3g} FLOPs per device ({of_what})'
+  )

@@ -21,8 +21,8 @@ import time
 
 import numpy as np
 
-SIZE, FRAMES, BATCH = 64, 8, 32
-STEPS = 2400
+SIZE, FRAMES, BATCH = 64, 8, 16
+STEPS = 1200
 PRETRAIN = ('skate_tricks_128', 'weizmann4_64', 'test_assets')
 SETS = {'skate_tricks_128': 2, 'weizmann4_64': 2}  # stride of the probe's clips
 TEACHERS = {'tiny': (64, 2), 'small': (96, 3), 'equal': (128, 4)}

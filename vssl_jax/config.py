@@ -51,6 +51,9 @@ def default(method: str = 'salt') -> ml_collections.ConfigDict:
     dict(
       every=1000,  # steps
       keep=2,  # whole states; the parameters of every phase are kept besides
+      # States after a multiple of so many steps are never removed, so that a
+      # run can be taken back to them; 0: none.
+      keep_every=0,
       # Resume from the newest whole checkpoint in workdir. False refuses a
       # workdir that holds one.
       resume=True,

@@ -20,7 +20,7 @@ from vssl_jax import config as config_lib
 from vssl_jax import encoders
 from vssl_jax.data import pipeline, synthetic
 from vssl_jax.evals import features, knn, linear, probe
-from vssl_jax.train import provenance, trainer
+from vssl_jax.train import provenance, rewind, trainer
 
 # Videos to pretrain on, to train the probe on, and to test it on.
 CLIPS = {'pretrain': 2560, 'train': 400, 'test': 1000}
@@ -101,15 +101,22 @@ def _salt(c: ml_collections.ConfigDict) -> None:
   c.method.latent_student.predictor.update(head)
 
 
-def run(config: ml_collections.ConfigDict) -> int:
-  """Writes the videos, trains, probes, prints; returns the exit status."""
+def run(
+  config: ml_collections.ConfigDict, back: rewind.Rewind | None = None
+) -> int:
+  """Writes the videos, trains, probes, prints; returns the exit status.
+
+  Args:
+    config: the demo's.
+    back: see `trainer.train`.
+  """
   workdir = pathlib.Path(config.workdir)
   videos = workdir / 'videos'
   if jax.process_index() == 0:
     print(f'writing {sum(CLIPS.values())} videos to {videos}', flush=True)
     synthetic.write(videos, clips=CLIPS, seed=config.seed, **SCENE)
   config.data.source = str(videos / 'pretrain')
-  status = trainer.train(config)
+  status = trainer.train(config, back)
   if status:
     return status
   report = measure(config, videos)

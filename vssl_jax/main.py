@@ -3,12 +3,14 @@
     python -m vssl_jax.main                                  the demo
     python -m vssl_jax.main --config=configs/salt.py:L --config.data.source=...
     python -m vssl_jax.main --config=configs/salt.py:L --plan
+    python -m vssl_jax.main --config=configs/salt.py:L --rewind=12340 --skip=99
 
 Short on purpose: what a job does is importable, so that a notebook can call
 it.
 """
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -21,9 +23,9 @@ from vssl_jax import config as config_lib
 from vssl_jax import demo
 from vssl_jax import flags as flags_lib
 from vssl_jax.evals import run as evaluation
-from vssl_jax.train import plan, trainer
+from vssl_jax.train import plan, rewind, trainer
 
-Job = Callable[[ml_collections.ConfigDict], int]
+Job = Callable[..., int]
 JOBS: dict[str, Job] = {
   'train': trainer.train,
   'probe': evaluation.run,
@@ -46,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       print(plan.describe(config, args.plan))
       return 0
     _join_cluster()
-    job = JOBS[config.job]
+    job = _job(config, args)
   except ValueError as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
@@ -87,6 +89,23 @@ def resolve(
   return config
 
 
+def _job(config: ml_collections.ConfigDict, args: argparse.Namespace) -> Job:
+  """Returns what to do with a config.
+
+  Raises:
+    ValueError: flags that do not go together.
+  """
+  job = JOBS[config.job]
+  if args.rewind is None:
+    if args.skip is not None:
+      raise ValueError('--skip: wanted --rewind=<step> beside it')
+    return job
+  if config.job == 'probe':
+    raise ValueError("--rewind: found config.job 'probe', wanted a pretraining")
+  skip = 1 if args.skip is None else args.skip
+  return functools.partial(job, back=rewind.Rewind(args.rewind, skip))
+
+
 def flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
   """Splits the command line into flags and config assignments."""
   parser = flags_lib.parser(
@@ -99,6 +118,20 @@ def flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     help='print phases, sizes, FLOPs, memory and what it fits on, and exit; '
     '"phases" has a line for every phase, "compile" compiles the first and the '
     'last one for this machine, "tpu:v5p:4x4x4" for that slice of TPUs',
+  )
+  parser.add_argument(
+    '--rewind',
+    type=int,
+    metavar='STEP',
+    help='go back to the newest checkpoint from before this step of the log, '
+    'leave out its batch, and go on',
+  )
+  parser.add_argument(
+    '--skip',
+    type=int,
+    metavar='N',
+    help='batches that --rewind leaves out, from its step on; 1 if not given, '
+    '0 to take the same ones again',
   )
   return flags_lib.parse(parser, argv)
 

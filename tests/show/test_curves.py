@@ -37,6 +37,16 @@ def test_steps_taken_again_count_once():
   np.testing.assert_array_equal(values, [1.0, 2.0, np.nan])
 
 
+def test_steps_that_were_taken_back_are_left_out(tmp_path):
+  lines = [{'step': s, 'loss': 1.0, 'phase': 'a'} for s in range(1, 6)]
+  lines += [{'step': 2, 'event': 'rewound'}, {'step': 3, 'loss': 2.0}]
+  path = tmp_path / 'm.jsonl'
+  path.write_text('\n'.join(json.dumps(x) for x in lines))
+  steps, values = curves.series(curves.read(path))['loss']
+  np.testing.assert_array_equal(steps, [1, 2, 3])
+  np.testing.assert_array_equal(values, [1.0, 1.0, 2.0])
+
+
 def test_which_metrics_are_drawn():
   two = np.arange(2)
   run = {

@@ -109,6 +109,39 @@ def test_old_states_are_removed_and_phase_parameters_kept(tmp_path):
   assert saver.params_of('second') is None
 
 
+def test_some_states_are_kept_for_good_and_can_be_asked_for(tmp_path):
+  saver = checkpoint.Checkpoints(tmp_path, keep=1, keep_every=3)
+  for i in range(1, 9):
+    saver.save(_tree(i), i, 'one')
+  saver.finish()
+  assert [s.step for s in saver.whole()] == [8, 6, 3]
+  limits = {None: 8, 8: 8, 7: 6, 3: 3}
+  assert {x: saver.newest(x).step for x in limits} == limits
+  assert saver.newest(2) is None
+  _files(tmp_path / 'checkpoints' / '00000006')[0].unlink()
+  assert saver.newest(7).step == 3
+
+
+def test_what_was_saved_later_is_moved_whole(tmp_path):
+  saver = checkpoint.Checkpoints(tmp_path, keep=9)
+  for i in range(1, 5):
+    saver.save(_tree(i), i, 'one')
+  for phase, i in (('first', 2), ('second', 4)):
+    saver.save_params({'params': _tree(i)['params']}, i, phase)
+  place = tmp_path / 'aside' / 'here'
+  assert saver.move_later(2, place) == [
+    'checkpoints/00000004',
+    'checkpoints/00000003',
+    'params/second',
+  ]
+  assert [s.step for s in saver.whole()] == [2, 1]
+  assert saver.params_of('first') and not saver.params_of('second')
+  moved = manifests.listing(place)
+  assert sorted(s.step for s in moved) == [3, 4, 4]
+  assert not any(manifests.damage(s) for s in moved)
+  assert checkpoint.Checkpoints(tmp_path).newest().step == 2
+
+
 def test_leftovers_are_removed_at_start(tmp_path):
   saver = checkpoint.Checkpoints(tmp_path)
   saver.save(_tree(), 1, 'one')

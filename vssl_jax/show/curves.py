@@ -21,13 +21,16 @@ FIRST = ('loss', 'lr', 'grad_norm', 'clips_per_s')
 def read(path: pathlib.Path) -> list[dict]:
   """Returns the lines of a metrics file that are whole.
 
-  A run that was killed, or is running, may leave half a line.
+  A run that was killed, or is running, may leave half a line. Steps that a
+  rewind took back are left out.
   """
   out = []
   for line in path.read_text(errors='replace').splitlines():
     with contextlib.suppress(ValueError):
       found = json.loads(line)
       if isinstance(found, dict) and isinstance(found.get('step'), int):
+        if found.get('event') == 'rewound':
+          out = [x for x in out if x['step'] <= found['step']]
         out.append(found)
   return out
 

@@ -44,12 +44,19 @@ class Checkpoints:
   Args:
     workdir: the run's folder.
     keep: whole states to keep.
+    keep_every: states after a multiple of so many steps are kept besides; 0
+      for none.
   """
 
-  def __init__(self, workdir: str | os.PathLike[str], keep: int = 2) -> None:
+  def __init__(
+    self,
+    workdir: str | os.PathLike[str],
+    keep: int = 2,
+    keep_every: int = 0,
+  ) -> None:
     self.folder = pathlib.Path(workdir).absolute() / 'checkpoints'
     self.params_folder = pathlib.Path(workdir).absolute() / 'params'
-    self._keep = max(keep, 1)
+    self._keep, self._keep_every = max(keep, 1), keep_every
     self._saver = ocp.StandardCheckpointer()
     self._committer: threading.Thread | None = None
     self._error: BaseException | None = None
@@ -138,29 +145,34 @@ class Checkpoints:
       self._error = error
 
   def _prune(self) -> None:
-    """Removes all but the newest whole states."""
-    for saved in self._whole()[self._keep :]:
+    """Removes all but the newest whole states and those kept for good."""
+    for saved in self.whole()[self._keep :]:
+      if self._keep_every and saved.step % self._keep_every == 0:
+        continue
       manifests.path_of(saved.path).unlink()
       shutil.rmtree(saved.path)
 
-  def _whole(self) -> list[manifests.Saved]:
+  def whole(self) -> list[manifests.Saved]:
     """Returns the whole states, newest first."""
     found = sorted(self.folder.glob('*.json'), reverse=True)
     return [
       manifests.Saved(p.with_suffix(''), manifests.read(p)) for p in found
     ]
 
-  def newest(self) -> manifests.Saved | None:
+  def newest(self, limit: int | None = None) -> manifests.Saved | None:
     """Returns the newest checkpoint whose files are as they were written.
 
     Those that are not are set aside under the suffix `.rotten`, loudly.
+
+    Args:
+      limit: of at most so many steps; None for any.
 
     Raises:
       CheckpointError: there are checkpoints and none is usable.
     """
     step = -1
     if jax.process_index() == 0:
-      step = self._newest_sound()
+      step = self._newest_sound(limit)
     if jax.process_count() > 1:
       step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
     if step == -2:
@@ -173,9 +185,9 @@ class Checkpoints:
     path = self.folder / f'{step:08d}'
     return manifests.Saved(path, manifests.read(manifests.path_of(path)))
 
-  def _newest_sound(self) -> int:
+  def _newest_sound(self, limit: int | None) -> int:
     """Returns the step of the newest sound one; -1: none, -2: all damaged."""
-    whole = self._whole()
+    whole = [s for s in self.whole() if limit is None or s.step <= limit]
     for saved in whole:
       wrong = manifests.damage(saved)
       if not wrong:
@@ -199,6 +211,34 @@ class Checkpoints:
       manifest.replace(manifest.with_suffix('.json.rotten'))
       if saved.path.exists():
         saved.path.rename(aside)
+
+  def move_later(self, step: int, place: pathlib.Path) -> list[str]:
+    """Moves everything that was saved after a step, the newest first.
+
+    Args:
+      step: of the checkpoint that becomes the newest.
+      place: folder that the others go to; made where it is needed.
+
+    Returns:
+      Names of what was moved, below `place`.
+    """
+    states = [s for s in self.whole() if s.step > step]
+    params = [
+      s
+      for s in manifests.listing(self.params_folder.parent, ('params',))
+      if s.step > step
+    ]
+    if jax.process_index() == 0:
+      for saved in [*states, *sorted(params, key=lambda s: -s.step)]:
+        folder = place / saved.path.parent.name
+        folder.mkdir(parents=True, exist_ok=True)
+        # The manifest last: a folder without one would be taken for the rest
+        # of a save that was killed, and removed.
+        for path in (saved.path, manifests.path_of(saved.path)):
+          if path.exists():
+            path.rename(folder / path.name)
+    _barrier('checkpoints moved')
+    return [f'{s.path.parent.name}/{s.path.name}' for s in [*states, *params]]
 
   def params_of(self, phase: str) -> manifests.Saved | None:
     """Returns the parameters kept at the end of a phase, if any."""

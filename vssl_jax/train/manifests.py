@@ -9,7 +9,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -52,13 +52,20 @@ class Saved:
     return trees.subtree(trees.nest(leaves), subtree)
 
 
-def listing(workdir: str | os.PathLike[str]) -> list[Saved]:
+def listing(
+  workdir: str | os.PathLike[str],
+  folders: Sequence[str] = ('checkpoints', 'params'),
+) -> list[Saved]:
   """Returns all whole checkpoints of a run, phase parameters included.
 
   Reads only; safe while the run is going on.
+
+  Args:
+    workdir: the run's folder.
+    folders: where in it to look.
   """
   root = pathlib.Path(workdir).absolute()
-  manifests = [*root.glob('checkpoints/*.json'), *root.glob('params/*.json')]
+  manifests = [p for f in folders for p in root.glob(f'{f}/*.json')]
   return [Saved(p.with_suffix(''), read(p)) for p in manifests]
 
 
@@ -126,11 +133,13 @@ def read(path: pathlib.Path) -> dict[str, Any]:
     return {'step': step, 'phase': '', 'files': {}, 'leaves': {}}
 
 
-def write_atomic(path: pathlib.Path, tree: Any) -> None:
+def write_atomic(
+  path: pathlib.Path, tree: Any, indent: int | None = None
+) -> None:
   """Writes JSON so that the file is there whole or not at all."""
   partial = path.with_suffix('.partial')
   with partial.open('w') as f:
-    json.dump(tree, f)
+    json.dump(tree, f, indent=indent)
     f.flush()
     os.fsync(f.fileno())
   partial.replace(path)

@@ -137,12 +137,12 @@ def last_step(workdir: pathlib.Path) -> int:
   path = workdir / 'metrics.jsonl'
   if not path.exists():
     return 0
-  steps = [0]
+  step = 0
   for line in path.read_text().splitlines():
     # A killed process may leave half a line.
     with contextlib.suppress(ValueError, KeyError):
-      steps.append(json.loads(line)['step'])
-  return max(steps)
+      step = json.loads(line)['step']
+  return step
 
 
 def progress_line(

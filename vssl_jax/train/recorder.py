@@ -68,7 +68,7 @@ class Recorder:
     """Notes a step without an update; stops after too many in a row."""
     run = self._run
     record = {
-      'step': step_index,
+      'step': step_index + 1,
       'loss': str(float(values['loss'])),
       'index': np.asarray(local['index']).tolist(),
     }

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import signal
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,7 +16,14 @@ from vssl_jax import config as config_lib
 from vssl_jax import encoders, methods, sharding
 from vssl_jax.data import pipeline
 from vssl_jax.methods import base
-from vssl_jax.train import checkpoint, health, manifests, metrics, provenance
+from vssl_jax.train import (
+  checkpoint,
+  health,
+  manifests,
+  metrics,
+  order,
+  provenance,
+)
 
 
 class TrainingError(RuntimeError):
@@ -35,6 +43,8 @@ class Run:
   logger: metrics.Logger
   clock: metrics.Clock
   panel: health.Panel
+  left_out: order.Ranges = ()  # batches that no step takes
+  rewinds: list[dict[str, int]] = dataclasses.field(default_factory=list)
   asked: bool = False  # this process got a SIGTERM
   preempted: bool = False  # all processes agreed to save and stop
 
@@ -101,7 +111,9 @@ def open_run(config: ml_collections.ConfigDict) -> Run:
     mesh=mesh,
     clips=clips,
     method=method,
-    checkpoints=checkpoint.Checkpoints(workdir, config.checkpoint.keep),
+    checkpoints=checkpoint.Checkpoints(
+      workdir, config.checkpoint.keep, config.checkpoint.keep_every
+    ),
     logger=metrics.Logger(workdir, config.log.tensorboard),
     clock=clock,
     panel=health.Panel(config.health, clips, total),
@@ -120,34 +132,68 @@ def _check_batch(
 
 
 def check_same_run(run: Run, saved: manifests.Saved | None) -> None:
-  """Writes `run.json`, or compares it with a resumed run's config."""
+  """Compares a resumed run with its `run.json`, and writes that anew.
+
+  Raises:
+    TrainingError: it is another run, or took other batches so far.
+  """
   path = run.workdir / 'run.json'
-  config = config_lib.to_json(run.config)
   if saved is not None and not run.config.checkpoint.resume:
     raise TrainingError(
       f'{run.workdir} holds a run at step {saved.step} and '
       'checkpoint.resume is False; give a new --config.workdir'
     )
-  if path.exists() and saved is not None:
-    before = config_lib.from_json(json.loads(path.read_text())['config'])
-    changed = config_lib.difference(
-      before, run.config, run.config.checkpoint.may_change
+  if saved is not None:
+    before = json.loads(path.read_text()) if path.exists() else saved.manifest
+    _check_config(run, before)
+    run.left_out = order.from_json(before.get('left_out', ()))
+    run.rewinds = before.get('rewinds', [])
+    _check_batches(run, saved)
+  write_record(run)
+
+
+def _check_config(run: Run, record: Mapping[str, Any]) -> None:
+  """Refuses a config that differs in a key that may not."""
+  changed = 'config' in record and config_lib.difference(
+    config_lib.from_json(record['config']),
+    run.config,
+    run.config.checkpoint.may_change,
+  )
+  if changed:
+    raise TrainingError(
+      f'{run.workdir} was started with another config:\n{changed}\n'
+      'resume with the old values, or give a new --config.workdir'
     )
-    if changed:
-      raise TrainingError(
-        f'{run.workdir} was started with another config:\n{changed}\n'
-        'resume with the old values, or give a new --config.workdir'
-      )
+
+
+def _check_batches(run: Run, saved: manifests.Saved) -> None:
+  """Refuses a state that came from other batches than the record says."""
+  took = order.from_json(saved.manifest.get('left_out', ()))
+  took, should = (order.passed(x, saved.step) for x in (took, run.left_out))
+  if took != should:
+    raise TrainingError(
+      f'{run.workdir}/run.json leaves out batches {should} up to step '
+      f'{saved.step}, and checkpoint {saved.path.name} left out {took}: they '
+      'are not of one run. Put the right run.json back, or remove it and the '
+      "checkpoint's list counts"
+    )
+
+
+def write_record(run: Run) -> None:
+  """Writes `run.json`: what the run is, and what it needs to be rebuilt."""
+  config = config_lib.to_json(run.config)
   record = {
     'config': config,
     'video': list(run.video),
     'data_fingerprint': run.clips.fingerprint,
     'num_examples': run.clips.num_examples,
     'classes': run.clips.classes,
+    'left_out': run.left_out,
+    'rewinds': run.rewinds,
     'provenance': provenance.describe(config),
   }
   if jax.process_index() == 0:
-    path.write_text(json.dumps(record, indent=1))
+    manifests.write_atomic(run.workdir / 'run.json', record, indent=1)
 
 
 class Preemption:

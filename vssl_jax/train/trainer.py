@@ -16,6 +16,8 @@ from vssl_jax.train import (
   freezing,
   manifests,
   optimizer,
+  order,
+  rewind,
   step,
 )
 from vssl_jax.train import run as run_lib
@@ -35,11 +37,14 @@ EXPECTED = (
 )
 
 
-def train(config: ml_collections.ConfigDict) -> int:
+def train(
+  config: ml_collections.ConfigDict, back: rewind.Rewind | None = None
+) -> int:
   """Runs or resumes a pretraining run to its end.
 
   Args:
     config: a resolved config.
+    back: where to go back to first, if anywhere.
 
   Returns:
     The exit status: 0, or `PREEMPTED` after a SIGTERM that was answered with
@@ -53,6 +58,8 @@ def train(config: ml_collections.ConfigDict) -> int:
   try:
     saved = run.checkpoints.newest()
     run_lib.check_same_run(run, saved)
+    if back is not None:
+      saved = rewind.rewind(run, back)
     with run_lib.Preemption(run), jax.set_mesh(run.mesh):
       for span in spans(run.method):
         if saved is not None and _is_over(saved, span):
@@ -140,7 +147,7 @@ def _loop(
 ) -> step.TrainState:
   """Takes the steps of a phase; each action knows its own interval."""
   done = int(state.step)
-  batches = run.clips.iterator(done)
+  batches = order.iterator(run.clips, run.left_out, done)
   recorder = Recorder(run, span, schedules)
   compiled = None
   while done < span.end and not run_lib.should_stop(run, done):
@@ -178,5 +185,9 @@ def _save(run: Run, span: Span, state: step.TrainState) -> None:
       state,
       int(state.step),
       span.phase.name,
-      extra={'data_fingerprint': run.clips.fingerprint},
+      extra={
+        'data_fingerprint': run.clips.fingerprint,
+        'left_out': run.left_out,
+        'rewinds': run.rewinds,
+      },
     )

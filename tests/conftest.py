@@ -16,11 +16,16 @@ jax.config.update('jax_platforms', os.environ['JAX_PLATFORMS'])
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
-# Compiled programs are shared by the tests of one session, and by the programs
-# that they start, but never with an earlier session.
-_CACHE = tempfile.TemporaryDirectory(prefix='vssl_jax_tests_')
+# Compiled programs are shared by the tests of one session, by its workers and
+# by the programs that they start, but never with an earlier session. Workers
+# have the folder from the process that started them, which removes it.
+if 'PYTEST_XDIST_WORKER' in os.environ:
+  _CACHE = os.environ['JAX_COMPILATION_CACHE_DIR']
+else:
+  _OWNER = tempfile.TemporaryDirectory(prefix='vssl_jax_tests_')
+  _CACHE = _OWNER.name
 for key, value in {
-  'jax_compilation_cache_dir': _CACHE.name,
+  'jax_compilation_cache_dir': _CACHE,
   'jax_persistent_cache_min_compile_time_secs': 0.3,
   'jax_persistent_cache_min_entry_size_bytes': -1,
 }.items():
@@ -48,27 +53,40 @@ def pytest_addoption(parser):
   )
 
 
+def _slow(config):
+  return config.option.slow or 'slow' in config.option.markexpr
+
+
 def pytest_configure(config):
   # Most of a fast test is compiling what runs once: half the suite's time.
   # Slow tests train, and tests of speed are among them.
-  fast = not (config.option.slow or 'slow' in config.option.markexpr)
-  jax.config.update('jax_disable_most_optimizations', fast)
+  jax.config.update('jax_disable_most_optimizations', not _slow(config))
 
 
 def pytest_collection_modifyitems(config, items):
   left_out = {}
-  asked_for = config.option.slow or 'slow' in config.option.markexpr
   for item in items:
-    if item.get_closest_marker('slow') and not asked_for:
+    if item.get_closest_marker('slow') and not _slow(config):
       left_out[item] = 'slow: run with --slow, or alone with -m slow'
     elif 'video_data' in item.fixturenames and VIDEO_DATA not in os.environ:
       left_out[item] = f'real videos: set {VIDEO_DATA} to their folder'
   items[:] = [item for item in items if item not in left_out]
   config.hook.pytest_deselected(items=list(left_out))
   config.stash[LEFT_OUT] = list(left_out.values())
+  if hasattr(config, 'workeroutput'):
+    config.workeroutput['left_out'] = config.stash[LEFT_OUT]
 
 
 LEFT_OUT = pytest.StashKey[list[str]]()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+  """Takes from a worker what it left out; all of them leave out the same."""
+  left_out = getattr(node, 'workeroutput', {}).get('left_out', [])
+  if left_out and LEFT_OUT not in node.config.stash:
+    node.config.stash[LEFT_OUT] = left_out
+    node.config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.hookimpl(wrapper=True)

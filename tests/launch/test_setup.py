@@ -113,7 +113,7 @@ def test_second_start_is_fast_and_installs_nothing(clone):
 
   begin = time.time()
   status, out, err = clone.run(JAX_PLATFORMS='mine')
-  assert json.loads(out)['time'] - begin < 5
+  assert json.loads(out)['time'] - begin < 15
   assert json.loads(out)['args'] == []
   assert json.loads(out)['platforms'] == 'mine'
   assert len(clone.installs()) == 1, err
@@ -122,7 +122,10 @@ def test_second_start_is_fast_and_installs_nothing(clone):
 def test_installs_again_when_something_changed(clone):
   root = str(clone.root)
   clone.run()
-  clone.run(script='test.sh')
+  _, out, _ = clone.run(script='test.sh')
+  assert json.loads(out)['args'] == ['-n', '2', '--dist', 'loadfile']
+  _, out, _ = clone.run('-m', 'slow', script='test.sh')
+  assert json.loads(out)['args'] == ['-m', 'slow']
   clone.run(VSSL_ACCELERATOR='cuda13', VSSL_EXTRAS='tensorboard')
   assert clone.installs() == [
     root, f'{root}[test]', f'{root}[cuda13,tensorboard]'

@@ -87,7 +87,7 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(clips, tmp_path):
   process = _start(tmp_path / 'b', cut)
   _wait_for(cut.workdir, random.Random(0).randrange(5, 30))
   process.send_signal(signal.SIGTERM)
-  output = process.communicate(timeout=60)[0]
+  output = process.communicate(timeout=240)[0]
   assert process.returncode == trainer.PREEMPTED, output[-3000:]
   assert 'SIGTERM: saved step' in output
   step, _ = _sums(cut.workdir)
@@ -106,7 +106,7 @@ def test_a_second_sigterm_ends_it_at_once(clips, tmp_path):
   _wait_for(config.workdir, 10)
   process.send_signal(signal.SIGTERM)
   process.send_signal(signal.SIGTERM)
-  process.communicate(timeout=60)
+  process.communicate(timeout=240)
   assert process.returncode in (-signal.SIGTERM, trainer.PREEMPTED)
   saver = checkpoint.Checkpoints(config.workdir)
   assert saver.newest().step >= 9
@@ -200,7 +200,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
 def test_half_a_cluster_is_an_error(clips, tmp_path, bad):
   config = conftest.tiny_config(clips, tmp_path / 'run')
   process = _start(tmp_path / 'a', config, **bad)
-  output = process.communicate(timeout=60)[0]
+  output = process.communicate(timeout=240)[0]
   assert process.returncode == 2
   assert 'JAX_NUM_PROCESSES' in output
 
@@ -209,7 +209,7 @@ def test_errors_are_one_line_and_not_status_0(clips, tmp_path):
   config = conftest.tiny_config(clips, tmp_path / 'run')
   config.data.source = str(tmp_path / 'nowhere')
   process = _start(tmp_path / 'a', config)
-  output = process.communicate(timeout=60)[0]
+  output = process.communicate(timeout=240)[0]
   assert process.returncode == 1
   assert 'nowhere' in output
   assert 'Traceback' not in output

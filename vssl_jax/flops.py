@@ -21,6 +21,7 @@ def forward(
   grid: layers.Grid,
   tokens: int | tuple[int, int] | None = None,
   in_width: int | None = None,
+  depth: int | None = None,
 ) -> float:
   """Returns the FLOPs of one clip's forward pass.
 
@@ -30,13 +31,15 @@ def forward(
     tokens: for an encoder the visible tokens (None for all); for a predictor
       or decoder (visible, masked).
     in_width: width of the tokens that enter a predictor or decoder.
+    depth: blocks of an encoder that run; None for all that encode.
 
   Raises:
     TypeError: another kind of module, or a predictor without its counts.
   """
   if isinstance(module, vit.Vit):
     n = math.prod(grid) if tokens is None else tokens
-    return embedding(module, n) + 2.0 * _blocks(module, n)
+    depth = module.encoder_depth if depth is None else depth
+    return embedding(module, n) + depth * block(module, n)
   if isinstance(module, Head):
     if not isinstance(tokens, tuple) or in_width is None:
       raise TypeError(
@@ -44,8 +47,8 @@ def forward(
         f'and in_width; found tokens={tokens}, in_width={in_width}'
       )
     visible, masked = tokens
-    ends = visible * in_width + masked * module.out_width
-    return 2.0 * (ends * module.width + _blocks(module, visible + masked))
+    ends = 2.0 * (visible * in_width + masked * module.out_width) * module.width
+    return ends + module.depth * block(module, visible + masked)
   raise TypeError(
     f'no FLOP count for {type(module).__name__}; known are Vit, Predictor and '
     'VideoMaeDecoder'
@@ -57,19 +60,25 @@ def train(
   grid: layers.Grid,
   tokens: int | tuple[int, int] | None = None,
   in_width: int | None = None,
+  frozen: int = 0,
 ) -> float:
   """Returns the FLOPs of one clip's forward and backward pass.
 
   Three times the forward pass, but for the gradient of the pixels, which
-  nobody needs. Arguments and errors as in `forward`.
+  nobody needs, and for the embedding and the first `frozen` blocks of an
+  encoder that is frozen so far. Other arguments and errors as in `forward`.
   """
   total = 3.0 * forward(module, grid, tokens, in_width)
   if isinstance(module, vit.Vit):
-    total -= embedding(module, math.prod(grid) if tokens is None else tokens)
+    n = math.prod(grid) if tokens is None else tokens
+    total -= embedding(module, n) * (2 if frozen else 1)
+    total -= 2 * frozen * block(module, n)
   return total
 
 
-def activations(module: vit.Vit | Head, tokens: int) -> float:
+def activations(
+  module: vit.Vit | Head, tokens: int, count: int | None = None
+) -> float:
   """Returns an estimate of the bytes that one clip's backward pass keeps.
 
   Per token and block, in the activations' type: two norms' inputs and
@@ -82,7 +91,9 @@ def activations(module: vit.Vit | Head, tokens: int) -> float:
   Args:
     module: an encoder, predictor or decoder.
     tokens: that go through its blocks.
+    count: blocks that the backward pass goes through; None for all.
   """
+  count = module.depth if count is None else count
   size = 2 if module.dtype == 'bfloat16' else 4
   mlp = module.mlp_width or 4 * module.width
   wide = {
@@ -90,7 +101,7 @@ def activations(module: vit.Vit | Head, tokens: int) -> float:
     'dots': 6 * module.width + mlp,
     'full': module.width,
   }
-  return float(size * tokens * module.depth * wide[module.remat])
+  return float(size * tokens * count * wide[module.remat])
 
 
 def embedding(encoder: vit.Vit, tokens: int) -> float:
@@ -118,8 +129,8 @@ def rule_of_six(
   )
 
 
-def _blocks(module: vit.Vit | Head, tokens: int) -> int:
-  """Returns the multiply-adds of all blocks over `tokens`."""
+def block(module: vit.Vit | Head, tokens: int) -> float:
+  """Returns the forward FLOPs of one block over `tokens`."""
   width, mlp = module.width, module.mlp_width or 4 * module.width
   weights = 4 * width**2 + 2 * width * mlp
-  return module.depth * (tokens * weights + 2 * tokens**2 * width)
+  return 2.0 * (tokens * weights + 2 * tokens**2 * width)

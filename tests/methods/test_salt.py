@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vssl_jax import losses, mask_specs, masking, rngs, trees
-from vssl_jax.methods import base, salt
+from vssl_jax.methods import base, salt_config
 from vssl_jax.models import predictor, vit
 
 VIDEO = (4, 32, 32, 3)
@@ -17,7 +17,7 @@ SPECS = mask_specs.parse('short:8/12+long:4/20')
 
 
 def _config(**sections):
-  config = salt.default()
+  config = salt_config.default()
   config.vit.update(patch=(2, 8, 8), dtype='float32')
   small = dict(size='Ti', width=24, depth=2, num_heads=2, mlp_width=48)
   for name in ('pixel_teacher', 'latent_student', 'latent_student_2'):
@@ -38,7 +38,7 @@ def _build(**sections):
   def resolve(source):
     raise AssertionError(f'{source} is not outside')
 
-  return salt.build(_config(**sections), VIDEO, resolve)
+  return salt_config.build(_config(**sections), VIDEO, resolve)
 
 
 def _batch(size=3):

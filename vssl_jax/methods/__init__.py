@@ -1,4 +1,7 @@
-"""The methods, each one file on the contract of `methods/base.py`."""
+"""The methods, each one file on the contract of `methods/base.py`.
+
+Beside it stands a file with its knobs and the builder that reads them.
+"""
 
 import difflib
 from collections.abc import Callable
@@ -6,9 +9,9 @@ from typing import Any
 
 import ml_collections
 
-from vssl_jax.methods import base, salt
+from vssl_jax.methods import base, layerlock_config, salt_config
 
-METHODS = {'salt': salt}
+METHODS = {'layerlock': layerlock_config, 'salt': salt_config}
 
 
 def default(name: str) -> ml_collections.ConfigDict:

@@ -1,10 +1,15 @@
 """Transformer blocks: pre-norm attention and MLP, one named block a layer.
 
-Blocks are unrolled and named, so that each can be frozen, tapped, given a
-learning rate or counted alone; a scan over stacked weights could not.
+Parameters are named by block, so that each can be frozen, tapped, given a
+learning rate or counted alone. Blocks are unrolled; a stretch of them may run
+as a loop over weights that are stacked in the step, which compiles faster and
+changes no name.
 """
 
 import dataclasses
+import itertools
+from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -36,6 +41,8 @@ class Spec:
     remat: `none`, `dots` or `full`: what is recomputed in the backward pass.
     attention: implementation, see `attention.choose`.
     drop_path: drop rate of the last block; it rises linearly from 0.
+    rope_on: what turns: `qk` the heads of queries and keys, `norm` the normed
+      tokens that they are made of.
   """
 
   num_heads: int
@@ -48,6 +55,7 @@ class Spec:
   remat: str = 'none'
   attention: str = 'auto'
   drop_path: float = 0.0
+  rope_on: str = 'qk'
 
   def __post_init__(self) -> None:
     wanted = {
@@ -55,6 +63,7 @@ class Spec:
       'gelu': ('exact', 'tanh'),
       'remat': ('none', *REMAT),
       'dtype': ('bfloat16', 'float32'),
+      'rope_on': ('qk', 'norm'),
     }
     for field, values in wanted.items():
       if getattr(self, field) not in values:
@@ -145,6 +154,8 @@ class Block(nn.Module):
     """Returns tokens of the same shape and type."""
     spec = self.spec
     y = layers.layer_norm('norm_1', spec.norm_eps, spec.dtype)(x)
+    if rope is not None and spec.rope_on == 'norm':
+      y, rope = positions.rotate(y[:, :, None, :], rope)[:, :, 0], None
     x = x + self._drop(Attention(spec, self.index, name='attn')(y, rope))
     y = layers.layer_norm('norm_2', spec.norm_eps, spec.dtype)(x)
     return x + self._drop(Mlp(spec, self.index, name='mlp')(y))
@@ -164,8 +175,11 @@ def run(
   x: Float[Array, 'B N D'],
   rope: positions.Rope | None,
   *,
+  start: int = 0,
   upto: int | None = None,
   deterministic: bool = True,
+  loops: tuple[int, ...] = (),
+  params: Mapping[str, Any] | None = None,
 ) -> tuple[Float[Array, 'B N D'], ...]:
   """Runs `block_00` ... inside the module that calls it.
 
@@ -173,20 +187,62 @@ def run(
     spec: what the blocks share.
     depth: blocks in the stack.
     x: tokens.
-    rope: rotation of queries and keys, if any.
-    upto: run only the first so many blocks; None for all.
+    rope: rotation, if any; what turns is `spec.rope_on`.
+    start: first block to run.
+    upto: run only blocks before this one; None for all.
     deterministic: no drop path.
+    loops: blocks at which loops begin; () unrolls every block. A loop ends
+      where the next one begins.
+    params: of the module that calls; a loop needs them.
 
   Returns:
     The input and the output of every block that ran; entry k is what k blocks
     made. Outputs that nobody uses cost nothing once compiled.
+
+  Raises:
+    ValueError: a loop with drop path, whose rate differs by block.
   """
+  stop = depth if upto is None else upto
+  outputs = [x.astype(jnp.dtype(spec.dtype))]
+  if loops and params is not None:
+    if spec.drop_path and not deterministic:
+      raise ValueError(
+        f'drop_path is {spec.drop_path} and the blocks run in loops from '
+        f'{loops}; set drop_path=0, or unroll the blocks'
+      )
+    edges = sorted({start, stop, *(i for i in loops if start < i < stop)})
+    for first, last in itertools.pairwise(edges):
+      outputs += _loop(spec, range(first, last), outputs[-1], rope, params)
+    return tuple(outputs)
   cls = Block
   if spec.remat != 'none':
     cls = nn.remat(Block, policy=REMAT[spec.remat])
-  outputs = [x.astype(jnp.dtype(spec.dtype))]
-  for i in range(depth if upto is None else upto):
+  for i in range(start, stop):
     rate = 0.0 if deterministic else spec.drop_path * i / max(depth - 1, 1)
     block = cls(spec, i, rate, name=f'block_{i:02d}')
     outputs.append(block(outputs[-1], rope))
   return tuple(outputs)
+
+
+def _loop(
+  spec: Spec,
+  stretch: range,
+  x: Float[Array, 'B N D'],
+  rope: positions.Rope | None,
+  params: Mapping[str, Any],
+) -> list[Float[Array, 'B N D']]:
+  """Returns the outputs of a stretch of blocks that runs as one loop."""
+  block = Block(spec, stretch.start, parent=None)
+
+  def body(x: Array, params: Any) -> tuple[Array, Array]:
+    x = block.apply({'params': params}, x, rope)
+    return x, x
+
+  if spec.remat != 'none':
+    body = jax.checkpoint(body, policy=REMAT[spec.remat])
+  stacked = jax.tree.map(
+    lambda *leaves: jnp.stack(leaves),
+    *(params[f'block_{i:02d}'] for i in stretch),
+  )
+  last, every = jax.lax.scan(body, x, stacked)
+  return [*(every[i] for i in range(len(stretch) - 1)), last]

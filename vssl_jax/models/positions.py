@@ -1,4 +1,4 @@
-"""Where a token stands: tables that are added, and rotations of q and k.
+"""Where a token stands: tables that are added, and rotations of channels.
 
 The tables share no formula and are not interchangeable. They are constants:
 no gradient, no weight decay, not in a checkpoint.
@@ -17,7 +17,7 @@ BASE = 10000.0
 
 
 class Rope(NamedTuple):
-  """Cosines and sines that rotate the channels of one head.
+  """Cosines and sines that rotate the channels of one head, or of a token.
 
   Attributes:
     cos: 1 where a channel does not turn. A leading 1 serves every example.
@@ -98,8 +98,12 @@ TABLES = {
   'sincos_3d_vjepa': sincos_3d_vjepa,
   'sincos_3d_vjepa_uniform': sincos_3d_vjepa_uniform,
 }
-ROTATIONS = ('rope_3d',)
-NAMES = (*TABLES, *ROTATIONS, 'learned', 'none')
+ROTATIONS = ('rope_3d', 'rope_post_norm', 'both')
+LEARNED = ('learned', 'both')  # `both`: the learned table and rope_post_norm
+NAMES = tuple(dict.fromkeys((*TABLES, *ROTATIONS, *LEARNED, 'none')))
+# Shares of a token's channels that turn with time, row and column.
+# Source: LayerLock, arXiv 2509.10156; that segments are even is ours.
+POST_NORM_SHARES = (0.1, 0.25, 0.25)
 
 
 def table(
@@ -118,7 +122,7 @@ def table(
   """
   if kind not in NAMES:
     raise ValueError(f'positions is {kind!r}, wanted one of {sorted(NAMES)}')
-  if kind == 'learned':
+  if kind in LEARNED:
     found = module.get_variable('params', 'positions')
     if found is not None and found.shape[:3] != tuple(grid):
       raise ValueError(
@@ -171,12 +175,70 @@ def rope_3d(
     raise ValueError(
       f"rope_pairing is {pairing!r}, wanted 'paired' or 'vjepa2'"
     )
+  return _turn(indices, grid, (omega,) * 3, head_dim)
+
+
+def rope_post_norm(
+  indices: Int[Array, 'B N'], grid: layers.Grid, width: int
+) -> Rope:
+  """Returns LayerLock's rotation of a block's normed tokens.
+
+  10, 25 and 25 % of the channels turn with time, row and column, in this
+  order from the first channel; neighbours (2i, 2i+1) form a pair with one
+  frequency, base 10000. The rest stays as it is. The shares are published;
+  base, order and even segments are our choice.
+
+  Args:
+    indices: flat token indices.
+    grid: tokens along (time, height, width).
+    width: channels of a token.
+
+  Source: LayerLock, arXiv 2509.10156.
+  """
+  sizes = [2 * round(share * width / 2) for share in POST_NORM_SHARES]
+  omegas = tuple(
+    np.repeat(BASE ** (-np.arange(size // 2) / max(size / 2, 1)), 2)
+    for size in sizes
+  )
+  return _turn(indices, grid, omegas, width)
+
+
+def rope(
+  kind: str,
+  indices: Int[Array, 'B N'],
+  grid: layers.Grid,
+  width: int,
+  num_heads: int,
+  pairing: str = 'paired',
+) -> Rope | None:
+  """Returns the rotation of a kind in `NAMES`; None where nothing turns.
+
+  `rope_3d` is of one head's channels, the others of a token's.
+  """
+  if kind not in ROTATIONS:
+    return None
+  if kind == 'rope_3d':
+    return rope_3d(indices, grid, width // num_heads, pairing)
+  return rope_post_norm(indices, grid, width)
+
+
+def _turn(
+  indices: Int[Array, 'B N'],
+  grid: layers.Grid,
+  omegas: tuple[np.ndarray, ...],
+  channels: int,
+) -> Rope:
+  """Returns the rotation by time, row and column times their frequencies."""
   _, h, w = grid
   where = (indices // (h * w), indices % (h * w) // w, indices % w)
-  omega = jnp.asarray(omega, jnp.float32).reshape(1, 1, size)
-  angles = [p[:, :, None].astype(jnp.float32) * omega for p in where]
+  angles = [
+    p[:, :, None].astype(jnp.float32)
+    * jnp.asarray(omega, jnp.float32).reshape(1, 1, -1)
+    for p, omega in zip(where, omegas, strict=True)
+  ]
   angle = jnp.concatenate(angles, axis=-1)
-  angle = jnp.pad(angle, ((0, 0), (0, 0), (0, head_dim - 3 * size)))
+  rest = channels - angle.shape[-1]
+  angle = jnp.pad(angle, ((0, 0), (0, 0), (0, rest)))
   return Rope(jnp.cos(angle), jnp.sin(angle))
 
 

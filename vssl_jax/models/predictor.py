@@ -60,6 +60,7 @@ class Predictor(nn.Module):
       dtype=self.dtype,
       remat=self.remat,
       attention=self.attention,
+      rope_on='qk' if self.positions == 'rope_3d' else 'norm',
     )
 
   @nn.compact
@@ -93,12 +94,14 @@ class Predictor(nn.Module):
     table = positions.table(self, self.positions, grid, self.width)
     token = learned[token % self.num_mask_tokens]
     x = join(z, jnp.asarray(token), mask, table)
-    rope = None
-    if self.positions in positions.ROTATIONS:
-      index = jnp.concatenate([mask.visible, mask.masked], axis=1)
-      rope = positions.rope_3d(
-        index, grid, self.width // self.num_heads, self.rope_pairing
-      )
+    rope = positions.rope(
+      self.positions,
+      jnp.concatenate([mask.visible, mask.masked], axis=1),
+      grid,
+      self.width,
+      self.num_heads,
+      self.rope_pairing,
+    )
     x = blocks.run(self.block_spec, self.depth, x, rope)[-1]
     x = x[:, mask.visible.shape[1] :]
     x = layers.layer_norm('norm', self.norm_eps, self.dtype)(x)

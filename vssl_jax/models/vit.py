@@ -1,4 +1,4 @@
-"""The video transformer (ViT) encoder and its sizes."""
+"""The video transformer (ViT): encoder, or encoder and decoder in one."""
 
 import difflib
 from collections.abc import Mapping
@@ -36,6 +36,10 @@ SIZES = {
 class Vit(nn.Module):
   """Encoder of a clip, or of its visible tokens only.
 
+  With `decoder_blocks` the last blocks decode, as in 4DS and LayerLock:
+  learned latents, one per position, join the visible tokens before them. An
+  encoder ends where they begin.
+
   Attributes:
     width: channels of a token.
     depth: number of blocks.
@@ -53,6 +57,8 @@ class Vit(nn.Module):
     dtype: of activations and matrix products; parameters are float32.
     remat: `none`, `dots` or `full`.
     attention: `auto`, `xla`, `cudnn` or `splash`.
+    decoder_blocks: last blocks that decode; 0 for an encoder only.
+    loops: blocks at which loops over blocks begin, see `blocks.run`.
     mean: subtracted from pixels in [0, 1], per channel.
     std: pixels are then divided by this.
   """
@@ -73,6 +79,8 @@ class Vit(nn.Module):
   dtype: str = 'bfloat16'
   remat: str = 'none'
   attention: str = 'auto'
+  decoder_blocks: int = 0
+  loops: tuple[int, ...] = ()
   mean: tuple[float, ...] = layers.IMAGENET_MEAN
   std: tuple[float, ...] = layers.IMAGENET_STD
 
@@ -90,7 +98,13 @@ class Vit(nn.Module):
       remat=self.remat,
       attention=self.attention,
       drop_path=self.drop_path,
+      rope_on='qk' if self.positions == 'rope_3d' else 'norm',
     )
+
+  @property
+  def encoder_depth(self) -> int:
+    """Blocks before those that decode: where features are read."""
+    return self.depth - self.decoder_blocks
 
   @nn.compact
   def __call__(
@@ -99,47 +113,95 @@ class Vit(nn.Module):
     visible: Int[Array, 'B V'] | None = None,
     *,
     depth: float | None = None,
+    upto: int | None = None,
     features: bool = False,
+    latents: Float[Array, 'N D'] | None = None,
     deterministic: bool = True,
   ) -> Float[Array, 'B K D'] | tuple[Float[Array, 'B K D'], ...]:
-    """Encodes the tokens of a clip.
+    """Encodes the tokens of a clip, or encodes and decodes it.
 
     Args:
       video: uint8, or floats in [0, 1]; normalised here.
       visible: flat indices of the tokens to embed; None for all N.
       depth: run only part of the blocks: the tap of 4DS, see `tap`. The final
         norm belongs to the last block and is left out.
+      upto: the same, as a number of blocks.
       features: return the tokens at every depth.
+      latents: decode with these; one for each position.
       deterministic: no drop path.
 
     Returns:
-      float32 tokens [B, V or N, D] after the final norm. With `features` a
-      tuple in the activations' type, without the final norm: the embedded
-      tokens, then the output of each block; entry k is what k blocks made.
+      float32 tokens [B, V or N, D] after the final norm, or, where blocks
+      decode, after the blocks before them. With `features` a tuple in the
+      activations' type, without the final norm: the embedded tokens, then the
+      output of each block; entry k is what k blocks made. With `latents`
+      float32 [B, N, D], what the last block made of each latent.
+
+    Raises:
+      ValueError: blocks that decode and a final norm, or too many of them.
     """
+    if self.decoder_blocks and self.final_norm:
+      raise ValueError(
+        f'decoder_blocks is {self.decoder_blocks} and final_norm is True; an '
+        'encoder that ends before its last blocks has no final norm'
+      )
+    if not 0 <= self.decoder_blocks < self.depth:
+      raise ValueError(
+        f'decoder_blocks is {self.decoder_blocks}, wanted fewer than the '
+        f'{self.depth} blocks there are'
+      )
     grid = layers.grid_of(video.shape, self.patch)
     x = self._embed(layers.patchify(video, self.patch), visible, grid)
-    rope = None
-    if self.positions in positions.ROTATIONS:
-      index = visible
-      if index is None:  # one row of angles serves the whole batch
-        index = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
-      rope = positions.rope_3d(
-        index, grid, self.width // self.num_heads, self.rope_pairing
-      )
-    outputs = blocks.run(
+    if visible is None:  # one row of angles serves the whole batch
+      visible = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+    partly = depth is not None or upto is not None
+    if depth is not None:
+      upto = tap(self.depth, depth)
+    elif self.is_initializing() or (features and upto is None):
+      upto = self.depth
+    elif upto is None:
+      upto = self.encoder_depth
+    outputs = self._blocks(x, visible, grid, 0, upto, deterministic)
+    if latents is not None:
+      x, visible = _join(outputs[-1], latents, visible)
+      count = latents.shape[0]
+      outputs = self._blocks(x, visible, grid, upto, None, deterministic)
+      return outputs[-1][:, -count:].astype(jnp.float32)
+    if features:
+      return outputs
+    if partly or not self.final_norm:
+      return outputs[-1].astype(jnp.float32)
+    return layers.layer_norm('norm', self.norm_eps)(outputs[-1])
+
+  def _blocks(
+    self,
+    x: Float[Array, 'B K D'],
+    index: Int[Array, 'R K'],
+    grid: layers.Grid,
+    start: int,
+    upto: int | None,
+    deterministic: bool,
+  ) -> tuple[Float[Array, 'B K D'], ...]:
+    """Runs a stretch of blocks on tokens that stand at `index`."""
+    rope = positions.rope(
+      self.positions,
+      index,
+      grid,
+      self.width,
+      self.num_heads,
+      self.rope_pairing,
+    )
+    return blocks.run(
       self.block_spec,
       self.depth,
       x,
       rope,
-      upto=None if depth is None else tap(self.depth, depth),
+      start=start,
+      upto=upto,
       deterministic=deterministic,
+      loops=self.loops,
+      params=None if self.is_initializing() else self.variables['params'],
     )
-    if features:
-      return outputs
-    if depth is not None or not self.final_norm:
-      return outputs[-1].astype(jnp.float32)
-    return layers.layer_norm('norm', self.norm_eps)(outputs[-1])
 
   def _embed(
     self,
@@ -161,6 +223,27 @@ class Vit(nn.Module):
       return x
     table = table[None] if visible is None else table[visible]
     return x + table.astype(x.dtype)
+
+
+def _join(
+  x: Float[Array, 'B V D'],
+  latents: Float[Array, 'N D'],
+  visible: Int[Array, 'R V'],
+) -> tuple[Float[Array, 'B K D'], Int[Array, 'B K']]:
+  """Returns visible tokens, then latents, and where all of them stand."""
+  batch, count = x.shape[0], latents.shape[0]
+  hidden = jnp.broadcast_to(latents[None], (batch, *latents.shape))
+  where = jnp.arange(count, dtype=jnp.int32)[None]
+  return (
+    jnp.concatenate([x, hidden.astype(x.dtype)], axis=1),
+    jnp.concatenate(
+      [
+        jnp.broadcast_to(visible, (batch, visible.shape[1])),
+        jnp.broadcast_to(where, (batch, count)),
+      ],
+      axis=1,
+    ),
+  )
 
 
 def tap(depth: int, fraction: float) -> int:
@@ -204,7 +287,7 @@ def make(size: str | Mapping[str, Any], **overrides: Any) -> Vit:
     if name not in known:
       near = difflib.get_close_matches(name, known, n=1) or known
       raise ValueError(f'encoder has no field {name!r}; nearest: {near[0]!r}')
-  for name in ('patch', 'mean', 'std'):
+  for name in ('patch', 'mean', 'std', 'loops'):
     if name in fields:  # lists of a config would not hash
       fields[name] = tuple(fields[name])
   return Vit(**fields)

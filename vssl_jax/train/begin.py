@@ -127,9 +127,7 @@ def _carry(
 ) -> dict[str, Any]:
   """Reads leaves by name, in the types that this phase stores them in."""
   as_saved = {
-    name: jax.ShapeDtypeStruct(
-      x.shape, there[name].dtype, sharding=x.sharding
-    )
+    name: jax.ShapeDtypeStruct(x.shape, there[name].dtype, sharding=x.sharding)
     for name, x in wanted.items()
   }
   read = checkpoint.read_leaves(saved, as_saved)

@@ -41,7 +41,9 @@ def split(tree: Any, labels: Any) -> tuple[Any, Any]:
   """Returns the trained leaves and the frozen ones, None where the other is."""
 
   def only(wanted: str) -> Any:
-    return jax.tree.map(lambda x, l: x if l == wanted else None, tree, labels)
+    return jax.tree.map(
+      lambda x, label: x if label == wanted else None, tree, labels
+    )
 
   return only(TRAIN), only(FREEZE)
 

@@ -2,7 +2,9 @@
 
 At intervals a fixed set of clips, the first of the run's own data, goes
 through `encode`. Spread and rank of the features are logged, and the accuracy
-of a nearest-neighbour vote where the clips have labels.
+of a nearest-neighbour vote where the clips have labels; and for every block of
+the encoder how large its weights are and how far they moved since the look
+before.
 """
 
 from collections.abc import Mapping
@@ -14,12 +16,14 @@ import ml_collections
 import numpy as np
 from jaxtyping import Array, Float
 
+from vssl_jax import trees
 from vssl_jax.data import pipeline
 from vssl_jax.evals import knn, statistics
 
 # A panel this far under the reference of the early run raises the alarm.
 COLLAPSE = 0.1
 REFERENCE_AT = 0.02  # fraction of the run
+SAMPLED = 65_536  # values of a matrix that the drift is measured on
 
 ADVICE = (
   'COLLAPSE? {name} fell to {value:.3g}, from {before:.3g} early in the phase. '
@@ -50,6 +54,7 @@ class Panel:
     self._early: dict[str, Mapping[str, float]] = {}
     self._encode: Any = None
     self._phase = ''
+    self._weights: dict[str, dict[str, np.ndarray]] = {}
 
   def due(self, done: int, span_start: int) -> bool:
     """Returns whether the panel looks after this step."""
@@ -74,7 +79,7 @@ class Panel:
           run.method.encode(params, video, phase=span.phase)
         )
       )
-    values = self._measure(run, state)
+    values = self._measure(run, state) | self._drift(state)
     run.logger.write(done, values, phase=span.phase.name)
     before = self._early.setdefault(span.phase.name, values)
     return collapsed(values, before)
@@ -97,6 +102,11 @@ class Panel:
     if labels is not None:
       labels = _gather_host(labels[: len(features) // jax.process_count()])
     return panel(features, np.concatenate(spreads), labels)
+
+  def _drift(self, state: Any) -> dict[str, float]:
+    """Returns norm and drift of every block, from a sample of its weights."""
+    before, self._weights = self._weights, sample(state.params['encoder'])
+    return drift(before, self._weights)
 
   def _hold(self) -> dict[str, np.ndarray]:
     """Returns the first clips of the run, read once."""
@@ -150,6 +160,51 @@ def panel(
       features[:half], labels[:half], features[half:], labels[half:], k=20
     )
   return values
+
+
+def sample(encoder: Any) -> dict[str, dict[str, np.ndarray]]:
+  """Returns values of each block's matrices: all, or evenly spread ones."""
+  taken = jax.device_get(_sample(encoder))
+  return {
+    name: {n: np.asarray(x, np.float32) for n, x in trees.named_leaves(block)}
+    for name, block in taken.items()
+  }
+
+
+@jax.jit
+def _sample(encoder: Any) -> Any:
+  def one(x: Array) -> Array:
+    return x.reshape(-1)[:: max(x.size // SAMPLED, 1)]
+
+  return {
+    name: {n: one(x) for n, x in trees.named_leaves(tree) if x.ndim > 1}
+    for name, tree in encoder.items()
+    if name.startswith('block_')
+  }
+
+
+def drift(
+  before: Mapping[str, Mapping[str, np.ndarray]],
+  now: Mapping[str, Mapping[str, np.ndarray]],
+) -> dict[str, float]:
+  """Returns `norm/block_i`, and `drift/block_i` = |w - w_before| / |w|.
+
+  Args:
+    before: block -> leaf -> values at the look before; empty at the first.
+    now: the same at this one. The norm is the root mean square of a leaf's
+      values, averaged over leaves, so that a sample gives it too.
+  """
+  out = {}
+  for name, leaves in now.items():
+    sizes = [np.sqrt(np.mean(np.square(x))) for x in leaves.values()]
+    out[f'norm/{name}'] = float(np.mean(sizes))
+    if name in before:
+      moved = sum(
+        np.sum(np.square(x - before[name][n])) for n, x in leaves.items()
+      )
+      whole = sum(np.sum(np.square(x)) for x in leaves.values())
+      out[f'drift/{name}'] = float(np.sqrt(moved / max(whole, 1e-30)))
+  return out
 
 
 def collapsed(

@@ -1,0 +1,22 @@
+"""LayerLock at 4B (ViT-e, 3.8 billion parameters): the largest model published.
+
+37 of 56 layers are locked over the last two thirds of 488k steps of 2,048
+clips, the schedule of ViT-G in fractions. bfloat16, rematerialisation, all
+devices share parameters and optimizer (`mesh.fsdp`); locked matrices are kept
+in bfloat16. What it fits on: `--plan`, and launch/README.md.
+Command: bash launch/local.sh --config=configs/layerlock_4b.py --plan
+Expected: 4DS-e 64.6 -> 67.1 on SSv2 with the readout of 4DS (secondary
+source). Ours: not run.
+"""
+
+from vssl_jax import config as config_lib
+
+
+def get_config(variant=''):
+  size = f'e-{variant}' if variant else 'e'
+  _, c = config_lib.load(f'configs/layerlock_2b.py:{size}')
+  c.method.total = 488_281
+  c.method.frozen_dtype = 'bfloat16'
+  if variant == 'mae':
+    c.method.schedule = f'((0, {c.method.total}),)'
+  return c

@@ -1,0 +1,292 @@
+"""LayerLock's knobs, and the method that they describe."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import ml_collections
+
+from vssl_jax import losses, mask_specs
+from vssl_jax.methods import base, layerlock, salt, salt_config, schedules
+from vssl_jax.models import layers, positions, vit
+from vssl_jax.models import predictor as predictor_lib
+
+KNOBS = {
+  'base': ('mae', 'vjepa'),
+  'target': ('latent', 'pixels'),
+  'positions': ('all', 'subset', 'masked'),
+  'subset_context': ('subset', 'full'),
+  'targets': ('single', 'all'),
+  'latent_weight': ('constant', 'cosine'),
+  'layout': ('unrolled', 'loops'),
+  'pixel_norm': tuple(losses.PIXEL_NORMS),
+  'target_norm': tuple(losses.TARGET_NORMS),
+}
+
+
+def default() -> ml_collections.ConfigDict:
+  """Returns every knob of LayerLock, ViT-L, at our defaults."""
+  c = ml_collections.ConfigDict()
+  c.name = 'layerlock'
+  c.base = 'mae'  # 'vjepa': locks under V-JEPA's masks, predictor and average
+  c.encoder = salt_config.encoder_section()
+  c.vit = ml_collections.ConfigDict(
+    dict(
+      patch=(2, 16, 16),
+      # 'both' adds a learned table, 'learned' is 4DS, 'rope_3d' V-JEPA.
+      positions='rope_post_norm',
+      rope_pairing='paired',  # of 'rope_3d'
+      qkv_bias='full',
+      init='vjepa',
+      gelu='tanh',
+      drop_path=0.0,
+      dtype='bfloat16',
+      remat='none',
+      attention='auto',
+      mean=(0.0, 0.0, 0.0),  # pixels stay in [0, 1], as in 4DS
+      std=(1.0, 1.0, 1.0),
+    )
+  )
+  c.decoder_blocks = 4  # the last blocks, which decode and are never locked
+  c.layout = 'unrolled'  # 'loops' compiles deep encoders several times faster
+  c.total = 100_000  # steps of the run
+  # Lock a layer, or `jump` of them, every `interval` steps from `start` on,
+  # until `last` are locked. Values below 1 are fractions, of the run's steps
+  # and of the layers; interval=0 divides what is left evenly.
+  c.start = 1 / 3
+  c.interval = 0.0
+  c.jump = 1
+  c.last = 2 / 3
+  # Instead: '((0, 600), (1, 200), ...)', lock depth and steps of each phase;
+  # 'auto': a short run proposes it before the first step.
+  c.schedule = ''
+  c.rewarm = (0.1, 0.1)  # share of each lock's steps, and the first factor
+  c.target = 'latent'  # 'pixels': freezing only
+  c.targets = 'single'  # 'all': every locked layer, a head for each
+  c.positions = 'all'  # 'masked', 'subset'
+  c.subset = 0.05
+  c.subset_context = 'subset'  # 'full'
+  c.masks = 'random:0.95'
+  c.mask_select = 'random_k'
+  c.pixel_norm = 'patch_channel'  # 'patch', 'none'
+  c.target_norm = 'ln'  # 'none'
+  c.frozen_dtype = 'float32'  # 'bfloat16' stores locked matrices in half
+  # False is the control: nothing is locked, pixel and latent terms are added.
+  c.freeze = True
+  c.latent_weight = 'constant'  # 'cosine'
+  # base='vjepa' only.
+  c.predictor = ml_collections.ConfigDict(
+    dict(width=384, depth=12, num_heads=16)
+  )
+  c.mask_tokens = 2
+  c.latent_loss = 'l1'
+  c.ema = (0.99925, 0.99925)
+  c.target_offset = 1  # layers above the newest locked one
+  return c
+
+
+def build(
+  config: ml_collections.ConfigDict,
+  video: tuple[int, ...],
+  resolve: Callable[[str], nn.Module],
+) -> base.Method:
+  """Builds the method from its section of the config.
+
+  Args:
+    config: `config.method`.
+    video: (T, H, W, C) of a clip.
+    resolve: not used; no module comes from outside.
+
+  Raises:
+    ValueError: a knob with an unknown value, or a schedule that does not fit.
+  """
+  del resolve
+  for knob, values in KNOBS.items():
+    if config[knob] not in values:
+      raise ValueError(
+        f'method.{knob}: found {config[knob]!r}, wanted one of {values}'
+      )
+  encoder = _encoder(config)
+  make = _vjepa if config.base == 'vjepa' else _mae
+  return make(config, encoder, _schedule(config, encoder), video)
+
+
+def _encoder(config: ml_collections.ConfigDict) -> vit.Vit:
+  alone = config.base == 'vjepa'
+  return salt_config.make_encoder(
+    config.encoder,
+    config.vit,
+    final_norm=alone,
+    decoder_blocks=0 if alone else config.decoder_blocks,
+  )
+
+
+def most_locked(config: ml_collections.ConfigDict) -> int:
+  """Returns how many layers may be locked at most."""
+  encoder = _encoder(config)
+  return encoder.depth - max(encoder.decoder_blocks, 1)
+
+
+def _schedule(
+  config: ml_collections.ConfigDict, encoder: vit.Vit
+) -> schedules.Schedule:
+  """Returns (lock depth, steps) of every phase."""
+  limit = most_locked(config)
+  if config.schedule == 'auto':
+    raise ValueError(
+      "method.schedule: 'auto' is found by a short run when training starts; "
+      "elsewhere write a schedule, or '' for start, interval, jump and last"
+    )
+  if config.schedule:
+    found = schedules.parse(config.schedule)
+    return schedules.check(found, config.total, limit)
+  return schedules.lock_schedule(
+    config.total,
+    encoder.depth,
+    start=config.start,
+    interval=config.interval,
+    jump=config.jump,
+    last=config.last,
+    limit=limit,
+  )
+
+
+def _shared(
+  config: ml_collections.ConfigDict, encoder: vit.Vit, depth: int, steps: int
+) -> dict[str, Any]:
+  """Returns what the phases of both bases have in common."""
+  share, factor = config.rewarm
+  loops: tuple[int, ...] = ()
+  if config.layout == 'loops':
+    loops = tuple(sorted({0, depth, encoder.encoder_depth} - {encoder.depth}))
+  return dict(
+    name=f'lock_{depth:02d}' if depth else 'pixels',
+    steps=steps,
+    encoder=encoder.clone(loops=loops),
+    init='carry',
+    opt='carry',
+    horizon='run',
+    rewarm=(round(share * steps), factor) if depth else (0, 1.0),
+    frozen_dtype=config.frozen_dtype,
+  )
+
+
+def _frozen(encoder: vit.Vit, depth: int) -> tuple[str, ...]:
+  """Returns the patterns of what makes the outputs of the first blocks."""
+  if not depth:
+    return ()
+  learned = encoder.positions in positions.LEARNED
+  return (
+    'encoder/embed',
+    *(('encoder/positions',) if learned else ()),
+    *(f'encoder/block_{i:02d}' for i in range(depth)),
+  )
+
+
+def _mae(
+  config: ml_collections.ConfigDict,
+  encoder: vit.Vit,
+  schedule: schedules.Schedule,
+  video: tuple[int, ...],
+) -> layerlock.LayerLock:
+  mask, *more = mask_specs.parse(config.masks, select=config.mask_select)
+  if more:
+    raise ValueError(
+      f'method.masks: found {config.masks!r}, wanted one mask such as '
+      "'random:0.95' or 'short'"
+    )
+  mask.counts(layers.grid_of((1, *video), encoder.patch))  # refuses small grids
+  pt, py, px = encoder.patch
+  heads: tuple[str, ...] = ('latent_head',)
+  if config.targets == 'all':
+    deepest = max(schedule[-1][0], 1)
+    heads = tuple(f'latent_head_{k:02d}' for k in range(1, deepest + 1))
+  taken = ('pixel_norm', 'target_norm', 'targets', 'positions', 'subset')
+  taken += ('subset_context', 'latent_weight')
+  return layerlock.LayerLock(
+    plan=tuple(_lock(config, encoder, k, n, heads) for k, n in schedule),
+    mask=mask,
+    pixel_head=_head(encoder, pt * py * px * video[-1]),
+    latent_head=_head(encoder, encoder.width),
+    latent_heads=heads,
+    **{name: config[name] for name in taken},
+  )
+
+
+def _head(encoder: vit.Vit, width: int) -> nn.Dense:
+  return nn.Dense(
+    width,
+    dtype=jnp.dtype(encoder.dtype),
+    kernel_init=layers.kernel_init(encoder.init_family, 'head'),
+  )
+
+
+def _lock(
+  config: ml_collections.ConfigDict,
+  encoder: vit.Vit,
+  depth: int,
+  steps: int,
+  heads: tuple[str, ...],
+) -> layerlock.Lock:
+  terms: tuple[str, ...] = ('pixel',)
+  if depth and config.target == 'latent':
+    terms = ('latent',) if config.freeze else ('pixel', 'latent')
+  used = set()
+  if 'pixel' in terms:
+    used.add('pixel_head')
+  if 'latent' in terms:
+    used |= set(heads[:depth] if config.targets == 'all' else heads)
+  frozen_depth = depth if config.freeze else 0
+  idle = [name for name in ('pixel_head', *heads) if name not in used]
+  return layerlock.Lock(
+    **_shared(config, encoder, depth, steps),
+    frozen=(*_frozen(encoder, frozen_depth), *(f'{n}/' for n in idle)),
+    lock_depth=depth,
+    frozen_depth=frozen_depth,
+    terms=terms,
+  )
+
+
+def _vjepa(
+  config: ml_collections.ConfigDict,
+  encoder: vit.Vit,
+  schedule: schedules.Schedule,
+  video: tuple[int, ...],
+) -> salt.Salt:
+  """Returns V-JEPA's loss with locks: a target that moves up an average."""
+  masks = mask_specs.parse(config.masks, select=config.mask_select)
+  for spec in masks:
+    spec.counts(layers.grid_of((1, *video), encoder.patch))
+  predictor = predictor_lib.Predictor(
+    **config.predictor,
+    out_width=encoder.width,
+    num_mask_tokens=config.mask_tokens,
+    positions=encoder.positions,
+    rope_pairing=encoder.rope_pairing,
+    init_family=encoder.init_family,
+    dtype=encoder.dtype,
+    remat=encoder.remat,
+    attention=encoder.attention,
+  )
+  teacher = encoder.clone(drop_path=0.0)
+  plan = []
+  for depth, steps in schedule:
+    shared = _shared(config, encoder, depth, steps)
+    shared['name'] = f'lock_{depth:02d}'
+    frozen = depth if config.freeze else 0
+    plan.append(
+      salt.LatentStudent(
+        **shared,
+        frozen=_frozen(encoder, frozen),
+        frozen_depth=frozen,
+        predictor=predictor,
+        masks=masks,
+        teachers={'target': base.Teacher(teacher, '@ema/encoder')},
+        ema={'encoder': base.Ema('encoder', config.ema)},
+        latent_loss=config.latent_loss,
+        target_norm=config.target_norm,
+        target_layer=min(depth + config.target_offset, encoder.depth),
+      )
+    )
+  return salt.Salt(tuple(plan))

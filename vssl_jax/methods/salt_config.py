@@ -1,0 +1,247 @@
+"""SALT's knobs, and the method that they describe."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import ml_collections
+
+from vssl_jax import losses, mask_specs
+from vssl_jax.methods import base, salt
+from vssl_jax.models import decoder as decoder_lib
+from vssl_jax.models import layers, vit
+from vssl_jax.models import predictor as predictor_lib
+
+
+def default() -> ml_collections.ConfigDict:
+  """Returns every knob of SALT at the values of the paper, ViT-L."""
+  c = ml_collections.ConfigDict()
+  c.name = 'salt'
+  # Run in this order. Names start with pixel_teacher or latent_student and
+  # name the section below that describes the phase.
+  c.phases = ('pixel_teacher', 'latent_student')
+  # What all encoders share; models/vit.py explains each field.
+  c.vit = ml_collections.ConfigDict(
+    dict(
+      patch=(2, 16, 16),
+      positions='rope_3d',
+      # 'vjepa2' is the rotation of the released code, needed to load its
+      # weights; the paper does not say which one it trained with.
+      rope_pairing='paired',
+      qkv_bias='full',
+      init='vjepa',
+      drop_path=0.0,
+      dtype='bfloat16',
+      remat='none',
+      attention='auto',
+    )
+  )
+  c.pixel_teacher = _pixel_section()
+  c.latent_student = _latent_section('@pixel_teacher')
+  c.latent_student_2 = _latent_section('@latent_student')
+  return c
+
+
+def encoder_section() -> ml_collections.ConfigDict:
+  """Returns the knobs of an encoder's shape."""
+  return ml_collections.ConfigDict(
+    dict(
+      size='L',  # a row of models/vit.py:SIZES
+      # Other shapes: 0 takes the value of the size.
+      width=0,
+      depth=0,
+      num_heads=0,
+      mlp_width=0,
+    )
+  )
+
+
+def _pixel_section() -> ml_collections.ConfigDict:
+  return ml_collections.ConfigDict(
+    dict(
+      steps=40_000,  # paper: 80k in the main table, 40k is its best split
+      encoder=encoder_section(),
+      # The paper does not describe its decoder; the predictor's shape with
+      # pixels as output reproduces its FLOPs. 'videomae' is VideoMAE's.
+      decoder=dict(kind='predictor', width=384, depth=12, num_heads=16),
+      masks='short_long',  # mask_specs.parse
+      mask_select='random_k',  # 'raster_truncate' is the published collator
+      mask_tokens=2,  # one per mask type; 1 shares it
+      pixel_norm='patch_channel',  # 'patch', 'none'
+      pixel_loss='mse',  # 'l1'
+      init_from='',  # run folder or published model for the encoder
+    )
+  )
+
+
+def _latent_section(teacher: str) -> ml_collections.ConfigDict:
+  return ml_collections.ConfigDict(
+    dict(
+      steps=200_000,
+      encoder=encoder_section(),
+      predictor=dict(width=384, depth=12, num_heads=16),
+      # @<earlier phase>, @ema/encoder (V-JEPA), a run folder, or a published
+      # model (local folder or hub id).
+      teacher=teacher,
+      teacher_dtype='bfloat16',
+      # Momentum of @ema/encoder, linear from the first to the last step.
+      ema=(0.99925, 0.99925),
+      polyak=0.0,  # > 0: also keep this average of the student
+      masks='short_long',
+      mask_select='random_k',
+      mask_tokens=2,
+      latent_loss='l1',  # 'smooth_l1', 'l2'
+      target_norm='ln',  # 'none'
+      init_from='',
+    )
+  )
+
+
+def build(
+  config: ml_collections.ConfigDict,
+  video: tuple[int, ...],
+  resolve: Callable[[str], nn.Module],
+) -> salt.Salt:
+  """Builds the method from its section of the config.
+
+  Args:
+    config: `config.method`.
+    video: (T, H, W, C) of a clip.
+    resolve: source of an outside teacher -> its module.
+
+  Raises:
+    ValueError: a phase without a section, or a mask that does not exist.
+  """
+  plan: list[Any] = []
+  for name in config.phases:
+    if name not in config or name == 'vit':
+      raise ValueError(
+        f'method.phases: found {name!r}, wanted names of sections of '
+        'config.method such as pixel_teacher, latent_student, latent_student_2'
+      )
+    section = config[name]
+    encoder = make_encoder(section.encoder, config.vit)
+    masks = mask_specs.parse(section.masks, select=section.mask_select)
+    grid = layers.grid_of((1, *video), encoder.patch)
+    for spec in masks:
+      spec.counts(grid)  # refuses a grid too small for its masks, by name
+    common = dict(
+      name=name,
+      steps=section.steps,
+      encoder=encoder,
+      masks=masks,
+      init='fresh',
+      opt='fresh',
+      rows='fresh',
+      init_from={'encoder': section.init_from} if section.init_from else {},
+    )
+    if name.startswith('pixel_teacher'):
+      plan.append(_pixel_phase(section, encoder, video, common))
+    else:
+      plan.append(_latent_phase(section, encoder, plan, resolve, common))
+  return salt.Salt(tuple(plan))
+
+
+def known(name: str, value: str, table: Mapping[str, Any]) -> str:
+  """Returns a knob's value if the table has it."""
+  if value not in table:
+    raise ValueError(f'{name}: found {value!r}, wanted one of {sorted(table)}')
+  return value
+
+
+def make_encoder(
+  section: ml_collections.ConfigDict,
+  shared: ml_collections.ConfigDict,
+  **fields: Any,
+) -> vit.Vit:
+  """Returns the encoder of a section, with the fields that all share."""
+  shape = {k: v for k, v in section.items() if k != 'size' and v}
+  return vit.make(section.size, **shape, **shared, **fields)
+
+
+def _pixel_phase(
+  section: ml_collections.ConfigDict,
+  encoder: vit.Vit,
+  video: tuple[int, ...],
+  common: dict[str, Any],
+) -> salt.PixelTeacher:
+  pt, py, px = encoder.patch
+  shape = dict(section.decoder)
+  kind = shape.pop('kind')
+  shape['out_width'] = pt * py * px * video[-1]
+  if kind == 'predictor':
+    decoder = _predictor(shape, section, encoder)
+  elif kind == 'videomae':
+    decoder = decoder_lib.VideoMaeDecoder(
+      **shape, dtype=encoder.dtype, remat=encoder.remat
+    )
+  else:
+    raise ValueError(
+      f'method.{common["name"]}.decoder.kind: found {kind!r}, wanted '
+      "'predictor' or 'videomae'"
+    )
+  return salt.PixelTeacher(
+    **common,
+    decoder=decoder,
+    pixel_norm=known('pixel_norm', section.pixel_norm, losses.PIXEL_NORMS),
+    pixel_loss=known('pixel_loss', section.pixel_loss, losses.DISTANCES),
+  )
+
+
+def _latent_phase(
+  section: ml_collections.ConfigDict,
+  encoder: vit.Vit,
+  before: list[Any],
+  resolve: Callable[[str], nn.Module],
+  common: dict[str, Any],
+) -> salt.LatentStudent:
+  source, ema = section.teacher, {}
+  if not source:
+    raise ValueError(
+      f'method.{common["name"]}.teacher: found nothing; it needs a source, '
+      'or it would be a random model'
+    )
+  if source.startswith('@ema/'):
+    module = encoder
+    ema[source.removeprefix('@ema/')] = base.Ema('encoder', section.ema)
+  elif source.startswith('@'):
+    by_name = {p.name: p.encoder for p in before}
+    if source[1:] not in by_name:
+      raise ValueError(
+        f'method.{common["name"]}.teacher: found {source!r}, wanted one of '
+        f'{["@" + n for n in by_name]} (a phase that runs before), '
+        '@ema/encoder, the folder of a finished run or a published model'
+      )
+    module = by_name[source[1:]]
+  else:
+    module = resolve(source)
+  if section.polyak:
+    ema['polyak'] = base.Ema('encoder', (section.polyak,) * 2)
+  # Targets come from evaluation mode: no drop path in a teacher.
+  module = module.clone(drop_path=0.0)
+  shape = dict(section.predictor, out_width=module.width)
+  return salt.LatentStudent(
+    **common,
+    predictor=_predictor(shape, section, encoder),
+    teachers={
+      'target': base.Teacher(module, source, dtype=section.teacher_dtype)
+    },
+    ema=ema,
+    latent_loss=known('latent_loss', section.latent_loss, losses.DISTANCES),
+    target_norm=known('target_norm', section.target_norm, losses.TARGET_NORMS),
+  )
+
+
+def _predictor(
+  shape: dict[str, Any], section: ml_collections.ConfigDict, encoder: vit.Vit
+) -> predictor_lib.Predictor:
+  return predictor_lib.Predictor(
+    **shape,
+    num_mask_tokens=section.mask_tokens,
+    positions=encoder.positions,
+    rope_pairing=encoder.rope_pairing,
+    init_family=encoder.init_family,
+    dtype=encoder.dtype,
+    remat=encoder.remat,
+    attention=encoder.attention,
+  )

@@ -85,6 +85,9 @@ def default(method: str = 'salt') -> ml_collections.ConfigDict:
       every=0.05,  # fraction of the run, or steps if over 1
       clips=256,  # clips that the panel looks at
       max_skipped=50,  # stop after so many steps in a row without an update
+      # Stop at the end of a phase of which more than this fraction of the
+      # steps, or all, had no update.
+      skipped_share=0.5,
       spike_alarm=10.0,  # warn above this multiple of the running median loss
     )
   )

@@ -12,6 +12,9 @@ import numpy as np
 from vssl_jax.train import metrics, step
 from vssl_jax.train.run import Run, Span, TrainingError, spans
 
+# Fraction of a phase's steps without an update that is said aloud.
+SKIPPED_ALARM = 0.05
+
 
 class Recorder:
   """Looks at the metrics of a step once the next one is dispatched."""
@@ -88,6 +91,33 @@ class Recorder:
         else f'{streak} steps in a row had a loss or gradient that is not '
         f'finite, up to step {step_index + 1}; their batches are in {path}. '
         'Lower --config.optim.lr, or look at those clips'
+      )
+
+  def end_phase(self, state: step.TrainState) -> None:
+    """Refuses a phase that most of its steps did not change.
+
+    Raises:
+      TrainingError: none had an update, or too few.
+    """
+    run, phase = self._run, self._span.phase
+    skipped, limit = (
+      int(state.guard['skipped']),
+      run.config.health.skipped_share,
+    )
+    share = skipped / phase.steps
+    said = (
+      f'phase {phase.name!r}: {skipped} of {phase.steps} steps had no update'
+    )
+    if skipped == phase.steps or share > limit:
+      raise TrainingError(
+        f'{said}, and health.skipped_share allows {limit:g}; nothing is taken '
+        f'over from it. Their batches are in {run.workdir}/skipped_*.jsonl. '
+        'Lower --config.optim.lr, look at those clips, or raise '
+        '--config.optim.skip_spike if it is set'
+      )
+    if share > SKIPPED_ALARM:
+      run.logger.say(
+        f'{said}; their batches are in {run.workdir}/skipped_*.jsonl'
       )
 
   def _write(self, done: int, values: Any) -> None:

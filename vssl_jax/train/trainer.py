@@ -169,6 +169,8 @@ def _loop(
     if done % run.config.checkpoint.every == 0 and done < span.end:
       _save(run, span, state)
   recorder.flush(state)
+  if done == span.end:
+    recorder.end_phase(state)
   return state
 
 

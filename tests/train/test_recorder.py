@@ -1,0 +1,73 @@
+import dataclasses
+import pathlib
+
+import jax.numpy as jnp
+import pytest
+
+from tests.train import toy
+from vssl_jax.train import manifests, trainer
+from vssl_jax.train import run as run_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Failing(toy.Toy):
+  """Its loss is not a number at some steps, counted from 0."""
+
+  bad: tuple = ()
+
+  def loss(self, params, teachers, batch, rng, phase):
+    value, aux = super().loss(params, teachers, batch, rng, phase)
+    fails = jnp.any(jnp.asarray(self.bad) == rng.step)
+    return jnp.where(fails, jnp.nan, value), aux
+
+
+@pytest.fixture
+def run(tiny, monkeypatch):
+  def run(*bad):
+    plan = (toy.phase(name='one', steps=4), toy.phase(name='two', steps=3))
+    method = Failing(plan, bad=bad)
+    monkeypatch.setattr(run_lib.methods, 'build', lambda *_: method)
+    tiny.optim.warmup = 0
+    return trainer.train(tiny)
+
+  return run
+
+
+@pytest.mark.parametrize(
+  ('bad', 'share', 'message'),
+  [
+    ((4, 5, 6), 1.0, "phase 'two': 3 of 3 steps had no update"),
+    ((4, 6), 0.5, "phase 'two': 2 of 3 .*skipped_share allows 0.5"),
+    ((0, 1, 3), 0.7, "phase 'one': 3 of 4 .*skipped_share allows 0.7"),
+  ],
+)
+def test_a_phase_that_learned_nothing_stops_the_run(
+  tiny, run, bad, share, message
+):
+  tiny.health.skipped_share = share
+  with pytest.raises(run_lib.TrainingError, match=message):
+    run(*bad)
+  phase = 'two' if 4 in bad else 'one'
+  workdir = pathlib.Path(tiny.workdir)
+  # Nothing can be taken over from it, and a restart stops there again.
+  assert phase not in {s.phase for s in manifests.listing(workdir, ('params',))}
+  text = (workdir / 'skipped_0.jsonl').read_text()
+  assert [f'"step": {s + 1},' in text for s in bad] == [True] * len(bad)
+  with pytest.raises(run_lib.TrainingError, match=message):
+    run(*bad)
+
+
+@pytest.mark.parametrize(
+  ('bad', 'said'),
+  [
+    ((1, 5), ["'one': 1 of 4 steps", "'two': 1 of 3 steps"]),
+    ((), []),
+  ],
+)
+def test_some_are_said_aloud(run, bad, said, capsys):
+  """Counted by phase."""
+  assert run(*bad) == 0
+  printed = capsys.readouterr().out
+  assert printed.count('had no update; their batches') == len(said)
+  for words in said:
+    assert words in printed

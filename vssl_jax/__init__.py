@@ -9,7 +9,8 @@ def load(source: str) -> Any:
   """Loads a frozen encoder: `encoder = load('runs/x'); encoder(video)`.
 
   Args:
-    source: a run folder, a local folder with published weights, or a hub id.
+    source: a run folder, a local folder or file with published weights, or a
+      hub id.
 
   Returns:
     `encoders.Encoder`, which maps uint8 clips [B, T, H, W, 3] to tokens

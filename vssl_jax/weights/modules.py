@@ -25,7 +25,20 @@ FIELDS = {
     'qkv_bias': 'qv',
     'init_family': 'videomae',
   },
+  'scaling4d': {
+    'positions': 'learned',
+    'qkv_bias': 'full',
+    'init_family': '4ds',
+    'gelu': 'tanh',
+    'norm_eps': 1e-6,
+    'final_norm': False,
+    'mean': (0.0,) * 3,  # pixels in [0, 1] as they are
+    'std': (1.0,) * 3,
+  },
 }
+# The released demos read 4DS here: after 10 blocks of 12, and after 52 of 56,
+# where the encoder ends and the blocks begin that served as its decoder.
+SCALING4D_TAP = 0.95
 
 
 def build(found: source_lib.Found, part: str, num_heads: int | None) -> Any:
@@ -49,8 +62,16 @@ def build(found: source_lib.Found, part: str, num_heads: int | None) -> Any:
         'need the config.json that was written beside them'
       )
     return vit.make(found.config['vit'])
-  shapes = {n: x.shape for n, (_, x) in found.tensors(part).items()}
+  if part not in found.layout.parts:
+    raise read.WeightsError(
+      f'{found.source}: {found.layout.name} has no {part}; wanted one of '
+      f'{sorted(found.layout.parts)}'
+    )
   table = found.layout.parts[part]
+  shapes = {n: x.shape for n, (_, x) in found.tensors(part).items()}
+  if found.layout.family == 'scaling4d':
+    with _says_what_is_missing(found.source):
+      return _scaling4d(found.source, table, shapes, num_heads)
   with _says_what_is_missing(found.source):
     common = _common(found, table, part, shapes, num_heads)
     if part == 'encoder':
@@ -76,6 +97,41 @@ def build(found: source_lib.Found, part: str, num_heads: int | None) -> Any:
       num_mask_tokens=stacked[0] if stacked else single,
       rope_pairing='vjepa2',
     )
+
+
+def _scaling4d(
+  source: str,
+  table: tables.Part,
+  shapes: Mapping[str, tuple[int, ...]],
+  num_heads: int | None,
+) -> vit.Vit:
+  """Returns the encoder of 4DS, told by the shapes alone."""
+  rows = {r.ours: r.theirs for r in table.rows(1)}
+
+  def sizes(ours: str, axes: int) -> tuple[int, ...]:
+    found = shapes[rows[ours]]
+    if len(found) != axes:
+      raise read.WeightsError(
+        f'{source}: {rows[ours]} has shape {found}, wanted {axes} axes'
+      )
+    return found
+
+  query = sizes('block_00/attn/q/kernel', 3)
+  if num_heads not in (None, query[1]):
+    raise read.WeightsError(
+      f'{source}: num_heads is {num_heads} and queries of shape {query} have '
+      f'{query[1]} heads; leave num_heads out'
+    )
+  depth = table.depth(shapes)
+  return vit.Vit(
+    width=query[0],
+    depth=depth,
+    num_heads=query[1],
+    mlp_width=sizes('block_00/mlp/fc1/kernel', 2)[1],
+    patch=sizes('embed/kernel', 5)[:3],
+    decoder_blocks=depth - max(vit.tap(depth, SCALING4D_TAP), 1),
+    **FIELDS['scaling4d'],
+  )
 
 
 @contextlib.contextmanager

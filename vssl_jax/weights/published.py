@@ -26,12 +26,18 @@ def describe(source: str | os.PathLike[str]) -> vit.Vit:
 def clip_shape(source: str | os.PathLike[str]) -> tuple[int, int, int, int]:
   """Returns (T, H, W, C) of the clips that the encoder was trained on.
 
-  Files without a config give VideoMAE's 16 frames of 224 x 224.
+  Files without a config tell it by their learned positions; those without
+  these give VideoMAE's 16 frames of 224 x 224.
   """
-  config = source_lib.open_source(source).config
+  found = source_lib.open_source(source)
+  config, grid = found.config, _grid(found)
   if 'video' in config:
     t, h, w, c = config['video']
     return t, h, w, c
+  if grid is not None:
+    patch = modules.build(found, 'encoder', None).patch
+    t, h, w = (n * p for n, p in zip(grid, patch, strict=True))
+    return t, h, w, 3
   frames = config.get('frames_per_clip', config.get('num_frames', 16))
   side = config.get('crop_size', config.get('image_size', 224))
   if isinstance(side, dict):  # of an image processor
@@ -52,8 +58,9 @@ def load_published(
   """Loads published weights.
 
   Args:
-    source: a folder with `config.json` and safetensors files, a single
-      `.safetensors`, `.npz`, `.pth` or `.pt` file, or a hub id.
+    source: a folder with `config.json` and safetensors files, or with one
+      `.npz` file; a single `.safetensors`, `.npz`, `.pth` or `.pt` file; or a
+      hub id.
     part: `encoder`, or `head` for the predictor or decoder beside it.
     num_heads: attention heads, for a file without a config whose width says
       nothing about them.
@@ -73,7 +80,7 @@ def load_published(
   found = source_lib.open_source(source)
   module = modules.build(found, part, num_heads).clone(**fields)
   named = found.tensors(part)
-  shapes = _shapes(module, named, grid)
+  shapes = _shapes(module, named, grid or _grid(found))
   rows, others = _rows(found, part, module, named)
   keys = {name: key for name, (key, _) in named.items()}
   params, report = convert.to_ours(
@@ -112,16 +119,27 @@ def _rows(
   return rows, tuple(others)
 
 
+def _grid(found: source_lib.Found) -> layers.Grid | None:
+  """Returns the tokens (t, h, w) of learned positions, None without them."""
+  name = 'positions'
+  if found.layout is not None:
+    rows = found.layout.parts['encoder'].rows(0)
+    name = {r.ours: r.theirs for r in rows}.get(name, '')
+  _, table = found.tensors('encoder').get(name, ('', None))
+  if table is None:
+    return None
+  t, h, w, _ = table.shape
+  return t, h, w
+
+
 def _shapes(
   module: Any, named: Mapping[str, Any], grid: layers.Grid | None
 ) -> Any:
   """Returns the module's parameters as shapes."""
   key = jax.random.key(0)
   if isinstance(module, vit.Vit):
-    if grid is None:
-      table = named.get('positions')
-      grid = table[1].shape[:3] if table else (1, 1, 1)
-    size = [n * p for n, p in zip(grid, module.patch, strict=True)]
+    sizes = zip(grid or (1, 1, 1), module.patch, strict=True)
+    size = [n * p for n, p in sizes]
     clip = jax.ShapeDtypeStruct((1, *size, len(module.mean)), jnp.uint8)
     return jax.eval_shape(module.init, key, clip)['params']
   index = jnp.zeros((1, 1), jnp.int32)

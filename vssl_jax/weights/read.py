@@ -148,23 +148,6 @@ def _span(path: pathlib.Path, key: str, entry: Any) -> tuple[int, int]:
   return begin, end
 
 
-def npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-  """Reads the arrays of an npz file, none of which may hold objects.
-
-  Raises:
-    WeightsError: it is no npz file, or holds pickled objects.
-  """
-  try:
-    with np.load(path, allow_pickle=False) as file:
-      if not isinstance(file, np.lib.npyio.NpzFile):
-        raise WeightsError(f'{path}: no npz file')
-      return {key: file[key] for key in file.files}
-  except (ValueError, OSError, EOFError) as e:
-    raise WeightsError(
-      f'{path}: {e}. Arrays of objects can run code and are refused'
-    ) from e
-
-
 def write_safetensors(
   path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]
 ) -> None:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from vssl_jax.weights import read, tables, unpickle
+from vssl_jax.weights import npz, read, tables, unpickle
 
 OURS = 'vssl_vit'  # model_type of the layout that fits every Vit
 HUB_ID = re.compile(r'^[\w-][\w.-]*/[\w-][\w.-]*$')
@@ -57,8 +57,9 @@ def open_source(source: str | os.PathLike[str]) -> Found:
   """Opens a folder, a file or a model on the hub.
 
   Args:
-    source: a folder with `config.json` and safetensors files, a single
-      `.safetensors`, `.npz`, `.pth` or `.pt` file, or a hub id.
+    source: a folder with `config.json` and safetensors files, or with one
+      `.npz` file; a single `.safetensors`, `.npz`, `.pth` or `.pt` file; or a
+      hub id.
 
   Raises:
     WeightsError: it does not exist, or its layout is unknown.
@@ -75,7 +76,7 @@ def open_source(source: str | os.PathLike[str]) -> Found:
   elif path.suffix == '.safetensors':
     groups = {'': read.safetensors(path)}
   elif path.suffix == '.npz':
-    groups = {'': read.npz(path)}
+    groups = {'': npz.load(path)}
   else:
     groups = _groups(unpickle.load(path))
   return Found(str(source), config, groups, _recognise(str(source), groups))
@@ -117,6 +118,9 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
 
 def _folder(path: pathlib.Path) -> dict[str, read.Tensor]:
   """Returns the tensors of one file, or of the files of an index."""
+  arrays = sorted(path.glob('*.npz'))
+  if len(arrays) == 1 and not list(path.glob('*.safetensors')):
+    return npz.load(arrays[0])
   index = path / 'model.safetensors.index.json'
   names = ['model.safetensors']
   if index.exists():
@@ -128,7 +132,7 @@ def _folder(path: pathlib.Path) -> dict[str, read.Tensor]:
     if not (path / name).exists():
       raise read.WeightsError(
         f'{path}: no {name}; found {sorted(p.name for p in path.iterdir())}. '
-        'A .pth file is given by its own path'
+        'A .pth file, or one of several .npz files, is given by its own path'
       )
     tensors |= read.safetensors(path / name)
   return tensors

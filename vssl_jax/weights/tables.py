@@ -76,6 +76,13 @@ def _pair(leaf: str, form: str) -> Any:
   ]
 
 
+def _flax(leaf: str, form: str, bias: str = 'same') -> Any:
+  return lambda ours, theirs, tokens: [
+    Row(f'{ours}/{leaf}', f'{theirs}.{leaf}', form),
+    Row(f'{ours}/bias', f'{theirs}.bias', bias),
+  ]
+
+
 def _fused(form: str, leaf: str, suffix: str) -> Any:
   return lambda ours, theirs, tokens: [
     Row(f'{ours}/{x}/{leaf}', f'{theirs}.{suffix}', form, part, 3)
@@ -100,6 +107,14 @@ KINDS = {
   'tokens': lambda ours, theirs, tokens: [
     Row(f'{ours}_{n}', theirs.format(n=n), 'token') for n in range(tokens)
   ],
+  # As Flax lays them out, which is ours but for axes of their own for heads
+  # and for the frames and pixels of a patch.
+  'flax_dense': _flax('kernel', 'same'),
+  'flax_norm': _flax('scale', 'same'),
+  'flax_patches': _flax('kernel', 'patches'),
+  'flax_heads': _flax('kernel', 'heads', 'head_bias'),
+  'flax_out': _flax('kernel', 'from_heads'),
+  'table': lambda ours, theirs, tokens: [Row(ours, theirs)],
 }
 
 _MLP = (('mlp/fc1', 'mlp.fc1', 'dense'), ('mlp/fc2', 'mlp.fc2', 'dense'))
@@ -214,6 +229,28 @@ ORIGINAL_VIDEOMAE = {
     ('model', 'module', ''),
   ),
 }
+# The names of the depth model, whose readout is left to `readout`, begin with
+# `params/layers_0/`; `/` is read as `.`.
+# Source: github.com/google-deepmind/representations4d at 75aca30, models/.
+SCALING4D = {
+  'encoder': Part(
+    (
+      ('embed', 'encoder.patch_embedding.Conv_0', 'flax_patches'),
+      ('positions', 'encoder.posenc.embeddings', 'table'),
+    ),
+    (
+      ('norm_1', 'attention_norm', 'flax_norm'),
+      ('attn/q', 'attention.query', 'flax_heads'),
+      ('attn/k', 'attention.key', 'flax_heads'),
+      ('attn/v', 'attention.value', 'flax_heads'),
+      ('attn/out', 'attention.out', 'flax_out'),
+      ('norm_2', 'mlp_norm', 'flax_norm'),
+      ('mlp/fc1', 'mlp.dense_in', 'flax_dense'),
+      ('mlp/fc2', 'mlp.dense_out', 'flax_dense'),
+    ),
+    'processor.layers_{i}',
+  ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +264,8 @@ class Layout:
     renames: (pattern, replacement) that bring all variants to the table's
       names: prefixes, and names that changed between releases.
     others: patterns of names that belong to neither part; never an error.
-    family: `vjepa2` or `videomae`, which decides the fields of the network.
+    family: `vjepa2`, `videomae` or `scaling4d`, which decides the fields of
+      the network.
   """
 
   name: str
@@ -275,5 +313,13 @@ LAYOUTS = (
     ((r'^(module\.)?(encoder\.)?', ''),),
     (r'fc_norm\.', r'head\.'),
     'videomae',
+  ),
+  Layout(
+    '4DS (released npz)',
+    SCALING4D,
+    ('encoder.posenc.embeddings', 'processor.layers_0.attention.query.kernel'),
+    ((r'/', '.'), (r'^params\.(layers_0\.)?', '')),
+    (r'layers_2\.',),  # the readout of the depth model
+    'scaling4d',
   ),
 )

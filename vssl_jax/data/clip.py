@@ -44,6 +44,8 @@ class Spec:
   min_frames: int = 1
   max_pixels: int = 2**26
   threads: int = 1
+  depth_units: int | float = 0.0
+  depth_range: tuple[transforms.Number, transforms.Number] = (1e-3, 10.0)
 
   def __post_init__(self) -> None:
     checks = (
@@ -62,6 +64,12 @@ class Spec:
         f'data.fps is {self.fps} and data.stride is {self.stride}: frames are '
         'picked by time or by number, not both. Set data.stride to 1 or '
         'data.fps to 0.'
+      )
+    if self.depth_units < 0 or (self.depth_units and self.fps):
+      raise ValueError(
+        f'data.depth_units is {self.depth_units} and data.fps is {self.fps}; '
+        'wanted units per metre of 0 or more, and without a clock for the '
+        'frames data.fps=0 and a data.stride'
       )
     for name in ('frames', 'stride', 'height', 'width', 'repeats', 'segments'):
       if getattr(self, name) < 1:
@@ -83,6 +91,12 @@ class Spec:
   def shape(self) -> tuple[int, int, int, int]:
     """[T, H, W, C] of one clip."""
     return self.frames, self.height, self.width, self.channels
+
+  @property
+  def stored(self) -> tuple[int, int, int, int]:
+    """The same in bytes as readers write them: depth is two more channels."""
+    extra = 2 if self.depth_units else 0
+    return *self.shape[:3], self.channels + extra
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,23 +143,22 @@ def read(
   with decode.Video(
     media, max_pixels=spec.max_pixels, threads=spec.threads
   ) as video:
-    count = _count(video, spec)
-    numbers = _numbers(count, spec, rng)
-    places = _places(numbers)
+    rows = numbers(_count(video, spec), spec, rng)
+    wanted = places(rows)
     pictures = None
-    for number, frame in video.frames(sorted(places), spec.fps or None):
+    for number, frame in video.frames(sorted(wanted), spec.fps or None):
       if pictures is None:
         pictures = [
           Cutter(*plan, spec)
-          for plan in _plans(upright_size(video, frame), spec, rng)
+          for plan in plans(upright_size(video, frame), spec, rng)
         ]
-      for clip, position in places[number]:
+      for clip, position in wanted[number]:
         pictures[clip].cut(frame, out[clip, position])
   return Clips(
     video=out,
     crop=np.asarray([p.done for p in pictures], np.float32),
     flipped=np.asarray([p.flip for p in pictures]),
-    short=bool(spec.frames > 1 and (np.diff(numbers, axis=-1) == 0).any()),
+    short=is_short(rows),
   )
 
 
@@ -160,7 +173,12 @@ def _count(video: decode.Video, spec: Spec) -> int:
   return max(1, int(video.seconds * spec.fps + 1e-3))
 
 
-def _numbers(count: int, spec: Spec, rng: np.random.Generator) -> np.ndarray:
+def is_short(rows: np.ndarray) -> bool:
+  """Returns whether clips repeat a frame, by their frame numbers."""
+  return bool((np.diff(rows, axis=-1) == 0).any())
+
+
+def numbers(count: int, spec: Spec, rng: np.random.Generator) -> np.ndarray:
   """Frame numbers [clips, T]."""
   if spec.testing:
     if spec.sampling == 'spread':
@@ -186,12 +204,12 @@ def _row(
   return transforms.window(count, spec.frames, spec.stride, rng.random())
 
 
-def _places(numbers: np.ndarray) -> dict[int, list[tuple[int, int]]]:
+def places(rows: np.ndarray) -> dict[int, list[tuple[int, int]]]:
   """Where each frame number goes: (clip, position) pairs."""
-  places = {}
-  for (clip, position), number in np.ndenumerate(numbers):
-    places.setdefault(int(number), []).append((clip, position))
-  return places
+  found = {}
+  for (clip, position), number in np.ndenumerate(rows):
+    found.setdefault(int(number), []).append((clip, position))
+  return found
 
 
 def upright_size(
@@ -207,7 +225,7 @@ def _quarters(frame: av.VideoFrame) -> int:
   return round(frame.rotation / 90) % 4
 
 
-def _plans(
+def plans(
   size: tuple[transforms.Number, transforms.Number],
   spec: Spec,
   rng: np.random.Generator,

@@ -16,7 +16,7 @@ import grain
 import numpy as np
 
 from vssl_jax.data import clip as clip_lib
-from vssl_jax.data import decode, reader, sources
+from vssl_jax.data import decode, reader, rgbd, sources
 from vssl_jax.data import item as item_lib
 
 NOTES = '_notes'  # key of the report that travels with a batch
@@ -115,7 +115,7 @@ class Loader:
     """
     threads = self._start()
     per, number = self.spec.clips, len(self.source)
-    video = np.empty((len(tickets) * per, *self.spec.shape), np.uint8)
+    video = np.empty((len(tickets) * per, *self.spec.stored), np.uint8)
     jobs = [
       threads.submit(self._find, ticket, video[i * per : (i + 1) * per])
       for i, ticket in enumerate(tickets)
@@ -136,6 +136,8 @@ class Loader:
     batch = {name: np.repeat(rows, per) for name, rows in batch.items()}
     batch['repeat'] = np.tile(np.arange(per, dtype=np.int32), len(tickets))
     batch['crop'] = np.concatenate([_crops(f, per) for f in found])
+    if self.spec.depth_units:
+      video, batch['depth'] = rgbd.split(video, self.spec)
     batch['video'] = video
     batch[NOTES] = _notes(found)
     return batch

@@ -7,7 +7,7 @@ from typing import Any
 import ml_collections
 
 from vssl_jax.data import clip as clip_lib
-from vssl_jax.data import loading, sources
+from vssl_jax.data import loading, scenes, sources
 
 Options = Mapping[str, Any] | ml_collections.ConfigDict
 
@@ -22,11 +22,20 @@ def default() -> ml_collections.ConfigDict:
       # several of these, separated by commas.
       source='',
       weights=(),  # shares of the sources in each batch; (): by their sizes
-      where='',  # rows of a manifest: 'fold=0,1' or 'fold!=3'
+      # Rows of a manifest: 'fold=0,1' or 'fold!=3'; of frames with depth those
+      # of these numbers: 'frames=0-699'.
+      where='',
       path_column='',  # of a manifest; '': found by its name
       label_column='',
       split='train',  # of a TFDS directory
       classes=(),  # names in the order of their labels; (): found out
+      # --- frames with depth
+      # Units per metre of the 16-bit depth pictures beside the pictures: 1000
+      # for millimetres (ScanNet, 7-Scenes), 5000 for TUM. 0: no depth is read,
+      # and the source is videos.
+      depth_units=0.0,
+      depth_range=(1e-3, 10.0),  # metres that are believed; 0 and 65535 never
+      stretch=0,  # frames of a scene that make one example; 0: all
       # --- what a clip is
       frames=16,
       stride=4,  # frames from one to the next
@@ -64,6 +73,9 @@ def find(config: Options) -> sources.Joined:
   """Lists the videos that `config.data` names."""
   source = config['source']
   source = source.split(',') if isinstance(source, str) else tuple(source)
+  if config['depth_units']:
+    where, stretch = config['where'], config['stretch']
+    return sources.Joined(scenes.find(source, where=where, stretch=stretch))
   return sources.find(
     tuple(source),
     where=config['where'],
@@ -81,7 +93,7 @@ def spec(config: Options, **overrides: Any) -> clip_lib.Spec:
   size = config['size']
   size = (size, size) if isinstance(size, int) else tuple(size)
   values.update(height=size[0], width=size[1])
-  for name in ('crop_scale', 'crop_aspect'):
+  for name in ('crop_scale', 'crop_aspect', 'depth_range'):
     values[name] = tuple(values[name])
   return clip_lib.Spec(**{**values, **overrides})
 

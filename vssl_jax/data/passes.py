@@ -25,6 +25,7 @@ class Pass:
     weight: float32 [B], 1, or 0 for padding and unreadable videos
     substituted: bool [B], true where a video could not be read (black)
     crop: float32 [B, 4]
+    depth: float32 [B, T, H, W] in metres, 0 where unknown (RGB-D only)
 
   All processes get the same number of batches; every video comes exactly once.
 
@@ -58,6 +59,8 @@ class Pass:
     scalars = ('index', 'label', 'view', 'segment', 'weight', 'substituted')
     self.shapes = {'video': spec.shape, 'crop': (4,)}
     self.shapes.update(dict.fromkeys(scalars, ()))
+    if spec.depth_units:
+      self.shapes['depth'] = spec.shape[:3]
     self._loader, self._ledger, self._videos = loader, ledger, videos
     self._process = process_index, process_count
     self._workers, self._prefetch = workers, prefetch

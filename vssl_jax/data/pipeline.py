@@ -66,6 +66,8 @@ class Clips:
       'label': (),
       'crop': (4,),
     }
+    if spec.depth_units:
+      self.shapes['depth'] = spec.shape[:3]
     self.distinct = distinct
     self._loader, self._tickets, self._ledger = loader, tickets, ledger
     self._process = process_index, process_count

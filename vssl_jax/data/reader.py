@@ -5,11 +5,22 @@ from typing import Any
 
 import numpy as np
 
-from vssl_jax.data import child, contain
+from vssl_jax.data import child, contain, rgbd
 from vssl_jax.data import clip as clip_lib
 
 # What a child runs: this package, found where this process finds it.
 CHILD = 'from vssl_jax.data import reader; reader.main()'
+
+
+def read(
+  media: str | bytes,
+  spec: clip_lib.Spec,
+  entropy: Sequence[int],
+  out: np.ndarray,
+) -> clip_lib.Clips:
+  """Reads the clips of a video, or of a stretch of frames with depth."""
+  one = rgbd.read if spec.depth_units else clip_lib.read
+  return one(media, spec, entropy, out)
 
 
 class Readers:
@@ -38,7 +49,7 @@ class Readers:
         {'spec': spec.__dict__},
         deadline_s=deadline_s,
         memory_limit_mb=memory_limit_mb,
-        shared=int(np.prod((spec.clips, *spec.shape))),
+        shared=int(np.prod((spec.clips, *spec.stored))),
       )
 
   def read(
@@ -49,13 +60,13 @@ class Readers:
     Args:
       media: path of a file, or a file's content.
       entropy: seeds of everything random.
-      out: uint8 [clips, T, H, W, C] to write into.
+      out: uint8 [clips, *spec.stored] to write into.
 
     Raises:
       decode.VideoError: also with the reasons timeout, died and memory.
     """
     if self.children is None:
-      return clip_lib.read(media, self._spec, entropy, out)
+      return read(media, self._spec, entropy, out)
     inside = isinstance(media, bytes)
     request = {'path': None if inside else media, 'entropy': list(entropy)}
     reply, frames = self.children.ask(request, media if inside else b'')
@@ -90,9 +101,9 @@ def main() -> None:
   def answer(
     request: dict[str, Any], content: bytes, memory: np.ndarray
   ) -> dict[str, Any]:
-    frames = memory.reshape(spec.clips, *spec.shape)
+    frames = memory.reshape(spec.clips, *spec.stored)
     media = request['path'] or content
-    clips = clip_lib.read(media, spec, request['entropy'], frames)
+    clips = read(media, spec, request['entropy'], frames)
     return {
       'crop': clips.crop.tolist(),
       'flipped': clips.flipped.tolist(),

@@ -1,9 +1,14 @@
-"""One mesh, one rule: where parameters, rows and batches live.
+"""One mesh, one rule: where parameters, rows, batches and activations live.
 
 The mesh has two axes. `data` splits the batch only; `fsdp` splits the batch
 and the parameters. There is no `tensor` axis: with at most 4B parameters and
 clips of 1,568 tokens, fully sharded data parallelism has not been measured to
 need one.
+
+Left alone, the compiler spreads the split of a weight to what is multiplied by
+it: activations of the whole batch are then summed over all devices in every
+layer. So a step says what it wants: activations stay split along the batch,
+and a weight is gathered where it is used, in the type that it is used in.
 """
 
 import re
@@ -101,6 +106,62 @@ def shardings(
     lambda name, x: NamedSharding(mesh, spec(name, x.shape, fsdp, overrides)),
     tree,
   )
+
+
+def _mesh_of_step() -> Any:
+  """Returns the mesh of the step that is being traced; None without one."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.size == 1 or mesh.axis_names != ('data', 'fsdp'):
+    return None
+  return mesh if mesh.axis_types == AUTO else None
+
+
+def along_batch(x: jax.Array) -> jax.Array:
+  """Returns activations [B, ...], split along the batch inside a step.
+
+  Those that all devices cannot share out, such as one row for every clip, are
+  left to the compiler. The same holds for their gradients.
+  """
+  mesh = _mesh_of_step()
+  if mesh is None or x.shape[0] % mesh.size:
+    return x
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(('data', 'fsdp')))
+
+
+@jax.custom_vjp
+def gathered(weight: jax.Array) -> jax.Array:
+  """Returns a weight that every device holds in full for the moment.
+
+  Its gradient goes back to the devices that hold the weight.
+  """
+  if _mesh_of_step() is None:
+    return weight
+  return jax.lax.with_sharding_constraint(weight, PartitionSpec())
+
+
+def _gathered_forward(weight: jax.Array) -> tuple[jax.Array, None]:
+  return gathered(weight), None
+
+
+def _gathered_backward(_: None, gradient: jax.Array) -> tuple[jax.Array]:
+  mesh = _mesh_of_step()
+  if mesh is None:
+    return (gradient,)
+  at = spec('', gradient.shape, mesh.shape['fsdp'])
+  return (jax.lax.with_sharding_constraint(gradient, at),)
+
+
+gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
+def dot_general(
+  x: jax.Array, weight: jax.Array, *args: Any, **kwargs: Any
+) -> jax.Array:
+  """Returns `jax.lax.dot_general` of activations [B, ...] and a weight."""
+  product = jax.lax.dot_general(
+    along_batch(x), gathered(weight), *args, **kwargs
+  )
+  return along_batch(product)
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:

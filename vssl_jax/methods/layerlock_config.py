@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import ml_collections
 
-from vssl_jax import losses, mask_specs
+from vssl_jax import losses, mask_specs, sharding
 from vssl_jax.methods import base, layerlock, salt, salt_config, schedules
 from vssl_jax.models import layers, positions, vit
 from vssl_jax.models import predictor as predictor_lib
@@ -219,6 +219,7 @@ def _head(encoder: vit.Vit, width: int) -> nn.Dense:
     width,
     dtype=jnp.dtype(encoder.dtype),
     kernel_init=layers.kernel_init(encoder.init_family, 'head'),
+    dot_general=sharding.dot_general,
   )
 
 

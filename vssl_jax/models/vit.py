@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
-from vssl_jax import masking
+from vssl_jax import masking, sharding
 from vssl_jax.models import blocks, layers, positions
 
 # width, depth, heads, MLP width. S to G: SALT (arXiv 2509.24317); M and e:
@@ -221,8 +221,9 @@ class Vit(nn.Module):
     )(x)
     if table is None:
       return x
+    table = sharding.gathered(table.astype(x.dtype))
     table = table[None] if visible is None else table[visible]
-    return x + table.astype(x.dtype)
+    return x + table
 
 
 def _join(
@@ -232,10 +233,11 @@ def _join(
 ) -> tuple[Float[Array, 'B K D'], Int[Array, 'B K']]:
   """Returns visible tokens, then latents, and where all of them stand."""
   batch, count = x.shape[0], latents.shape[0]
+  latents = sharding.gathered(latents.astype(x.dtype))
   hidden = jnp.broadcast_to(latents[None], (batch, *latents.shape))
   where = jnp.arange(count, dtype=jnp.int32)[None]
   return (
-    jnp.concatenate([x, hidden.astype(x.dtype)], axis=1),
+    sharding.along_batch(jnp.concatenate([x, hidden], axis=1)),
     jnp.concatenate(
       [
         jnp.broadcast_to(visible, (batch, visible.shape[1])),

@@ -2,7 +2,7 @@
 
 Paper: SALT, arXiv 2509.24317, appendix (after V-JEPA 2). 20 heads, one per
 learning rate and weight decay, 8 segments x 3 views; `:fast` is its 16x1x1
-with one head. Theirs adds RandAugment and random erasing; here crops only.
+with one head. RandAugment comes after the crop; theirs comes before it.
 Copies of Kinetics differ (19,761 to 19,907 validation videos): the report
 says how many were evaluated.
 Hardware: 20 ViT-L heads take some 16 GB; --config.probe.groups=4 needs less.
@@ -24,6 +24,7 @@ def get_config(variant=''):
   c.data.frames, c.data.stride, c.data.size = 16, 4, (224, 224)
   c.data.crop_scale, c.data.crop_aspect = (0.08, 1.0), (0.75, 4 / 3)
   c.data.flip = False
+  c.data.auto_augment, c.data.erase = 'rand-m7-n4-mstd0.5-inc1', 0.25
   c.data.workers = 8
   c.probe.segments, c.probe.views = (1, 1) if variant else (8, 3)
   if variant:

@@ -2,7 +2,7 @@
 
 Paper: SALT, arXiv 2509.24317, appendix (after V-JEPA 2). 20 heads, one per
 learning rate and weight decay, 2 segments x 3 views; `:fast` is its 16x1x1
-with one head. Theirs adds RandAugment and random erasing; here crops only.
+with one head. RandAugment comes after the crop; theirs comes before it.
 Hardware: 20 ViT-L heads take some 16 GB; --config.probe.groups=4 needs less.
 Command: bash launch/local.sh --config=configs/probe_ssv2.py \
   --config.encoder=<run folder, folder with published weights, or hub id> \
@@ -22,6 +22,7 @@ def get_config(variant=''):
   c.data.frames, c.data.stride, c.data.size = 16, 4, (224, 224)
   c.data.crop_scale, c.data.crop_aspect = (0.08, 1.0), (0.75, 4 / 3)
   c.data.flip = False  # left and right are labels here
+  c.data.auto_augment, c.data.erase = 'rand-m7-n4-mstd0.5-inc1', 0.25
   c.data.workers = 8
   c.probe.segments, c.probe.views = (1, 1) if variant else (2, 3)
   if variant:

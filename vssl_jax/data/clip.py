@@ -9,7 +9,7 @@ import numpy as np
 from av import filter as av_filter
 from av.video.reformatter import Interpolation
 
-from vssl_jax.data import decode, transforms
+from vssl_jax.data import augment, decode, transforms
 
 CROPS = ('random_resized', 'multi_scale', 'centre')
 # With full chroma: without it pictures come out almost 2 of 255 too dark.
@@ -37,6 +37,8 @@ class Spec:
   crop_aspect: tuple[transforms.Number, transforms.Number] = (0.75, 4 / 3)
   crop_part: int | float = 1.0
   flip: bool = True
+  auto_augment: str = ''
+  erase: int | float = 0.0
   repeats: int = 1
   repeat_frames: str = 'own'
   segments: int = 1
@@ -70,6 +72,17 @@ class Spec:
         f'data.depth_units is {self.depth_units} and data.fps is {self.fps}; '
         'wanted units per metre of 0 or more, and without a clock for the '
         'frames data.fps=0 and a data.stride'
+      )
+    policy = augment.parse(self.auto_augment)
+    if not 0 <= self.erase <= 1:
+      raise ValueError(
+        f'data.erase is {self.erase}; wanted a probability of 0 to 1'
+      )
+    if self.depth_units and (policy or self.erase):
+      raise ValueError(
+        f'data.auto_augment is {self.auto_augment!r} and data.erase is '
+        f'{self.erase}: they would part pictures from their depth. Wanted '
+        "'' and 0 with data.depth_units"
       )
     for name in ('frames', 'stride', 'height', 'width', 'repeats', 'segments'):
       if getattr(self, name) < 1:

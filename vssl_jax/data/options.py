@@ -52,6 +52,10 @@ def default() -> ml_collections.ConfigDict:
       crop_aspect=(0.75, 4 / 3),  # width / height of random_resized
       crop_part=1.0,  # side of centre crops, of the largest that fits
       flip=True,  # left-right; off where direction is the label
+      # For training with labels; each clip as a whole, after its crop.
+      # RandAugment as papers write it, 'rand-m7-n4-mstd0.5-inc1'; '': none.
+      auto_augment='',
+      erase=0.0,  # probability of a box of noise
       repeats=1,  # clips per video in a batch, for one opening of the file
       repeat_frames='own',  # 'shared': same frames, other crops (cheaper)
       # --- how it is read

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from vssl_jax.data import child, contain, rgbd
+from vssl_jax.data import augment, child, contain, rgbd
 from vssl_jax.data import clip as clip_lib
 
 # What a child runs: this package, found where this process finds it.
@@ -19,8 +19,12 @@ def read(
   out: np.ndarray,
 ) -> clip_lib.Clips:
   """Reads the clips of a video, or of a stretch of frames with depth."""
-  one = rgbd.read if spec.depth_units else clip_lib.read
-  return one(media, spec, entropy, out)
+  if spec.depth_units:
+    return rgbd.read(media, spec, entropy, out)
+  clips = clip_lib.read(media, spec, entropy, out)
+  if not spec.testing:
+    augment.clips(out, spec.auto_augment, spec.erase, entropy)
+  return clips
 
 
 class Readers:

@@ -47,6 +47,8 @@ def default(method: str = 'salt') -> ml_collections.ConfigDict:
       overrides=(),
     )
   )
+  # Compile the next phase's step in the background while this one runs.
+  c.compile_ahead = True
   c.checkpoint = ml_collections.ConfigDict(
     dict(
       every=1000,  # steps
@@ -61,6 +63,7 @@ def default(method: str = 'salt') -> ml_collections.ConfigDict:
       may_change=(
         'workdir',
         'mesh',
+        'compile_ahead',
         'checkpoint',
         'log',
         'health',

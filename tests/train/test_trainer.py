@@ -234,6 +234,7 @@ def test_a_run_that_cannot_recover_stops_and_keeps_the_batches(
 ):
   tiny.optim.update(dict(lr=1e38, lr_start=1e38, clip=0.0, warmup=0))
   tiny.optim.weight_decay = decay
+  tiny.compile_ahead = False
   tiny.health.max_skipped = 3
   with pytest.raises(run_lib.TrainingError, match=message):
     trainer.train(tiny)

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,17 +36,21 @@ class Outline:
 
   Attributes:
     span: the phase and where it lies in the run.
+    fresh: () -> its state before the first step, to be jitted.
     state: shapes of its state.
     teachers: name -> shapes; averages are in the state.
     tx: the optimizer.
     labels: `freezing.labels` of the parameters.
+    schedules: `lr` and `wd` by the step of the run.
   """
 
   span: run_lib.Span
+  fresh: Callable[[], step.TrainState]
   state: step.TrainState
   teachers: dict[str, Any]
   tx: optax.GradientTransformationExtraArgs
   labels: Any
+  schedules: dict[str, optimizer.Schedule]
 
 
 def outline(
@@ -63,27 +68,31 @@ def outline(
     span: one of `run.spans(method)`.
     video: (T, H, W, C) of a clip.
     examples: rows to make room for.
+
+  Raises:
+    ValueError: the schedules do not fit the phase.
   """
-  phase, key = span.phase, jax.random.key(0)
+  phase, key = span.phase, jax.random.key(config.seed)
   clip = jax.ShapeDtypeStruct((1, *video), jnp.uint8)
   shapes = jax.eval_shape(lambda k, v: method.init(k, v, phase), key, clip)
   labels = freezing.labels(shapes, phase.frozen)
   horizon = optimizer.horizon(phase, span.start, span.total)
-  tx = optimizer.make(
-    config.optim,
-    labels,
-    optimizer.learning_rate(config.optim, horizon, config.batch_size),
-    optimizer.weight_decay(config.optim, horizon),
-  )
-  state = jax.eval_shape(
-    lambda: step.init_state(method, phase, tx, key, video, examples, span.start)
-  )
+  optimizer.warmup_steps(config.optim, horizon, phase.name)
+  lr = optimizer.learning_rate(config.optim, horizon, config.batch_size)
+  decay = optimizer.weight_decay(config.optim, horizon)
+  tx = optimizer.make(config.optim, labels, lr, decay)
+
+  def fresh() -> step.TrainState:
+    return step.init_state(method, phase, tx, key, video, examples, span.start)
+
+  state = jax.eval_shape(fresh)
   teachers = {
     name: _teacher(teacher, clip)
     for name, teacher in phase.teachers.items()
     if not teacher.source.startswith('@ema/')
   }
-  return Outline(span, state, teachers, tx, labels)
+  schedules = {'lr': lr, 'wd': decay}
+  return Outline(span, fresh, state, teachers, tx, labels, schedules)
 
 
 def _teacher(teacher: base.Teacher, clip: jax.ShapeDtypeStruct) -> Any:
@@ -91,6 +100,36 @@ def _teacher(teacher: base.Teacher, clip: jax.ShapeDtypeStruct) -> Any:
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(teacher.dtype)),
     shapes['params'],
+  )
+
+
+def placed(config: ml_collections.ConfigDict, tree: Any, mesh: Mesh) -> Any:
+  """Returns the shapes of a tree of arrays or shapes, and where leaves live."""
+  at = sharding.shardings(tree, mesh, dict(config.mesh.overrides))
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, at
+  )
+
+
+def jitted(
+  config: ml_collections.ConfigDict,
+  method: base.Method,
+  shapes: Outline,
+  mesh: Mesh,
+) -> Callable[..., Any]:
+  """Returns the step of a phase for a mesh; see `step.jit_update`."""
+  update = step.make_update(
+    method,
+    shapes.span.phase,
+    shapes.tx,
+    shapes.labels,
+    key=jax.random.key(config.seed),
+    start=shapes.span.start,
+    accumulate=config.optim.accumulate,
+    skip_spike=config.optim.skip_spike,
+  )
+  return step.jit_update(
+    update, shapes.state, shapes.teachers, mesh, dict(config.mesh.overrides)
   )
 
 
@@ -110,20 +149,7 @@ def lower(
     video: (T, H, W, C) of a clip.
     mesh: of devices at hand, or of `tpu_mesh`.
   """
-  phase, overrides = shapes.span.phase, dict(config.mesh.overrides)
-  update = step.make_update(
-    method,
-    phase,
-    shapes.tx,
-    shapes.labels,
-    key=jax.random.key(0),
-    start=shapes.span.start,
-    accumulate=config.optim.accumulate,
-    skip_spike=config.optim.skip_spike,
-  )
-  update = step.jit_update(
-    update, shapes.state, shapes.teachers, mesh, overrides
-  )
+  update = jitted(config, method, shapes, mesh)
   with jax.set_mesh(mesh):
     return update.lower(
       shapes.state, shapes.teachers, _batch(config.batch_size, video, mesh)

@@ -1,51 +1,34 @@
 """How a phase starts: its state restored, carried over or fresh; teachers."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from vssl_jax import encoders, sharding, trees
 from vssl_jax.methods import base
-from vssl_jax.train import checkpoint, manifests, metrics, step
+from vssl_jax.train import ahead, checkpoint, manifests, metrics, step
 from vssl_jax.train.run import Run, Span, TrainingError
-
-
-def param_shapes(run: Run, phase: base.Phase) -> Any:
-  """Returns the shapes of a phase's parameters."""
-  clip = jax.ShapeDtypeStruct((1, *run.video), jnp.uint8)
-  return jax.eval_shape(
-    lambda key, clip: run.method.init(key, clip, phase), run.key, clip
-  )
 
 
 def state(
   run: Run,
-  span: Span,
-  tx: Any,
+  shapes: ahead.Outline,
   saved: manifests.Saved | None,
   inside: bool,
+  fresh: Callable[[], step.TrainState] | None = None,
 ) -> step.TrainState:
-  """Returns the state to start from: restored, or begun."""
+  """Returns the state to start from: restored, or begun.
 
-  def fresh() -> step.TrainState:
-    return step.init_state(
-      run.method,
-      span.phase,
-      tx,
-      run.key,
-      run.video,
-      run.clips.num_examples,
-      span.start,
-    )
-
-  shapes = jax.eval_shape(fresh)
-  at = sharding.shardings(shapes, run.mesh, dict(run.config.mesh.overrides))
-  target = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, at
-  )
+  Args:
+    run: the run.
+    shapes: of the phase.
+    saved: checkpoint to start from, if any.
+    inside: whether it lies inside the phase, and is restored whole.
+    fresh: `shapes.fresh` compiled, if it is.
+  """
+  target = ahead.placed(run.config, shapes.state, run.mesh)
   if inside:
     with run.clock('checkpoint'):
       state = _restore(run, saved, target)
@@ -55,9 +38,11 @@ def state(
       int(state.step), {'lost_steps': max(lost, 0)}, event='resumed'
     )
     return state
-  with run.clock('compile'):
-    state = jax.jit(fresh, out_shardings=at)()
-  return _begin(run, span, state, target, saved)
+  if fresh is None:
+    with run.clock('compile'):
+      at = jax.tree.map(lambda x: x.sharding, target)
+      fresh = jax.jit(shapes.fresh, out_shardings=at).lower().compile()
+  return _begin(run, shapes.span, fresh(), target, saved)
 
 
 def _restore(run: Run, saved: manifests.Saved, target: Any) -> Any:
@@ -134,7 +119,16 @@ def _carry(
   return {name: x.astype(wanted[name].dtype) for name, x in read.items()}
 
 
-def teacher_params(run: Run, teacher: base.Teacher) -> Any:
+def teachers(run: Run, phase: base.Phase) -> dict[str, Any]:
+  """Returns name -> parameters, but for averages: those are in the state."""
+  return {
+    name: _teacher_params(run, teacher)
+    for name, teacher in phase.teachers.items()
+    if not teacher.source.startswith('@ema/')
+  }
+
+
+def _teacher_params(run: Run, teacher: base.Teacher) -> Any:
   """Returns a teacher's parameters, sharded like any others, in its dtype."""
   with run.clock('start'):
     if teacher.source.startswith('@'):
@@ -159,8 +153,5 @@ def _kept_params(run: Run, teacher: base.Teacher) -> Any:
     )
   subtree = f'params/{teacher.subtree}'
   shapes = saved.shapes(subtree)
-  at = sharding.shardings(shapes, run.mesh, dict(run.config.mesh.overrides))
-  target = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, at
-  )
+  target = ahead.placed(run.config, shapes, run.mesh)
   return checkpoint.restore(saved, target, subtree)

@@ -11,12 +11,13 @@ import numpy as np
 from vssl_jax import sharding, trees
 from vssl_jax.data import ledger
 from vssl_jax.train import (
+  ahead,
   begin,
   checkpoint,
-  freezing,
   manifests,
   optimizer,
   order,
+  precompile,
   rewind,
   step,
 )
@@ -60,11 +61,12 @@ def train(
     run_lib.check_same_run(run, saved)
     if back is not None:
       saved = rewind.rewind(run, back)
+    compiler = precompile.Compiler(run)
     with run_lib.Preemption(run), jax.set_mesh(run.mesh):
       for span in spans(run.method):
         if saved is not None and _is_over(saved, span):
           continue
-        state = _run_phase(run, span, saved)
+        state = _run_phase(run, span, saved, compiler)
         if run.preempted:
           run.logger.say(
             f'SIGTERM: saved step {int(state.step)}; the same command goes on '
@@ -91,44 +93,28 @@ def _is_over(saved: manifests.Saved, span: Span) -> bool:
 
 
 def _run_phase(
-  run: Run, span: Span, saved: manifests.Saved | None
+  run: Run,
+  span: Span,
+  saved: manifests.Saved | None,
+  compiler: precompile.Compiler,
 ) -> step.TrainState:
   """Runs a phase from its start or from a checkpoint inside it."""
   phase, config = span.phase, run.config
-  horizon = optimizer.horizon(phase, span.start, span.total)
-  optimizer.warmup_steps(config.optim, horizon, phase.name)
-  lr = optimizer.learning_rate(config.optim, horizon, config.batch_size)
-  decay = optimizer.weight_decay(config.optim, horizon)
-  shapes = begin.param_shapes(run, phase)
-  labels = freezing.labels(shapes, phase.frozen)
-  tx = optimizer.make(config.optim, labels, lr, decay)
+  shapes = ahead.outline(
+    config, run.method, span, run.video, run.clips.num_examples
+  )
+  made = compiler.take(span)
   inside = saved is not None and saved.phase == phase.name
-  state = begin.state(run, span, tx, saved, inside)
-  teachers = {
-    name: begin.teacher_params(run, teacher)
-    for name, teacher in phase.teachers.items()
-    if not teacher.source.startswith('@ema/')
-  }
-  update = step.make_update(
-    run.method,
-    phase,
-    tx,
-    labels,
-    key=run.key,
-    start=span.start,
-    accumulate=config.optim.accumulate,
-    skip_spike=config.optim.skip_spike,
-  )
-  update = step.jit_update(
-    update, state, teachers, run.mesh, dict(config.mesh.overrides)
-  )
+  state = begin.state(run, shapes, saved, inside, made and made.fresh)
+  teachers = begin.teachers(run, phase)
+  horizon = optimizer.horizon(phase, span.start, span.total)
   run.logger.say(
     f'phase {phase.name}: steps {int(state.step)} to {span.end}, '
     f'{trees.count(state.params) / 1e6:.2f} M parameters, '
     f'{optimizer.describe_lr(config.optim, config.batch_size)}, warm-up '
     f'{optimizer.warmup_steps(config.optim, horizon)} steps'
   )
-  state = _loop(run, span, state, teachers, update, {'lr': lr, 'wd': decay})
+  state = _loop(run, shapes, state, teachers, made, compiler)
   if not run.preempted:
     kept = {'params': state.params, 'ema': state.ema}
     run.checkpoints.save_params(kept, span.end, phase.name)
@@ -139,24 +125,25 @@ def _run_phase(
 
 def _loop(
   run: Run,
-  span: Span,
+  shapes: ahead.Outline,
   state: step.TrainState,
   teachers: Any,
-  update: Any,
-  schedules: Mapping[str, Any],
+  made: precompile.Programs | None,
+  compiler: precompile.Compiler,
 ) -> step.TrainState:
   """Takes the steps of a phase; each action knows its own interval."""
-  done = int(state.step)
+  span, done = shapes.span, int(state.step)
   batches = order.iterator(run.clips, run.left_out, done)
-  recorder = Recorder(run, span, schedules)
+  recorder = Recorder(run, span, shapes.schedules)
   compiled = None
   while done < span.end and not run_lib.should_stop(run, done):
     with run.clock('data'):
       local = next(batches)
-    batch = _on_device(run, local, done, span.total)
+    batch = on_device(run, local, done, span.total)
     if compiled is None:
       with run.clock('compile'):
-        compiled = update.lower(state, teachers, batch).compile()
+        compiled = _compiled(run, shapes, made, (state, teachers, batch))
+      compiler.start(_following(run, span), batch)
     with run.clock('step'):
       state, values = compiled(state, teachers, batch)
       # Waits for the step before, so the device always has one in hand.
@@ -174,9 +161,28 @@ def _loop(
   return state
 
 
-def _on_device(
+def _compiled(
+  run: Run,
+  shapes: ahead.Outline,
+  made: precompile.Programs | None,
+  arguments: tuple[Any, ...],
+) -> Any:
+  """Returns the compiled step: the one made ahead, if it takes these."""
+  if made is not None and made.takes(arguments):
+    return made.update
+  update = ahead.jitted(run.config, run.method, shapes, run.mesh)
+  return update.lower(*arguments).compile()
+
+
+def _following(run: Run, span: Span) -> Span | None:
+  """Returns the phase after another, if there is one."""
+  return next((s for s in spans(run.method) if s.start == span.end), None)
+
+
+def on_device(
   run: Run, local: Mapping[str, np.ndarray], done: int, total: int
 ) -> dict[str, Any]:
+  """Returns a step's batch with its place in the run, on the mesh."""
   local = dict(local, progress=np.float32(done / total))
   return sharding.put_batch(local, run.mesh)
 

@@ -10,6 +10,7 @@ from vssl_jax import demo, main
 ROWS = [
   'pixel_teacher (trained)',
   'latent_student (trained)',
+  'latent_student/polyak (average)',
   'latent_student at random initialisation',
   'raw pixels',
   'motion energy',
@@ -21,6 +22,7 @@ def small(tmp_path):
   return [
     '--config.method.pixel_teacher.steps=4',
     '--config.method.latent_student.steps=4',
+    '--config.method.latent_student.polyak=0.9',
     '--config.probe.lrs=(0.03,)',
     '--config.health.clips=32',
     f'--config.workdir={tmp_path / "run"}',

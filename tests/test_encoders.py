@@ -53,6 +53,8 @@ def test_phases_and_averages_by_name(run):
     strict=True,
   )
   assert any(not np.array_equal(a, b) for (_, a), (_, b) in pairs)
+  wanted = ('pixel_teacher', 'latent_student', 'latent_student/polyak')
+  assert encoders.parts(run) == wanted
 
 
 def test_random_initialisation_is_the_same_network_untrained(run):

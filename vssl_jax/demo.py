@@ -134,13 +134,17 @@ def measure(
     config: the demo's, finished.
     videos: folder with the labelled `train` and `test` videos.
   """
-  phases = list(config.method.phases)
-  trained = {name: encoders.load(f'{config.workdir}@{name}') for name in phases}
-  student = trained[phases[-1]]
-  untrained = encoders.random(student, config.seed)
+  parts = encoders.parts(config.workdir)
+  trained = {name: encoders.load(f'{config.workdir}@{name}') for name in parts}
+  last = [name for name in parts if '/' not in name][-1]
   encode = {
-    **{f'{name} (trained)': e for name, e in trained.items()},
-    f'{phases[-1]} at random initialisation': untrained,
+    **{
+      f'{name} ({"average" if "/" in name else "trained"})': encoder
+      for name, encoder in trained.items()
+    },
+    f'{last} at random initialisation': encoders.random(
+      trained[last], config.seed
+    ),
     'raw pixels': features.pixels,
     'motion energy': features.motion_energy,
     'a single frame': features.middle_frame,

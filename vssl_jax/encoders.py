@@ -133,6 +133,43 @@ def is_run(source: str) -> bool:
   return (pathlib.Path(source.partition('@')[0]) / 'run.json').exists()
 
 
+def parts(folder: str | pathlib.Path) -> tuple[str, ...]:
+  """Returns what may follow the `@` of a run folder, in the order of the run.
+
+  These are the phases that have a checkpoint, each followed by the averages
+  of its encoder: `('pixel_teacher', 'latent_student',
+  'latent_student/polyak')`.
+  """
+  _, phases = _opened(pathlib.Path(folder))
+  names, found = [p.name for p in phases], []
+  for phase in phases:
+    saved = _newest(pathlib.Path(folder), phase.name, names)
+    if saved is None:
+      continue
+    found.append(phase.name)
+    kept = {
+      name.split('/')[1]
+      for name in saved.manifest['leaves']
+      if name[:4] == 'ema/'
+    }
+    found += [
+      f'{phase.name}/{name}'
+      for name, average in phase.ema.items()
+      if average.of == 'encoder' and name in kept
+    ]
+  return tuple(found)
+
+
+def _opened(
+  folder: pathlib.Path,
+) -> tuple[tuple[int, int, int, int], tuple[base.Phase, ...]]:
+  """Returns the clips (T, H, W, C) and the phases of a run."""
+  run = json.loads((folder / 'run.json').read_text())
+  config = config_lib.from_json(run['config'])
+  video = tuple(run['video'])
+  return video, methods.build(config.method, video, module_of).phases()
+
+
 def find(source: str) -> Source:
   """Finds the encoder that a run folder holds.
 
@@ -141,11 +178,8 @@ def find(source: str) -> Source:
   """
   folder_text, _, part = source.partition('@')
   folder = pathlib.Path(folder_text)
-  run = json.loads((folder / 'run.json').read_text())
-  config = config_lib.from_json(run['config'])
-  video = tuple(run['video'])
-  method = methods.build(config.method, video, module_of)
-  names = [p.name for p in method.phases()]
+  video, phases = _opened(folder)
+  names = [p.name for p in phases]
   wanted, _, average = part.partition('/')
   saved = _newest(folder, wanted or None, names)
   if saved is None or (wanted and wanted not in names):
@@ -154,7 +188,7 @@ def find(source: str) -> Source:
       + (f' of phase {wanted!r}' if wanted else '')
       + f'; the phases of this run are {names}'
     )
-  phase = next(p for p in method.phases() if p.name == saved.phase)
+  phase = next(p for p in phases if p.name == saved.phase)
   if average and average not in phase.ema:
     raise ValueError(
       f'{source}: no average {average!r}; phase {phase.name!r} keeps '

@@ -43,11 +43,13 @@ def test_the_page_refers_to_files_that_exist(finished):
     'pixel_teacher-features.png',
     'latent_student-mask-short.png',
     'latent_student-features.png',
+    'latent_student-polyak-features.png',
   }
   for file in files:
     assert np.asarray(Image.open(path.parent / file)).std() > 5, file
   assert 'http' not in text and '<script' not in text  # self-contained
   assert '4 of 4' in text
+  assert f'Its average polyak: {finished}@latent_student/polyak.' in text
   # The default target is normalised, which is said where it is shown.
   assert report.TRUTH_USED.split("'")[0] in text
 

@@ -114,17 +114,29 @@ def _curves(out: pathlib.Path, runs: Sequence[pathlib.Path]) -> page.Section:
 def _phase(out: pathlib.Path, shown: Shown, phase: base.Phase) -> page.Section:
   """Draws what a phase offers; without a checkpoint, its masks alone."""
   pictures = list(_masks(out, shown, phase))
-  params = _params(shown.folder, phase)
-  note = ''
+  title, params = f'Phase {phase.name}', _params(shown.folder, phase)
   if params is None:
     note = 'This phase has no checkpoint yet.'
-  else:
-    pictures += _reconstructions(out, shown, phase, params)
-    pictures += _features(out, shown, phase, params)
-  return page.Section(f'Phase {phase.name}', pictures, note)
+    return page.Section(title, pictures, note)
+  pictures += _reconstructions(out, shown, phase, params)
+  pictures += _features(out, shown, phase, params)
+  averages = [
+    part.partition('/')[2]
+    for part in encoders.parts(shown.folder)
+    if part.startswith(f'{phase.name}/')
+  ]
+  note = f'Its encoder: {shown.folder}@{phase.name}.'
+  for average in averages:
+    mean = _params(shown.folder, phase, f'ema/{average}')
+    both = {**params, 'encoder': mean}
+    pictures += _features(out, shown, phase, both, average)
+    note += f' Its average {average}: {shown.folder}@{phase.name}/{average}.'
+  return page.Section(title, pictures, note)
 
 
-def _params(folder: pathlib.Path, phase: base.Phase) -> Any:
+def _params(
+  folder: pathlib.Path, phase: base.Phase, subtree: str = 'params'
+) -> Any:
   """Returns the newest parameters of a phase, None if none are saved."""
   found = [s for s in manifests.listing(folder) if s.phase == phase.name]
   found = [s for s in found if not manifests.damage(s)]
@@ -134,9 +146,9 @@ def _params(folder: pathlib.Path, phase: base.Phase) -> Any:
   place = SingleDeviceSharding(jax.local_devices()[0])
   target = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-    saved.shapes('params'),
+    saved.shapes(subtree),
   )
-  return checkpoint.restore(saved, target, 'params')
+  return checkpoint.restore(saved, target, subtree)
 
 
 def _rng(shown: Shown) -> rngs.Rng:
@@ -212,7 +224,11 @@ def _reconstructions(
 
 
 def _features(
-  out: pathlib.Path, shown: Shown, phase: base.Phase, params: Any
+  out: pathlib.Path,
+  shown: Shown,
+  phase: base.Phase,
+  params: Any,
+  average: str = '',
 ) -> list[page.Picture]:
   """One picture of the clips and of their features as colours."""
   video, patch = shown.batch['video'], phase.encoder.patch
@@ -224,12 +240,13 @@ def _features(
     rows[f'clip {i}'] = _frames(video, i)
     painted = colours.of_clip(tokens[i], grid, patch)
     rows[f'clip {i}, features'] = list(sheet.some(painted))
+  whose = f'average {average} of the encoder' if average else 'encoder'
   caption = (
-    f'{phase.name}, features of the encoder: their first three principal '
+    f'{phase.name}, features of the {whose}: their first three principal '
     'components as red, green and blue, one basis and one scale for all '
     'frames of a clip. Colours of different clips do not compare.'
   )
-  name = f'{phase.name}-features.png'
+  name = '-'.join(filter(None, (phase.name, average, 'features.png')))
   sheet.save(out / name, rows, caption)
   return [page.Picture(name, caption)]
 

@@ -56,6 +56,9 @@ def default(method: str = 'salt') -> ml_collections.ConfigDict:
       # States after a multiple of so many steps are never removed, so that a
       # run can be taken back to them; 0: none.
       keep_every=0,
+      # Every so many steps one is recorded, for --replay; best a multiple of
+      # `every`, so that a state is kept from right before it. 0: none.
+      probe_every=1000,
       # Resume from the newest whole checkpoint in workdir. False refuses a
       # workdir that holds one.
       resume=True,

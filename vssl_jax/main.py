@@ -4,6 +4,7 @@
     python -m vssl_jax.main --config=configs/salt.py:L --config.data.source=...
     python -m vssl_jax.main --config=configs/salt.py:L --plan
     python -m vssl_jax.main --config=configs/salt.py:L --rewind=12340 --skip=99
+    python -m vssl_jax.main --config=configs/salt.py:L --replay
 
 Short on purpose: what a job does is importable, so that a notebook can call
 it.
@@ -23,7 +24,7 @@ from vssl_jax import config as config_lib
 from vssl_jax import demo
 from vssl_jax import flags as flags_lib
 from vssl_jax.evals import run as evaluation
-from vssl_jax.train import plan, rewind, trainer
+from vssl_jax.train import plan, replay, rewind, trainer
 
 Job = Callable[..., int]
 JOBS: dict[str, Job] = {
@@ -96,12 +97,19 @@ def _job(config: ml_collections.ConfigDict, args: argparse.Namespace) -> Job:
     ValueError: flags that do not go together.
   """
   job = JOBS[config.job]
-  if args.rewind is None:
-    if args.skip is not None:
-      raise ValueError('--skip: wanted --rewind=<step> beside it')
+  if args.skip is not None and args.rewind is None:
+    raise ValueError('--skip: wanted --rewind=<step> beside it')
+  if args.rewind is None and args.replay is None:
     return job
-  if config.job == 'probe':
-    raise ValueError("--rewind: found config.job 'probe', wanted a pretraining")
+  if config.job not in ('train', 'demo'):
+    raise ValueError(
+      f'--rewind, --replay: found config.job {config.job!r}, wanted a '
+      'pretraining'
+    )
+  if args.replay is not None:
+    if args.rewind is not None:
+      raise ValueError('--replay: found --rewind beside it, wanted one of them')
+    return functools.partial(replay.replay, step=args.replay)
   skip = 1 if args.skip is None else args.skip
   return functools.partial(job, back=rewind.Rewind(args.rewind, skip))
 
@@ -132,6 +140,15 @@ def flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     metavar='N',
     help='batches that --rewind leaves out, from its step on; 1 if not given, '
     '0 to take the same ones again',
+  )
+  parser.add_argument(
+    '--replay',
+    type=int,
+    nargs='?',
+    const=0,
+    metavar='STEP',
+    help='take a recorded step of the run again, the newest if none is named, '
+    'and compare every bit; status 1 if one differs',
   )
   return flags_lib.parse(parser, argv)
 

@@ -46,6 +46,7 @@ class Checkpoints:
     keep: whole states to keep.
     keep_every: states after a multiple of so many steps are kept besides; 0
       for none.
+    read_only: leave what another process may be writing.
   """
 
   def __init__(
@@ -53,6 +54,8 @@ class Checkpoints:
     workdir: str | os.PathLike[str],
     keep: int = 2,
     keep_every: int = 0,
+    *,
+    read_only: bool = False,
   ) -> None:
     self.folder = pathlib.Path(workdir).absolute() / 'checkpoints'
     self.params_folder = pathlib.Path(workdir).absolute() / 'params'
@@ -60,7 +63,7 @@ class Checkpoints:
     self._saver = ocp.StandardCheckpointer()
     self._committer: threading.Thread | None = None
     self._error: BaseException | None = None
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and not read_only:
       for folder in (self.folder, self.params_folder):
         folder.mkdir(parents=True, exist_ok=True)
         manifests.remove_leftovers(folder)

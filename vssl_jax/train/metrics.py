@@ -84,20 +84,21 @@ class Logger:
   """Writes metrics of one run.
 
   Args:
-    workdir: the run's folder.
+    workdir: the run's folder; None to write no file.
     tensorboard: also write event files, where tensorboardX is installed.
     console: where lines go.
   """
 
   def __init__(
     self,
-    workdir: pathlib.Path,
+    workdir: pathlib.Path | None,
     tensorboard: bool = True,
     console: TextIO | None = None,
   ) -> None:
     self._console = console or sys.stdout
     self._file = self._board = None
-    if jax.process_index():
+    self._speaks = jax.process_index() == 0
+    if workdir is None or not self._speaks:
       return
     self._file = (workdir / 'metrics.jsonl').open('a')
     if tensorboard:
@@ -122,7 +123,7 @@ class Logger:
 
   def say(self, text: str) -> None:
     """Prints a line on process 0."""
-    if self._file is not None:
+    if self._speaks:
       print(text, file=self._console, flush=True)
 
   def close(self) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 import subprocess
@@ -25,19 +26,25 @@ PACKAGES = (
 
 def describe(config: dict[str, Any] | None = None) -> dict[str, Any]:
   """Returns versions, device, flags, git state and the hash of a config."""
-  import os
-
-  device = jax.devices()[0]
   return {
     'python': platform.python_version(),
     'versions': {p: _version(p) for p in PACKAGES},
+    **machine(),
+    'git': _git(),
+    'config_hash': digest(config) if config is not None else '',
+    'command': sys.argv,
+  }
+
+
+def machine() -> dict[str, Any]:
+  """Returns what the bits of a result depend on beside code and input."""
+  device = jax.devices()[0]
+  return {
     'device': f'{jax.device_count()} x {device.device_kind}',
     'platform': device.platform,
     'processes': jax.process_count(),
     'xla_flags': os.environ.get('XLA_FLAGS', ''),
-    'git': _git(),
-    'config_hash': digest(config) if config is not None else '',
-    'command': sys.argv,
+    'jaxlib': _version('jaxlib'),
   }
 
 

@@ -9,7 +9,9 @@ two, the run is an older one of itself and the same command does the rest.
 import dataclasses
 import pathlib
 
-from vssl_jax.train import manifests, metrics, order
+import jax
+
+from vssl_jax.train import manifests, metrics, order, probes
 from vssl_jax.train import run as run_lib
 from vssl_jax.train.run import Run, TrainingError
 
@@ -72,6 +74,7 @@ def rewind(run: Run, asked: Rewind) -> manifests.Saved:
   left_out = order.leave_out(run.left_out, asked.step - 1, asked.skip)
   place = run.workdir / 'rewound' / f'{len(run.rewinds) + 1}-from-{came_to:08d}'
   moved = run.checkpoints.move_later(saved.step, place)
+  _move_probes(run, saved.step, place)
   note = {'to': saved.step, 'from': came_to}
   run.left_out, run.rewinds = left_out, [*run.rewinds, wanted | note]
   run_lib.write_record(run)
@@ -79,6 +82,15 @@ def rewind(run: Run, asked: Rewind) -> manifests.Saved:
   run.logger.write(saved.step, {}, event='rewound', rewind=done)
   run.logger.say(_describe(asked, saved, moved, place))
   return saved
+
+
+def _move_probes(run: Run, step: int, place: pathlib.Path) -> None:
+  """Moves what was recorded of later steps: they will take other batches."""
+  if jax.process_index() == 0:
+    for path in probes.folder_of(run.workdir).glob('*.json'):
+      if int(path.stem) > step:
+        (place / 'probes').mkdir(parents=True, exist_ok=True)
+        path.rename(place / 'probes' / path.name)
 
 
 def _describe(

@@ -80,11 +80,17 @@ def spans(method: base.Method) -> tuple[Span, ...]:
   return tuple(out)
 
 
-def open_run(config: ml_collections.ConfigDict) -> Run:
-  """Opens everything that a run needs, and checks that it fits together."""
+def open_run(config: ml_collections.ConfigDict, read_only: bool = False) -> Run:
+  """Opens everything that a run needs, and checks that it fits together.
+
+  Args:
+    config: a resolved config.
+    read_only: write nothing, and leave what another process may be writing.
+  """
   clock = metrics.Clock('start')
   workdir = pathlib.Path(config.workdir)
-  workdir.mkdir(parents=True, exist_ok=True)
+  if not read_only:
+    workdir.mkdir(parents=True, exist_ok=True)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   _check_batch(config, mesh)
   clips = pipeline.make(
@@ -93,7 +99,7 @@ def open_run(config: ml_collections.ConfigDict) -> Run:
     seed=config.seed,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
-    folder=str(workdir),
+    folder=None if read_only else str(workdir),
   )
   method = methods.build(
     config.method, tuple(clips.shapes['video']), encoders.module_of
@@ -112,9 +118,14 @@ def open_run(config: ml_collections.ConfigDict) -> Run:
     clips=clips,
     method=method,
     checkpoints=checkpoint.Checkpoints(
-      workdir, config.checkpoint.keep, config.checkpoint.keep_every
+      workdir,
+      config.checkpoint.keep,
+      config.checkpoint.keep_every,
+      read_only=read_only,
     ),
-    logger=metrics.Logger(workdir, config.log.tensorboard),
+    logger=metrics.Logger(
+      None if read_only else workdir, config.log.tensorboard
+    ),
     clock=clock,
     panel=health.Panel(config.health, clips, total),
   )
@@ -132,24 +143,27 @@ def _check_batch(
 
 
 def check_same_run(run: Run, saved: manifests.Saved | None) -> None:
-  """Compares a resumed run with its `run.json`, and writes that anew.
+  """Compares a resumed run with its `run.json`, and reads what it left out.
 
   Raises:
     TrainingError: it is another run, or took other batches so far.
   """
   path = run.workdir / 'run.json'
-  if saved is not None and not run.config.checkpoint.resume:
-    raise TrainingError(
-      f'{run.workdir} holds a run at step {saved.step} and '
-      'checkpoint.resume is False; give a new --config.workdir'
-    )
   if saved is not None:
     before = json.loads(path.read_text()) if path.exists() else saved.manifest
     _check_config(run, before)
     run.left_out = order.from_json(before.get('left_out', ()))
     run.rewinds = before.get('rewinds', [])
     _check_batches(run, saved)
-  write_record(run)
+
+
+def check_may_resume(run: Run, saved: manifests.Saved | None) -> None:
+  """Refuses a folder that holds a run, if that was asked for."""
+  if saved is not None and not run.config.checkpoint.resume:
+    raise TrainingError(
+      f'{run.workdir} holds a run at step {saved.step} and '
+      'checkpoint.resume is False; give a new --config.workdir'
+    )
 
 
 def _check_config(run: Run, record: Mapping[str, Any]) -> None:
@@ -194,6 +208,21 @@ def write_record(run: Run) -> None:
   }
   if jax.process_index() == 0:
     manifests.write_atomic(run.workdir / 'run.json', record, indent=1)
+
+
+def on_device(
+  run: Run, local: Mapping[str, np.ndarray], done: int, total: int
+) -> dict[str, Any]:
+  """Returns a step's batch with its place in the run, on the mesh.
+
+  Args:
+    run: the run.
+    local: this process's part.
+    done: steps done.
+    total: steps of the run.
+  """
+  local = dict(local, progress=np.float32(done / total))
+  return sharding.put_batch(local, run.mesh)
 
 
 class Preemption:

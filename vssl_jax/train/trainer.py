@@ -1,14 +1,12 @@
 """The loop over phases and steps. It knows no method's name."""
 
 import signal
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 
-from vssl_jax import sharding, trees
+from vssl_jax import trees
 from vssl_jax.data import ledger
 from vssl_jax.train import (
   ahead,
@@ -18,6 +16,7 @@ from vssl_jax.train import (
   optimizer,
   order,
   precompile,
+  probes,
   rewind,
   step,
 )
@@ -58,7 +57,9 @@ def train(
   run = run_lib.open_run(config)
   try:
     saved = run.checkpoints.newest()
+    run_lib.check_may_resume(run, saved)
     run_lib.check_same_run(run, saved)
+    run_lib.write_record(run)
     if back is not None:
       saved = rewind.rewind(run, back)
     compiler = precompile.Compiler(run)
@@ -135,17 +136,20 @@ def _loop(
   span, done = shapes.span, int(state.step)
   batches = order.iterator(run.clips, run.left_out, done)
   recorder = Recorder(run, span, shapes.schedules)
+  probe = probes.Probes(run, span)
   compiled = None
   while done < span.end and not run_lib.should_stop(run, done):
     with run.clock('data'):
       local = next(batches)
-    batch = on_device(run, local, done, span.total)
+    batch = run_lib.on_device(run, local, done, span.total)
     if compiled is None:
       with run.clock('compile'):
         compiled = _compiled(run, shapes, made, (state, teachers, batch))
       compiler.start(_following(run, span), batch)
     with run.clock('step'):
+      probe.before(done, state, batch)
       state, values = compiled(state, teachers, batch)
+      probe.after(state)
       # Waits for the step before, so the device always has one in hand.
       recorder.add(done, local, values, state)
     done += 1
@@ -155,6 +159,7 @@ def _loop(
           run.logger.say(warning)
     if done % run.config.checkpoint.every == 0 and done < span.end:
       _save(run, span, state)
+  probe.flush()
   recorder.flush(state)
   if done == span.end:
     recorder.end_phase(state)
@@ -177,14 +182,6 @@ def _compiled(
 def _following(run: Run, span: Span) -> Span | None:
   """Returns the phase after another, if there is one."""
   return next((s for s in spans(run.method) if s.start == span.end), None)
-
-
-def on_device(
-  run: Run, local: Mapping[str, np.ndarray], done: int, total: int
-) -> dict[str, Any]:
-  """Returns a step's batch with its place in the run, on the mesh."""
-  local = dict(local, progress=np.float32(done / total))
-  return sharding.put_batch(local, run.mesh)
 
 
 def _save(run: Run, span: Span, state: step.TrainState) -> None:

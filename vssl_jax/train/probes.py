@@ -1,0 +1,111 @@
+"""What a step was given and what came out, written down to be compared.
+
+    <workdir>/probes/00012001.json    step 12,001: its clips, and sums over the
+                                      bits of the state before, of the batch
+                                      and of the state after
+
+The sums are of `manifests.bit_sums`: computed on the device, the same on any
+mesh. `replay` takes such a step again.
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from vssl_jax import sharding, trees
+from vssl_jax.train import manifests, provenance
+from vssl_jax.train.run import Run, Span
+
+
+def folder_of(workdir: pathlib.Path) -> pathlib.Path:
+  """Returns where the records of a run are."""
+  return workdir / 'probes'
+
+
+def listing(workdir: pathlib.Path) -> list[dict[str, Any]]:
+  """Returns the records of a run, by step."""
+  paths = sorted(folder_of(workdir).glob('*.json'))
+  return [json.loads(path.read_text()) for path in paths]
+
+
+def sums(tree: Any) -> dict[str, Any]:
+  """Returns name -> sum over the bits, still on the device."""
+  return manifests.bit_sums(dict(trees.named_leaves(tree)))
+
+
+def on_host(found: Mapping[str, Any]) -> dict[str, list[int]]:
+  """Returns `sums` as JSON can hold them."""
+  return {k: [int(x) for x in v] for k, v in jax.device_get(found).items()}
+
+
+class Probes:
+  """Records a step of a phase now and then.
+
+  Nothing waits for the device: what is to be written is fetched once the step
+  after it is on its way.
+
+  Args:
+    run: the run; `config.checkpoint.probe_every` says how often.
+    span: the phase.
+  """
+
+  def __init__(self, run: Run, span: Span) -> None:
+    self._run, self._span = run, span
+    self._every = run.config.checkpoint.probe_every
+    self._begun: dict[str, Any] | None = None
+    self._ended: dict[str, Any] | None = None
+
+  def before(self, done: int, state: Any, batch: Mapping[str, Any]) -> None:
+    """Looks at what a step is given, if it is to be recorded.
+
+    Args:
+      done: steps done. That of a multiple of the interval is recorded: its
+        state may have a checkpoint. That of a phase's start has none.
+      state: before the step; it may be donated afterwards.
+      batch: of the step.
+    """
+    if not self._every or done % self._every or done == self._span.start:
+      return
+    whole = sharding.replicated(self._run.mesh)
+    self._begun = {
+      'step': done + 1,
+      'index': jax.jit(lambda x: x, out_shardings=whole)(batch['index']),
+      'before': sums(state),
+      'batch': sums(batch),
+    }
+
+  def after(self, state: Any) -> None:
+    """Looks at what came out of a step, or writes down the one before."""
+    if self._begun is not None:
+      self._ended, self._begun = self._begun | {'after': sums(state)}, None
+    else:
+      self.flush()
+
+  def flush(self) -> None:
+    """Writes down what was recorded."""
+    ended, self._ended = self._ended, None
+    if ended is None:
+      return
+    record = {
+      'step': ended['step'],
+      'phase': self._span.phase.name,
+      'index': jax.device_get(ended['index']).tolist(),
+      **{k: on_host(ended[k]) for k in ('before', 'batch', 'after')},
+      'machine': provenance.machine() | {'mesh': dict(self._run.mesh.shape)},
+    }
+    if jax.process_index():
+      return
+    folder = folder_of(self._run.workdir)
+    folder.mkdir(exist_ok=True)
+    manifests.write_atomic(folder / f'{record["step"]:08d}.json', record)
+    self._prune(folder)
+
+  def _prune(self, folder: pathlib.Path) -> None:
+    """Removes records from before the oldest state that is kept."""
+    kept = [s.step for s in self._run.checkpoints.whole()]
+    for path in folder.glob('*.json'):
+      if kept and int(path.stem) <= min(kept):
+        path.unlink()

@@ -74,6 +74,58 @@ def test_twenty_heads_at_once_are_twenty_heads_apart(name):
     )
 
 
+def test_warmup_and_decay_of_matrices_alone_are_those_of_optax():
+  network, batches = NETWORKS['attentive'], list(rows(5))
+  spec = spec_of(network, (1e-2,), (0.5,), steps=5, warmup=2, decay='matrices')
+  params = heads.init(spec, jax.random.key(0), batches[0][0]).params
+  params = jax.tree.map(lambda x: x[0], params)
+  tx = optax.adamw(
+    optax.warmup_cosine_decay_schedule(0.0, 1e-2, 2, 5),
+    0.9,
+    0.999,
+    1e-8,
+    weight_decay=0.5,
+    mask=lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree),
+  )
+  opt = tx.init(params)
+
+  def objective(p, tokens, label, weight):
+    logits = network.apply({'params': p}, tokens, weight)
+    return heads.cross_entropy(logits, label, weight)
+
+  gradient = jax.jit(jax.grad(objective))
+  for batch in batches:
+    steps, opt = tx.update(gradient(params, *batch), opt, params)
+    params = optax.apply_updates(params, steps)
+  found, _ = train(spec, batches)
+  mine = jax.tree.map(lambda x: x[0], found.params)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), mine, params
+  )
+  plain, _ = train(dataclasses.replace(spec, decay='all'), batches)
+  bias = lambda state: np.asarray(state.params['head']['bias'])
+  assert np.abs(bias(plain) - bias(found)).max() > 1e-5
+
+
+def test_heads_drop_different_values():
+  network = readout.CrossAttention(
+    3, (2, 2, 1), 2, width=8, num_heads=2, dropout=0.5, dtype='float32'
+  )
+  spec = spec_of(network, (1e-3,), (0.0, 0.0))
+  (batch,) = rows(1)
+  state = heads.init(spec, jax.random.key(0), batch[0])
+  # The same head twice, so that only what is dropped can tell them apart.
+  same = jax.tree.map(lambda x: jnp.stack([x[0], x[0]]), state.params)
+  losses = []
+  for key in (1, 1, 2):
+    begin = jax.tree.map(jnp.copy, state._replace(params=same))
+    _, loss = heads.update(spec, begin, *batch, jax.random.key(key))
+    losses.append(loss)
+  np.testing.assert_array_equal(losses[0], losses[1])
+  assert losses[0][0] != losses[0][1]
+  assert losses[0][0] != losses[2][0]
+
+
 def test_heads_start_apart_and_move():
   spec = spec_of(NETWORKS['linear'], (1e-3,), (0.0, 0.0))
   batches = list(rows())
@@ -136,3 +188,7 @@ def test_impossible_specs_are_refused():
     spec_of(NETWORKS['linear'], groups=3)
   with pytest.raises(ValueError, match='0 training steps'):
     spec_of(NETWORKS['linear'], steps=0)
+  with pytest.raises(ValueError, match=r'probe\.warmup: found 3'):
+    spec_of(NETWORKS['linear'], warmup=3)
+  with pytest.raises(ValueError, match=r"probe\.decay: found 'none'"):
+    spec_of(NETWORKS['linear'], decay='none')

@@ -202,5 +202,7 @@ def test_unlabelled_test_videos_are_not_counted():
 
 
 def test_unknown_protocol_is_named():
+  config = probe.default()
+  config.protocol = 'attention'
   with pytest.raises(ValueError, match="found 'attention'"):
-    probe.network('attention', 3, probe.default())
+    probe.network(3, config, (2, 2, 2), 4)

@@ -5,10 +5,11 @@ from vssl_jax.evals import report
 REPORT = {
   'encoder': 'runs/x',
   'protocol': 'linear',
-  'tap': 'last block, final norm',
+  'tap': 'after block 12 of 12, final norm',
   'clip': [8, 32, 32, 3],
   'timing': 'stride 1',
   'segments': 2,
+  'clips': 1,
   'views': 3,
   'train': {'source': 'a', 'videos': 40},
   'test': {'source': 'b', 'evaluated': 19, 'missing': 1},
@@ -36,7 +37,8 @@ def test_text_says_how_it_was_measured_and_labels_both_accuracies():
     '40 videos of a, 4 of them held out',
     '19 videos of b, 1 missing',
     '10: 0 c0, 1 c1',
-    'last block, final norm',
+    'linear, frozen; tapped after block 12 of 12, final norm',
+    'interval   (tapped after block 12 of 12, final norm)',
   ):
     assert wanted in text
   (selected,) = [x for x in lines if x.startswith('selected')]
@@ -47,6 +49,11 @@ def test_text_says_how_it_was_measured_and_labels_both_accuracies():
   assert 'flatters' in best
   (chance,) = [x for x in lines if x.startswith('chance')]
   assert '10.00 %' in chance
+
+
+def test_clips_that_vote_alone_are_told():
+  text = report.text(REPORT | {'segments': 1, 'clips': 4})
+  assert '1 segments x 4 clips x 3 views' in text
 
 
 def test_knn_results_have_intervals():

@@ -9,7 +9,7 @@ import pytest
 from vssl_jax import config as config_lib
 from vssl_jax import encoders
 from vssl_jax.data import synthetic
-from vssl_jax.evals import run
+from vssl_jax.evals import features, run
 from vssl_jax.models import vit
 
 COLOURS = {'blue': (40, 40, 200), 'green': (40, 200, 40), 'red': (200, 40, 40)}
@@ -70,6 +70,15 @@ CASES = {
   'linear, features kept': {'protocol': 'linear', 'augment': False},
   'linear, several views': {'protocol': 'linear', 'segments': 2, 'views': 3},
   'attentive, several views': {'segments': 2, 'views': 3, 'augment': False},
+  'readout, several clips': {
+    'protocol': 'readout',
+    'width': 16,
+    'clips': 2,
+    'views': 2,
+    'warmup': 2,
+    'decay': 'matrices',
+    'dropout': 0.1,
+  },
 }
 
 
@@ -117,6 +126,10 @@ def test_a_run_repeats_itself(videos, tmp_path):
   [
     ({'batch_size': 9}, 'multiple of the 8 devices'),
     ({'protocol': 'nearest'}, "found 'nearest'"),
+    ({'protocol': 'readout', 'segments': 2}, r'set probe\.clips'),
+    ({'protocol': 'readout', 'width': 15}, '15 channels and 2 heads'),
+    ({'warmup': 18}, r'probe\.warmup: found 18'),
+    ({'decay': 'some'}, "found 'some', wanted one of"),
     ({'lrs': (1e-3,) * 3, 'groups': 2}, 'divisor of the 3 heads'),
   ],
 )
@@ -139,7 +152,7 @@ def test_wrong_sources_are_named(videos, tmp_path):
 
 
 def test_features_too_large_to_keep_are_refused(videos, tmp_path, monkeypatch):
-  monkeypatch.setattr(run, 'MAX_TABLE_BYTES', 1000)
+  monkeypatch.setattr(features, 'MAX_TABLE_BYTES', 1000)
   c = config_of(videos, tmp_path, augment=False)
   with pytest.raises(ValueError, match=r'probe\.augment=True'):
     run.evaluate(c)

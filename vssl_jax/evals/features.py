@@ -3,7 +3,8 @@
 Evaluation data are finite iterables of batches of clips, numpy arrays: `video`
 uint8 [B, T, H, W, C], `label` and `index` int32 [B], `weight` float32 [B] (0:
 padding), and where a video gives several clips `view` and `segment` int32 [B],
-with the segments of a view in successive rows.
+with the segments of a view in successive rows. Frames with depth add `depth`
+float32 [B, T, H, W].
 """
 
 import dataclasses
@@ -20,6 +21,8 @@ from vssl_jax import sharding
 
 Encode = Callable[[Any], Array]
 Batches = Iterable[Mapping[str, Any]]
+# Features kept in memory beyond this are refused, with a remedy.
+MAX_TABLE_BYTES = 32 * 2**30
 
 
 class Tokens(NamedTuple):
@@ -31,6 +34,7 @@ class Tokens(NamedTuple):
     index: number of the video.
     view: number of the view.
     weight: 0 for padding.
+    depth: metres per pixel, 0 where unknown; None for videos without.
   """
 
   tokens: Float[Array, 'R N D']
@@ -38,6 +42,7 @@ class Tokens(NamedTuple):
   index: Int[Array, 'R']
   view: Int[Array, 'R']
   weight: Float[Array, 'R']
+  depth: Float[Array, 'R T H W'] | None = None
 
 
 def encode_batches(
@@ -106,6 +111,8 @@ def join(batch: Mapping[str, Any], segments: int) -> dict[str, np.ndarray]:
       )
   joined = {name: x[:, 0] for name, x in row.items()}
   joined['weight'] = row['weight'].min(axis=1)
+  if 'depth' in batch and segments == 1:
+    joined['depth'] = np.asarray(batch['depth'], np.float32)
   video = np.asarray(batch['video'])
   return {'video': video.reshape(*shape, *video.shape[1:]), **joined}
 
@@ -170,20 +177,27 @@ class Table:
     label: int32 [n].
     index: int32 [n].
     view: int32 [n].
+    depth: float32 [n, T, H, W], or None.
   """
 
   tokens: np.ndarray
   label: np.ndarray
   index: np.ndarray
   view: np.ndarray
+  depth: np.ndarray | None = None
 
   def __len__(self) -> int:
     return len(self.label)
 
   def take(self, rows: np.ndarray) -> 'Table':
     """Returns some rows, by number or by a mask."""
-    fields = dataclasses.asdict(self)
-    return Table(**{name: x[rows] for name, x in fields.items()})
+    return Table(**{name: x[rows] for name, x in self._columns().items()})
+
+  def _columns(self) -> dict[str, np.ndarray]:
+    """Returns what there is by name; `asdict` would copy all of it."""
+    names = (f.name for f in dataclasses.fields(self))
+    columns = {name: getattr(self, name) for name in names}
+    return {name: x for name, x in columns.items() if x is not None}
 
   def batches(
     self,
@@ -207,13 +221,23 @@ class Table:
     for start in range(0, len(order), size):
       rows = order[start : start + size]
       real = np.arange(size) < len(rows)
-      part = dataclasses.asdict(self.take(np.resize(rows, size)))
+      part = self.take(np.resize(rows, size))._columns()
       part['weight'] = real.astype(np.float32)
       # Every host holds the table and puts its share of the batch.
       low = size // jax.process_count() * jax.process_index()
       high = low + size // jax.process_count()
       part = {name: x[low:high] for name, x in part.items()}
       yield Tokens(**put(part, mesh))
+
+
+def check_room(size: int) -> None:
+  """Raises ValueError if so many bytes of features are too many to keep."""
+  if size > MAX_TABLE_BYTES:
+    raise ValueError(
+      f'probe.augment=False keeps {size / 2**30:.0f} GiB of features in '
+      f'memory, more than {MAX_TABLE_BYTES / 2**30:.0f}; set '
+      '--config.probe.augment=True, which encodes new crops in every epoch'
+    )
 
 
 def table(
@@ -242,16 +266,16 @@ def table(
     found = found[:, None] if found.ndim == 2 else found
     return jnp.mean(found, axis=1, keepdims=True) if pool else found
 
-  parts: list[list[np.ndarray]] = []
+  parts: list[dict[str, np.ndarray]] = []
   for rows in encode_batches(run, batches, segments=segments, mesh=mesh):
-    tokens, label, index, view, weight = (fetch(x) for x in rows)
-    real = weight > 0
+    found = {k: fetch(x) for k, x in rows._asdict().items() if x is not None}
+    real = found.pop('weight') > 0
     if pool:
-      tokens = tokens.mean(axis=1, keepdims=True)
-    parts.append([x[real] for x in (tokens, label, index, view)])
+      found['tokens'] = found['tokens'].mean(axis=1, keepdims=True)
+    parts.append({name: x[real] for name, x in found.items()})
   if not parts:
     raise ValueError('there are no clips to evaluate; check data.source')
-  return Table(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+  return Table(**{n: np.concatenate([p[n] for p in parts]) for n in parts[0]})
 
 
 def pixels(

@@ -1,13 +1,15 @@
 """Many readouts trained at once: a grid of learning rates and weight decays.
 
 All heads see the same tokens in one jitted step, so the frozen encoder runs
-once per batch however many heads there are. AdamW with betas (.9, .999) on
-all parameters, cosine to 0, no warm-up (V-JEPA 2's evaluation).
+once per batch however many heads there are. AdamW with betas (.9, .999) and
+cosine to 0; by default on all parameters and without a warm-up (V-JEPA 2's
+evaluation).
 """
 
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +19,25 @@ from jaxtyping import Array, Float, Int, Key
 
 from vssl_jax.models import readout as readout_lib
 
-Readout = readout_lib.Attentive | readout_lib.Linear
+Readout = (
+  readout_lib.Attentive
+  | readout_lib.Linear
+  | readout_lib.CrossAttention
+  | readout_lib.Dense
+)
+# (outputs [R, ...], targets [R, ...], weights [R]) -> a scalar
+Loss = Callable[[Array, Array, Array], Array]
+DECAYED = ('all', 'matrices')
+
+
+def cross_entropy(
+  logits: Float[Array, 'R K'],
+  label: Int[Array, 'R'],
+  weight: Float[Array, 'R'],
+) -> Float[Array, '']:
+  """Returns the weighted mean of the rows' cross-entropies."""
+  each = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+  return jnp.sum(each * weight) / jnp.maximum(jnp.sum(weight), 1e-6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +51,9 @@ class Spec:
     steps: length of the schedule.
     groups: parts that the heads are trained in, one after the other within a
       step: less memory for activations and gradients, the same result.
+    warmup: steps in which the learning rate rises from 0.
+    decay: `all` parameters, or `matrices`: those of two axes or more.
+    loss: of one head.
   """
 
   readout: Readout
@@ -38,6 +61,9 @@ class Spec:
   wds: tuple[float, ...]
   steps: int
   groups: int = 1
+  warmup: int = 0
+  decay: str = 'all'
+  loss: Loss = cross_entropy
 
   def __post_init__(self) -> None:
     if not self.pairs or self.groups < 1 or len(self.pairs) % self.groups:
@@ -49,6 +75,15 @@ class Spec:
       raise ValueError(
         f'probe: found {self.steps} training steps, wanted at least 1; raise '
         'probe.epochs'
+      )
+    if not 0 <= self.warmup < self.steps:
+      raise ValueError(
+        f'probe.warmup: found {self.warmup}, wanted 0 or more and less than '
+        f'the {self.steps} training steps'
+      )
+    if self.decay not in DECAYED:
+      raise ValueError(
+        f'probe.decay: found {self.decay!r}, wanted one of {DECAYED}'
       )
 
   @property
@@ -98,8 +133,9 @@ def update(
   spec: Spec,
   state: State,
   tokens: Float[Array, 'R N D'],
-  label: Int[Array, 'R'],
+  target: Int[Array, 'R'] | Float[Array, 'R ...'],
   weight: Float[Array, 'R'],
+  key: Key[Array, ''] | None = None,
 ) -> tuple[State, Float[Array, 'H']]:
   """Takes one step with all heads.
 
@@ -107,40 +143,51 @@ def update(
     spec: what is trained.
     state: donated.
     tokens: features; no gradient flows into them.
-    label: classes; rows below 0 count for nothing.
+    target: classes, of which rows below 0 count for nothing; or what else
+      the loss understands.
     weight: 0 leaves a row out.
+    key: of dropout.
 
   Returns:
     The new state and the loss of each head.
   """
-  weight = weight * (label >= 0)
-  cosine = 0.5 * (1 + jnp.cos(jnp.pi * state.step / spec.steps))
+  if target.ndim == 1:
+    weight = weight * (target >= 0)
+  scale = _schedule(spec)(state.step)
 
-  def loss(params: Any, stats: Any) -> tuple[Array, Any]:
-    logits, new = spec.readout.apply(
-      {'params': params, **stats}, tokens, weight, True, mutable=list(stats)
+  def loss(params: Any, stats: Any, rngs: Any) -> tuple[Array, Any]:
+    variables = {'params': params, **stats}
+    outputs, new = spec.readout.apply(
+      variables, tokens, weight, True, mutable=list(stats), rngs=rngs
     )
-    each = optax.softmax_cross_entropy_with_integer_labels(logits, label)
-    mean = jnp.sum(each * weight) / jnp.maximum(jnp.sum(weight), 1e-6)
-    return mean, dict(new)
+    return spec.loss(outputs, target, weight), dict(new)
 
   def one(head: tuple[Any, ...]) -> tuple[Any, ...]:
-    params, stats, opt, lr, wd = head
+    params, stats, opt, lr, wd, number = head
+    rngs = {} if key is None else {'dropout': jax.random.fold_in(key, number)}
     (value, stats), gradient = jax.value_and_grad(loss, has_aux=True)(
-      params, stats
+      params, stats, rngs
     )
     step, opt = _ADAM.update(gradient, opt)
-    # Every parameter decays, biases too: that is how it was published.
-    params = jax.tree.map(
-      lambda p, s: p - lr * cosine * (s + wd * p), params, step
-    )
-    return params, stats, opt, value
+
+    # Every parameter decays where `all` do, biases too: published so.
+    def moved(p: Array, s: Array) -> Array:
+      decays = spec.decay == 'all' or p.ndim > 1
+      return p - lr * scale * (s + wd * p if decays else s)
+
+    return jax.tree.map(moved, params, step), stats, opt, value
 
   lr, wd = (jnp.asarray(x, jnp.float32) for x in zip(*spec.pairs, strict=True))
-  *new, value = _over_heads(
-    spec, one, (state.params, state.stats, state.opt, lr, wd)
-  )
+  heads = (state.params, state.stats, state.opt, lr, wd, jnp.arange(len(lr)))
+  *new, value = _over_heads(spec, one, heads)
   return State(state.step + 1, *new), value
+
+
+def _schedule(spec: Spec) -> optax.Schedule:
+  """Returns step -> factor on the learning rate, from 0 to 1 and to 0."""
+  if not spec.warmup:
+    return optax.cosine_decay_schedule(1.0, spec.steps)
+  return optax.warmup_cosine_decay_schedule(0.0, 1.0, spec.warmup, spec.steps)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -148,12 +195,19 @@ def predict(
   spec: Spec, state: State, tokens: Float[Array, 'R N D']
 ) -> Float[Array, 'R H K']:
   """Returns the class probabilities of each head."""
+  return jax.nn.softmax(outputs(spec, state, tokens))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def outputs(
+  spec: Spec, state: State, tokens: Float[Array, 'R N D']
+) -> Float[Array, 'R H ...']:
+  """Returns what each head says: logits, or a value per pixel."""
   weight = jnp.ones(tokens.shape[0])
 
   def one(head: tuple[Any, Any]) -> Array:
     params, stats = head
-    logits = spec.readout.apply({'params': params, **stats}, tokens, weight)
-    return jax.nn.softmax(logits)
+    return spec.readout.apply({'params': params, **stats}, tokens, weight)
 
   found = _over_heads(spec, one, (state.params, state.stats))
   return jnp.swapaxes(found, 0, 1)

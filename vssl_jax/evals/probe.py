@@ -7,52 +7,15 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from vssl_jax.evals import features, heads, outcome, votes
-from vssl_jax.models import readout
+from vssl_jax import rngs
+from vssl_jax.evals import features, heads, options, outcome, votes
 
 Rows = Iterable[features.Tokens]
 Log = Callable[[Mapping[str, Any]], None]
 
-# Published grid: SALT (arXiv 2509.24317), appendix, systematic protocol.
-LRS = (5e-3, 3e-3, 1e-3, 3e-4, 1e-4)
-WDS = (0.8, 0.4, 0.1, 0.01)
-
-
-def default() -> ml_collections.ConfigDict:
-  """Returns every key of `config.probe`, at the published values."""
-  return ml_collections.ConfigDict(
-    dict(
-      protocol='attentive',  # 'linear', 'knn'
-      # What is classified. Everything else about the videos stands in
-      # config.data; ('',) is its source.
-      train=('',),
-      train_where='',  # rows of a manifest: 'fold!=0'
-      test=('',),
-      test_where='',  # 'fold=0'
-      # The tap: fraction of the blocks to run; 0.0 is the last one and the
-      # final norm.
-      depth=0.0,
-      epochs=20,
-      batch_size=256,  # videos per step
-      test_batch_size=32,  # videos at once in testing
-      # Clips of a video that a head sees at once. In training their places
-      # are random, in testing they are spread evenly.
-      segments=1,
-      views=1,  # crops of a test video whose probabilities are averaged
-      # False: training clips are centre crops, encoded once and kept.
-      augment=True,
-      lrs=LRS,
-      wds=WDS,
-      groups=1,  # parts of the grid trained one after the other
-      num_heads=16,  # of attention
-      dtype='bfloat16',
-      holdout=0.1,  # of the training videos, to choose the head; 0.0: none
-      eval_every=0,  # epochs between tests; 0: at the end only
-      ks=(10, 20, 100, 200),  # neighbours of 'knn'; the report's is k=20
-    )
-  )
+default, network = options.default, options.network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +29,36 @@ class Settings:
     groups: parts of the grid trained one after the other.
     eval_every: epochs between tests; 0 for one at the end.
     holdout: fraction of the training videos that chooses the head.
+    warmup: steps in which the learning rate rises from 0.
+    decay: parameters that decay, `all` or `matrices`.
   """
 
   epochs: int = 20
-  lrs: tuple[float, ...] = LRS
-  wds: tuple[float, ...] = WDS
+  lrs: tuple[float, ...] = options.LRS
+  wds: tuple[float, ...] = options.WDS
   groups: int = 1
   eval_every: int = 0
   holdout: float = 0.1
+  warmup: int = 0
+  decay: str = 'all'
+
+  @classmethod
+  def of(cls, config: ml_collections.ConfigDict) -> 'Settings':
+    """Returns what `config.probe` says."""
+    return cls(**{f.name: config[f.name] for f in dataclasses.fields(cls)})
+
+  def spec(self, network: heads.Readout, steps: int, **more: Any) -> heads.Spec:
+    """Returns what is trained, given the readout and the steps of an epoch."""
+    return heads.Spec(
+      network,
+      tuple(self.lrs),
+      tuple(self.wds),
+      self.epochs * steps,
+      self.groups,
+      self.warmup,
+      self.decay,
+      **more,
+    )
 
 
 def held_out(
@@ -119,13 +104,7 @@ def measure(
   Raises:
     ValueError: there are no training batches, or views are missing.
   """
-  spec = heads.Spec(
-    network,
-    tuple(settings.lrs),
-    tuple(settings.wds),
-    settings.epochs * steps_per_epoch,
-    settings.groups,
-  )
+  spec = settings.spec(network, steps_per_epoch)
   fraction = settings.holdout if held else 0.0
   state, history = None, []
   for epoch in range(1, settings.epochs + 1):
@@ -133,8 +112,10 @@ def measure(
     for rows in train(epoch - 1):
       if state is None:
         state = heads.init(spec, key, rows.tokens)
-      weight = _without_held(rows, fraction)
-      state, loss = heads.update(spec, state, rows.tokens, rows.label, weight)
+      weight = without_held(rows.index, rows.weight, fraction)
+      state, loss = heads.update(
+        spec, state, rows.tokens, rows.label, weight, drops(key, spec, state)
+      )
       losses.append(loss)
     if state is None:
       raise ValueError('probe: there are no training batches')
@@ -154,13 +135,23 @@ def measure(
   return _outcome(spec, tested, chosen, history)
 
 
-def _without_held(rows: features.Tokens, fraction: float) -> Array:
+def without_held(
+  index: Int[Array, 'R'], weight: Float[Array, 'R'], fraction: float
+) -> Float[Array, 'R']:
   """Returns weights that leave held-out videos out."""
   if not fraction:
-    return rows.weight
-  keep = ~held_out(features.fetch(rows.index), fraction)
-  keep = jax.device_put(keep.astype(np.float32), rows.weight.sharding)
-  return rows.weight * keep
+    return weight
+  keep = ~held_out(features.fetch(index), fraction)
+  return weight * jax.device_put(keep.astype(np.float32), weight.sharding)
+
+
+def drops(
+  key: Key[Array, ''], spec: heads.Spec, state: heads.State
+) -> Key[Array, ''] | None:
+  """Returns the key of this step's dropout, None where nothing is dropped."""
+  if not getattr(spec.readout, 'dropout', 0.0):
+    return None
+  return jax.random.fold_in(rngs.stream(key, 'dropout'), state.step)
 
 
 def count(
@@ -271,28 +262,4 @@ def on_tables(
     views=views,
     key=key,
     log=log,
-  )
-
-
-def network(
-  protocol: str, classes: int, config: ml_collections.ConfigDict
-) -> heads.Readout:
-  """Returns the readout of a protocol.
-
-  Args:
-    protocol: `attentive` or `linear`.
-    classes: number of classes.
-    config: `config.probe`.
-
-  Raises:
-    ValueError: no such protocol.
-  """
-  if protocol == 'linear':
-    return readout.Linear(classes)
-  if protocol == 'attentive':
-    return readout.Attentive(
-      classes, num_heads=config['num_heads'], dtype=config['dtype']
-    )
-  raise ValueError(
-    f"probe.protocol: found {protocol!r}, wanted 'attentive', 'linear' or 'knn'"
   )

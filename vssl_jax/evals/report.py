@@ -43,9 +43,8 @@ def text(report: Mapping[str, Any]) -> str:
   test, train = report['test'], report['train']
   facts = {
     'encoder': report['encoder'],
-    'protocol': f'{report["protocol"]}, frozen; tap: {report["tap"]}',
-    'clips': f'{_shape(report["clip"])}, {report["timing"]}, '
-    f'{report["segments"]} segments x {report["views"]} views',
+    'protocol': f'{report["protocol"]}, frozen; tapped {report["tap"]}',
+    'clips': f'{_shape(report["clip"])}, {report["timing"]}, {_votes(report)}',
     'train': f'{train["videos"]} videos of {train["source"]}, '
     f'{report["held_out"]} of them held out to choose a head',
     'test': f'{test["evaluated"]} videos of {test["source"]}, '
@@ -54,7 +53,10 @@ def text(report: Mapping[str, Any]) -> str:
   }
   width = max(map(len, facts))
   lines = [f'{name.ljust(width)}  {value}' for name, value in facts.items()]
-  lines += ['', f'{"":22}accuracy   95 % interval']
+  lines += [
+    '',
+    f'{"":22}accuracy   95 % interval   (tapped {report["tap"]})',
+  ]
   for name, found in report['results'].items():
     low, high = found['interval']
     line = (
@@ -73,6 +75,15 @@ def text(report: Mapping[str, Any]) -> str:
     'to it.'
   )
   return '\n'.join(lines)
+
+
+def _votes(report: Mapping[str, Any]) -> str:
+  """Returns how a test video is seen."""
+  clips = report['clips']
+  along = f'{report["segments"]} segments' + (
+    f' x {clips} clips' if clips > 1 else ''
+  )
+  return f'{along} x {report["views"]} views'
 
 
 def _shape(clip: list[int]) -> str:

@@ -6,7 +6,6 @@
 Writes `report.json` into the run's folder and prints it.
 """
 
-import dataclasses
 import functools
 import itertools
 import time
@@ -15,15 +14,10 @@ from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 
-from vssl_jax import encoders, sharding
-from vssl_jax.data import options, passes, pipeline
+from vssl_jax.data import options
 from vssl_jax.evals import features, knn, outcome, probe, report
-from vssl_jax.train import provenance
-
-# Features kept in memory beyond this are refused, with a remedy.
-MAX_TABLE_BYTES = 32 * 2**30
+from vssl_jax.evals import job as job_lib
 
 
 def run(config: ml_collections.ConfigDict) -> int:
@@ -33,39 +27,6 @@ def run(config: ml_collections.ConfigDict) -> int:
     path = report.write(found, config.workdir)
     print(f'\n{report.text(found)}\n\n{path}')
   return 0
-
-
-@dataclasses.dataclass
-class Job:
-  """What one evaluation works with.
-
-  Attributes:
-    config: the whole config.
-    encode: clips -> tokens.
-    mesh: devices that split the rows.
-    train: `config.data` of the training videos.
-    test: `config.data` of the test videos.
-  """
-
-  config: ml_collections.ConfigDict
-  encode: features.Encode
-  mesh: jax.sharding.Mesh
-  train: dict[str, Any]
-  test: dict[str, Any]
-
-  def passes(
-    self, data: Mapping[str, Any], batch_size: int, segments: int, views: int
-  ) -> passes.Pass:
-    """Opens one pass over videos, `batch_size` of them at once."""
-    return pipeline.evaluation(
-      data,
-      batch_size=batch_size * segments * views,
-      segments=segments,
-      views=views,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-      folder=self.config.workdir,
-    )
 
 
 def evaluate(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -81,71 +42,31 @@ def evaluate(config: ml_collections.ConfigDict) -> dict[str, Any]:
     ValueError: no encoder, no labels, or knobs that do not fit.
   """
   start = time.time()
-  if not config.encoder:
-    raise ValueError(
-      'config.encoder is empty; give --config.encoder=<run folder, folder with '
-      'published weights, or hub id>'
-    )
-  encoder = encoders.load(config.encoder)
-  job = _job(config, encoder)
+  job = _job(config)
   measured = _knn(job) if config.probe.protocol == 'knn' else _heads(job)
-  clip = options.spec(job.test).shape
-  tap = config.probe.depth
   return {
-    'encoder': encoder.name,
-    'protocol': config.probe.protocol,
-    'tap': f'{tap:g} of the blocks' if tap else 'last block, final norm',
-    'clip': list(clip),
-    'encoder_clip': list(encoder.video),
-    'timing': _timing(job.test),
-    'segments': config.probe.segments,
-    'views': config.probe.views,
     **measured,
     'seconds': round(time.time() - start, 1),
-    'probe': config.probe.to_dict(),
-    'seed': config.seed,
-    **provenance.describe(),
+    **job.describe(),
   }
 
 
-def _job(config: ml_collections.ConfigDict, encoder: encoders.Encoder) -> Job:
-  mesh = sharding.make_mesh(data=-1, fsdp=1)
-  params = jax.device_put(encoder.params, sharding.replicated(mesh))
-  encoder = dataclasses.replace(encoder, params=params)
-  wanted = config.probe
-  for name in ('batch_size', 'test_batch_size'):
-    if wanted[name] % jax.device_count():
-      raise ValueError(
-        f'probe.{name}: found {wanted[name]}, wanted a multiple of the '
-        f'{jax.device_count()} devices'
-      )
-  data = config.data.to_dict()
-  train = data | {'where': wanted.train_where or data['where']}
-  train['source'] = _given(wanted.train) or data['source']
-  classes = options.find(train).classes
+def _job(config: ml_collections.ConfigDict) -> job_lib.Job:
+  """Returns the job, its labels in one order for training and testing."""
+  job = job_lib.make(config)
+  classes = options.find(job.train).classes
   if not classes:
     raise ValueError(
-      f'probe.train: the videos of {train["source"]} have no labels; give '
+      f'probe.train: the videos of {job.train["source"]} have no labels; give '
       'class folders or a manifest with a label column'
     )
-  # One order of labels for both, whatever order the test videos come in.
-  train['classes'] = tuple(classes)
-  test = train | {'where': wanted.test_where or data['where']}
-  test['source'] = _given(wanted.test) or data['source']
-  if (train['source'], train['where']) == (test['source'], test['where']):
-    raise ValueError(
-      'probe.train and probe.test name the same videos; an accuracy on clips '
-      'that the probe was trained on says nothing'
-    )
-  encode = functools.partial(encoder, depth=wanted.depth or None)
-  return Job(config, encode, mesh, train, test)
+  # Whatever order the test videos come in.
+  for data in (job.train, job.test):
+    data['classes'] = tuple(classes)
+  return job
 
 
-def _given(source: Any) -> tuple[str, ...]:
-  return tuple(s for s in source if s)
-
-
-def _knn(job: Job) -> dict[str, Any]:
+def _knn(job: job_lib.Job) -> dict[str, Any]:
   """Votes by nearest neighbours; nothing is trained."""
   config = job.config.probe
   size = config.test_batch_size
@@ -167,21 +88,22 @@ def _knn(job: Job) -> dict[str, Any]:
   }
 
 
-def _heads(job: Job) -> dict[str, Any]:
+def _heads(job: job_lib.Job) -> dict[str, Any]:
   """Trains and tests a grid of heads."""
   config = job.config.probe
-  test = job.passes(
-    job.test, config.test_batch_size, config.segments, config.views
+  along = config.segments * config.clips
+  test = job.passes(job.test, config.test_batch_size, along, config.views)
+  settings = probe.Settings.of(config)
+  network = probe.network(
+    len(job.train['classes']), config, job.grid, job.clip[0]
   )
-  fields = [f.name for f in dataclasses.fields(probe.Settings)]
-  settings = probe.Settings(**{name: config[name] for name in fields})
-  network = probe.network(config.protocol, len(job.train['classes']), config)
 
   def tests() -> Iterator[features.Tokens]:
-    return _encoded(job, test, config.segments)
+    batches = job_lib.voting(test, config.segments, config.clips)
+    return _encoded(job, batches, config.segments)
 
   common = {
-    'views': config.views,
+    'views': config.clips * config.views,
     'key': jax.random.key(job.config.seed),
     'log': functools.partial(_print, settings),
   }
@@ -200,7 +122,7 @@ def _heads(job: Job) -> dict[str, Any]:
 
 
 def _encoded(
-  job: Job,
+  job: job_lib.Job,
   batches: features.Batches,
   segments: int,
 ) -> Iterator[features.Tokens]:
@@ -210,7 +132,7 @@ def _encoded(
 
 
 def _streamed(
-  job: Job,
+  job: job_lib.Job,
   network: Any,
   settings: probe.Settings,
   tests: Callable[[], Iterator[features.Tokens]],
@@ -218,14 +140,7 @@ def _streamed(
 ) -> tuple[outcome.Outcome, Any]:
   """Trains on new crops in every epoch; the encoder runs each time."""
   config = job.config.probe
-  clips = pipeline.make(
-    job.train | {'repeats': config.segments},
-    batch_size=config.batch_size * config.segments,
-    seed=job.config.seed,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-    folder=job.config.workdir,
-  )
+  clips = job.stream()
   steps = max(clips.num_examples // config.batch_size, 1)
   stream = clips.iterator()
   fraction = settings.holdout
@@ -258,7 +173,7 @@ def _streamed(
 
 
 def _stored(
-  job: Job,
+  job: job_lib.Job,
   network: Any,
   settings: probe.Settings,
   tests: Callable[[], Iterator[features.Tokens]],
@@ -268,18 +183,9 @@ def _stored(
   config = job.config.probe
   videos = job.passes(job.train, config.test_batch_size, config.segments, 1)
   pool = config.protocol == 'linear'
-  clip = options.spec(job.train).shape
-  shape = jax.eval_shape(
-    job.encode, jax.ShapeDtypeStruct((1, *clip), np.uint8)
-  ).shape
-  tokens = 1 if pool else shape[1] * config.segments
-  size = 4 * videos.num_examples * tokens * shape[2]
-  if size > MAX_TABLE_BYTES:
-    raise ValueError(
-      f'probe.augment=False keeps {size / 2**30:.0f} GiB of features in '
-      f'memory, more than {MAX_TABLE_BYTES / 2**30:.0f}; set '
-      '--config.probe.augment=True, which encodes new crops in every epoch'
-    )
+  count, width = job.tokens()
+  tokens = 1 if pool else count * config.segments
+  features.check_room(4 * videos.num_examples * tokens * width)
   table = features.table(
     job.encode, videos, segments=config.segments, pool=pool, mesh=job.mesh
   )
@@ -295,17 +201,19 @@ def _stored(
   return found, videos
 
 
-def _sides(job: Job, train: Any, test: Any, evaluated: int) -> dict[str, Any]:
+def _sides(
+  job: job_lib.Job, train: Any, test: Any, evaluated: int
+) -> dict[str, Any]:
   """Returns what the report says of the videos."""
   classes = [str(c) for c in job.train['classes']]
   return {
     'train': {
-      'source': _name(job.train),
+      'source': job_lib.name(job.train),
       'videos': train.num_examples,
       'fingerprint': train.fingerprint,
     },
     'test': {
-      'source': _name(job.test),
+      'source': job_lib.name(job.test),
       'videos': test.num_examples,
       'fingerprint': test.fingerprint,
       'evaluated': evaluated,
@@ -314,15 +222,6 @@ def _sides(job: Job, train: Any, test: Any, evaluated: int) -> dict[str, Any]:
     'classes': classes,
     'chance': 1 / len(classes),
   }
-
-
-def _name(data: Mapping[str, Any]) -> str:
-  where = f' where {data["where"]}' if data['where'] else ''
-  return ', '.join(data['source']) + where
-
-
-def _timing(data: Mapping[str, Any]) -> str:
-  return f'{data["fps"]:g} fps' if data['fps'] else f'stride {data["stride"]}'
 
 
 def _print(settings: probe.Settings, entry: Mapping[str, Any]) -> None:

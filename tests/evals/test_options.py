@@ -1,0 +1,71 @@
+"""The pages of the probes build the readouts that were published."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from vssl_jax import config as config_lib
+from vssl_jax import trees
+from vssl_jax.data import options as data_options
+from vssl_jax.evals import depth, options, probe
+
+GRID = (8, 14, 14)
+
+
+def count(network, width=768):
+  tokens = jax.ShapeDtypeStruct((1, 1568, width), jnp.float32)
+  shapes = jax.eval_shape(network.init, jax.random.key(0), tokens, jnp.ones(1))
+  return trees.count(shapes['params'])
+
+
+@pytest.mark.parametrize(
+  ('page', 'classes', 'wanted'),
+  [
+    ('probe_4ds.py', 174, 11_213_486),
+    ('probe_4ds.py:ssv2', 174, 11_213_486),
+    ('probe_4ds.py:k700', 700, 11_752_636),
+    ('probe_ssv2.py', 174, 27_895_470),
+    ('probe_k400.py', 400, 28_069_264),
+  ],
+)
+def test_classifiers_have_the_published_size(page, classes, wanted):
+  _, c = config_lib.load(f'configs/{page}')
+  clip = data_options.spec(c.data).shape
+  assert clip == (16, 224, 224, 3)
+  network = options.network(classes, c.probe, GRID, clip[0])
+  assert count(network) == wanted
+  assert c.job == 'probe'
+  assert not c.data.flip
+  settings = probe.Settings.of(c.probe)
+  assert len(settings.spec(network, 2000).pairs) == len(c.probe.lrs) * len(
+    c.probe.wds
+  )
+
+
+def test_depth_has_the_published_size():
+  _, c = config_lib.load('configs/depth_scannet.py')
+  clip = data_options.spec(c.data).shape
+  network = depth.network(c.probe, GRID, clip)
+  assert count(network) == 17_587_840
+  assert c.job == 'depth'
+  assert c.data.depth_units == 1000
+  settings = probe.Settings.of(c.probe)
+  spec = settings.spec(network, 235)
+  assert 39_000 < spec.steps < 41_000
+  assert (spec.warmup, spec.decay, len(spec.pairs)) == (1000, 'matrices', 3)
+
+
+@pytest.mark.parametrize(
+  'page', ['probe_4ds.py', 'depth_scannet.py', 'depth_fast.py']
+)
+def test_pages_refuse_other_variants(page):
+  with pytest.raises(ValueError, match=f'{page}: found :nonsense'):
+    config_lib.load(f'configs/{page}:nonsense')
+
+
+def test_settings_hold_what_the_config_says():
+  c = options.default()
+  c.warmup, c.decay, c.lrs = 7, 'matrices', (1.0, 2.0)
+  found = probe.Settings.of(c)
+  assert (found.warmup, found.decay, found.lrs) == (7, 'matrices', (1.0, 2.0))
+  assert probe.Settings.of(options.default()) == probe.Settings()

@@ -1,0 +1,85 @@
+"""What depth was read, as a table that says how it was measured."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+KEYS = ('abs_rel', 'delta_1', 'rmse')
+NOTES = {
+  'selected': 'head chosen on held-out training examples, or the only one',
+  'best': 'head with the smallest AbsRel on the test clips; flatters',
+  'mean': 'mean of the training clips at each pixel: nothing is looked at',
+}
+
+
+def results(
+  figures: Mapping[str, Mapping[str, np.ndarray]],
+  pairs: Sequence[tuple[float, float]],
+  selected: int | None,
+) -> dict[str, Any]:
+  """Returns what a report says of heads and baseline.
+
+  Args:
+    figures: of `heads`, `aligned` heads, `mean` and `aligned mean`.
+    pairs: (learning rate, weight decay) of each head.
+    selected: head, or None.
+  """
+  error = figures['heads']['abs_rel']
+  best = int(np.where(np.isnan(error), np.inf, error).argmin())
+  rows = {'best': best} | ({} if selected is None else {'selected': selected})
+
+  def row(name: str, aligned: str, number: int) -> dict[str, Any]:
+    one = {k: float(figures[name][k][number]) for k in KEYS}
+    two = {k: float(figures[aligned][k][number]) for k in KEYS}
+    return {**one, 'align_median': two}
+
+  out = {}
+  for name, number in sorted(rows.items(), reverse=True):
+    lr, wd = pairs[number]
+    out[name] = row('heads', 'aligned', number) | {'lr': lr, 'wd': wd}
+  out['mean'] = row('mean', 'aligned mean', 0)
+  out['pixels'] = int(figures['heads']['pixels'][0])
+  return out
+
+
+def text(report: Mapping[str, Any]) -> str:
+  """Returns the report for a console.
+
+  Args:
+    report: as `depth.evaluate` makes it.
+  """
+  test, train, found = report['test'], report['train'], report['results']
+  facts = {
+    'encoder': report['encoder'],
+    'protocol': f'{report["protocol"]}, frozen; tapped {report["tap"]}',
+    'clips': f'{"x".join(map(str, report["clip"][:3]))}, {report["timing"]}, '
+    f'{report["clips"]} clips x {report["views"]} views of an example',
+    'train': f'{train["examples"]} examples of {train["source"]}',
+    'test': f'{test["examples"]} examples of {test["source"]}, '
+    f'{test["unreadable"]} unreadable; {found["pixels"]} pixels with a depth',
+  }
+  width = max(map(len, facts))
+  lines = [f'{name.ljust(width)}  {value}' for name, value in facts.items()]
+  lines += ['', f'{"":12}AbsRel  delta_1   RMSE   (tapped {report["tap"]})']
+  for name, row in found.items():
+    if name != 'pixels':
+      lines += _lines(name, row)
+  lines.append(
+    'Pixels of one scene depend on each other: no interval is given. Examples '
+    'of the rooms that were trained on say nothing of other rooms.'
+  )
+  return '\n'.join(lines)
+
+
+def _lines(name: str, row: Mapping[str, Any]) -> list[str]:
+  grid = f'lr {row["lr"]:g}, wd {row["wd"]:g}; ' if 'lr' in row else ''
+  return [
+    f'{name:12}{_figures(row)}   {grid}{NOTES[name]}',
+    f'{"":12}{_figures(row["align_median"])}   its median aligned to the '
+    "truth's, clip by clip",
+  ]
+
+
+def _figures(row: Mapping[str, float]) -> str:
+  return f'{row["abs_rel"]:6.4f}   {row["delta_1"]:6.4f}  {row["rmse"]:5.3f} m'

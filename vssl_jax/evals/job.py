@@ -1,0 +1,196 @@
+"""What an evaluation works with: an encoder, its tap, two lists of videos."""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from vssl_jax import encoders, sharding
+from vssl_jax.data import options, passes, pipeline
+from vssl_jax.evals import features
+from vssl_jax.models import layers, vit
+from vssl_jax.train import provenance
+
+
+@dataclasses.dataclass
+class Job:
+  """What one evaluation works with.
+
+  Attributes:
+    config: the whole config.
+    encoder: what is measured.
+    encode: clips -> tokens.
+    mesh: devices that split the rows.
+    train: `config.data` of the training videos.
+    test: `config.data` of the test videos.
+  """
+
+  config: ml_collections.ConfigDict
+  encoder: encoders.Encoder
+  encode: features.Encode
+  mesh: jax.sharding.Mesh
+  train: dict[str, Any]
+  test: dict[str, Any]
+
+  @property
+  def clip(self) -> tuple[int, int, int, int]:
+    """(T, H, W, C) of the clips that are encoded."""
+    return options.spec(self.test).shape
+
+  @property
+  def grid(self) -> layers.Grid:
+    """Tokens (t, h, w) of such a clip."""
+    return layers.grid_of((1, *self.clip), self.encoder.module.patch)
+
+  def tokens(self) -> tuple[int, ...]:
+    """Returns the shape (N, D) of a clip's tokens, without computing them."""
+    clip = jax.ShapeDtypeStruct((1, *self.clip), np.uint8)
+    return jax.eval_shape(self.encode, clip).shape[1:]
+
+  def tap(self) -> str:
+    """Returns where the encoder is tapped."""
+    return tap(self.encoder.module, self.config.probe.depth)
+
+  def passes(
+    self, data: Mapping[str, Any], batch_size: int, segments: int, views: int
+  ) -> passes.Pass:
+    """Opens one pass over videos, `batch_size` of them at once."""
+    return pipeline.evaluation(
+      data,
+      batch_size=batch_size * segments * views,
+      segments=segments,
+      views=views,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+      folder=self.config.workdir,
+    )
+
+  def stream(self) -> pipeline.Clips:
+    """Opens the endless stream of new crops of the training videos."""
+    config = self.config.probe
+    return pipeline.make(
+      self.train | {'repeats': config.segments},
+      batch_size=config.batch_size * config.segments,
+      seed=self.config.seed,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+      folder=self.config.workdir,
+    )
+
+  def describe(self) -> dict[str, Any]:
+    """Returns what a report says of how was measured."""
+    config = self.config
+    return {
+      'encoder': self.encoder.name,
+      'protocol': config.probe.protocol,
+      'tap': self.tap(),
+      'clip': list(self.clip),
+      'encoder_clip': list(self.encoder.video),
+      'timing': timing(self.test),
+      'segments': config.probe.segments,
+      'clips': config.probe.clips,
+      'views': config.probe.views,
+      'probe': config.probe.to_dict(),
+      'seed': config.seed,
+      **provenance.describe(),
+    }
+
+
+def make(
+  config: ml_collections.ConfigDict,
+  encoder: encoders.Encoder | None = None,
+) -> Job:
+  """Returns what an evaluation works with.
+
+  Args:
+    config: with `encoder`, `data` and `probe`.
+    encoder: measured in place of `config.encoder`.
+
+  Raises:
+    ValueError: no encoder, or knobs that do not fit.
+  """
+  if encoder is None and not config.encoder:
+    raise ValueError(
+      'config.encoder is empty; give --config.encoder=<run folder, folder with '
+      'published weights, or hub id>'
+    )
+  encoder = encoder or encoders.load(config.encoder)
+  mesh = sharding.make_mesh(data=-1, fsdp=1)
+  params = jax.device_put(encoder.params, sharding.replicated(mesh))
+  encoder = dataclasses.replace(encoder, params=params)
+  wanted = config.probe
+  for name in ('batch_size', 'test_batch_size'):
+    if wanted[name] % jax.device_count():
+      raise ValueError(
+        f'probe.{name}: found {wanted[name]}, wanted a multiple of the '
+        f'{jax.device_count()} devices'
+      )
+  data = config.data.to_dict()
+  train = data | {'where': wanted.train_where or data['where']}
+  train['source'] = _given(wanted.train) or data['source']
+  test = data | {'where': wanted.test_where or data['where']}
+  test['source'] = _given(wanted.test) or data['source']
+  if (train['source'], train['where']) == (test['source'], test['where']):
+    raise ValueError(
+      'probe.train and probe.test name the same videos; a figure on clips '
+      'that the probe was trained on says nothing'
+    )
+  encode = functools.partial(encoder, depth=wanted.depth or None)
+  return Job(config, encoder, encode, mesh, train, test)
+
+
+def tap(module: Any, fraction: float) -> str:
+  """Returns where an encoder is tapped: after how many of how many blocks.
+
+  Args:
+    module: the encoder's network.
+    fraction: of the blocks, as 4DS counts; 0 for the encoder's own choice.
+  """
+  total, norm = module.depth, getattr(module, 'final_norm', False)
+  if fraction:
+    ran = vit.tap(total, fraction)
+    return f'after block {ran} of {total} ({fraction:g})'
+  decoder = getattr(module, 'decoder_blocks', 0)
+  if decoder:
+    ran = total - decoder
+    return f'after block {ran} of {total}, before those that decode'
+  return f'after block {total} of {total}' + (', final norm' if norm else '')
+
+
+def _given(source: Iterable[Any]) -> tuple[str, ...]:
+  return tuple(s for s in source if s)
+
+
+def name(data: Mapping[str, Any]) -> str:
+  """Returns what a report calls a list of videos."""
+  source = data['source']
+  source = source if isinstance(source, str) else ', '.join(source)
+  return source + (f' where {data["where"]}' if data['where'] else '')
+
+
+def timing(data: Mapping[str, Any]) -> str:
+  """Returns how frames were picked."""
+  return f'{data["fps"]:g} fps' if data['fps'] else f'stride {data["stride"]}'
+
+
+def voting(
+  batches: Iterable[Mapping[str, Any]], segments: int, clips: int
+) -> Iterator[Mapping[str, Any]]:
+  """Numbers views so that each of the clips along a video has its own vote.
+
+  Args:
+    batches: of a pass over segments x clips clips along each video.
+    segments: successive clips that a head sees at once.
+    clips: votes along a video.
+  """
+  for batch in batches:
+    if clips == 1:
+      yield batch
+      continue
+    number = np.asarray(batch['segment']) // segments
+    view = np.asarray(batch['view']) * clips + number
+    yield dict(batch) | {'view': view.astype(np.int32)}

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FLOORS = (
-  {'trees', 'rngs', 'sharding'},
+  {'trees', 'rngs', 'sharding', 'cluster'},
   {'masking', 'mask_specs', 'rectangles', 'losses', 'flops', 'models', 'data'},
   {'weights', 'methods'},
   {'config', 'flags', 'encoders', 'train', 'evals', 'show', ''},

@@ -20,11 +20,11 @@ import jax
 import ml_collections
 from absl import logging
 
+from vssl_jax import cluster, demo
 from vssl_jax import config as config_lib
-from vssl_jax import demo
 from vssl_jax import flags as flags_lib
 from vssl_jax.evals import run as evaluation
-from vssl_jax.train import plan, replay, rewind, trainer
+from vssl_jax.train import plan, precompile, replay, rewind, trainer
 
 Job = Callable[..., int]
 JOBS: dict[str, Job] = {
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.plan:
       print(plan.describe(config, args.plan))
       return 0
-    _join_cluster()
+    cluster.join(os.environ)
     job = _job(config, args)
   except ValueError as error:
     print(f'error: {error}', file=sys.stderr)
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     return job(config)
   except trainer.EXPECTED as error:
-    print(f'error: {error}', file=sys.stderr)
+    cluster.say(error)
     return 1
 
 
@@ -162,36 +162,10 @@ def _keep_compiled_programs() -> None:
     )
 
 
-def _join_cluster() -> None:
-  """Joins the other processes, where there are any; never guesses a port.
-
-  Raises:
-    ValueError: JAX_COORDINATOR_ADDRESS is set without the other two.
-  """
-  env = os.environ
-  if 'JAX_COORDINATOR_ADDRESS' in env:
-    missing = {'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID'} - env.keys()
-    if missing:
-      raise ValueError(
-        f'JAX_COORDINATOR_ADDRESS is set and {sorted(missing)} are not; set '
-        'them for every process, or none of the three'
-      )
-    jax.distributed.initialize(
-      env['JAX_COORDINATOR_ADDRESS'],
-      int(env['JAX_NUM_PROCESSES']),
-      int(env['JAX_PROCESS_ID']),
-    )
-  elif (
-    int(env.get('SLURM_NTASKS', '1')) > 1
-    or ',' in env.get('TPU_WORKER_HOSTNAMES', '')
-    or int(env.get('OMPI_COMM_WORLD_SIZE', '1')) > 1
-  ):
-    jax.distributed.initialize()
-
-
 def run() -> None:
   """Runs `main` as a program."""
-  sys.exit(main())
+  # What is still compiled for a phase that will not come is not waited for.
+  cluster.end(main, (0, trainer.PREEMPTED), precompile.busy)
 
 
 if __name__ == '__main__':

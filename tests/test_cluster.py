@@ -1,0 +1,118 @@
+"""Who the other processes are, and how one of them ends."""
+
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+
+from vssl_jax import cluster
+
+PROGRAM = """
+import sys
+import jax
+from jax.experimental import multihost_utils
+from vssl_jax import cluster
+
+def main():
+  port, index, how = sys.argv[1:]
+  cluster.join({
+    'JAX_COORDINATOR_ADDRESS': '127.0.0.1:' + port,
+    'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': index,
+  })
+  multihost_utils.sync_global_devices('together')
+  if index == '1' and how == 'raises':
+    raise KeyError('no such thing')
+  if index == '1' and how == 'returns':
+    cluster.say('what was expected')
+    return 1
+  multihost_utils.sync_global_devices('for ever, or the end')
+  return 143
+
+cluster.end(main, (0, 143))
+"""
+
+
+def _pair(how):
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    port = str(s.getsockname()[1])
+  return [
+    subprocess.Popen(
+      [sys.executable, '-c', PROGRAM, port, str(index), how],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for index in range(2)
+  ]
+
+
+@pytest.mark.parametrize(
+  'how, wanted',
+  [
+    ('raises', "error: process 1 of 2: KeyError: 'no such thing'"),
+    ('returns', 'error: process 1 of 2: what was expected'),
+  ],
+)
+def test_a_process_that_fails_waits_for_nobody(how, wanted):
+  first, second = _pair(how)
+  start = time.monotonic()
+  said = second.communicate(timeout=200)[0]
+  # Python's way out waits 300 s for the first, which waits for the second.
+  assert time.monotonic() - start < 150
+  assert second.returncode == 1, said
+  assert said.strip().splitlines()[-1] == wanted
+  first.kill()  # as a launcher does
+  first.communicate()
+
+
+def test_processes_that_were_preempted_end_together():
+  for process in _pair('no failure'):
+    said = process.communicate(timeout=200)[0]
+    assert process.returncode == 143, said
+
+
+@pytest.mark.parametrize(
+  'env, wanted',
+  [
+    ({}, False),
+    # sbatch's own shell, and an allocation without srun.
+    ({'SLURM_NTASKS': '8', 'SLURM_PROCID': '0'}, False),
+    ({'SLURM_NTASKS': '1', 'SLURM_STEP_NUM_TASKS': '1'}, False),
+    ({'SLURM_NTASKS': '8', 'SLURM_STEP_NUM_TASKS': '8'}, True),
+    ({'TPU_WORKER_HOSTNAMES': 'localhost'}, False),
+    ({'TPU_WORKER_HOSTNAMES': 'a,b'}, True),
+    ({'TPU_PROCESS_ADDRESSES': 'a:1,b:1'}, True),
+    ({'TPU_WORKER_HOSTNAMES': 'a', 'MEGASCALE_NUM_SLICES': '2'}, True),
+    ({'OMPI_COMM_WORLD_SIZE': '1'}, False),
+    ({'OMPI_COMM_WORLD_SIZE': '2'}, True),
+    # A pod of Kubernetes is alone, unless told.
+    ({'KUBERNETES_SERVICE_HOST': '10.0.0.1'}, False),
+  ],
+)
+def test_a_cluster_is_detected_by_its_launcher(env, wanted, monkeypatch):
+  asked = []
+  monkeypatch.setattr(jax.distributed, 'initialize', lambda: asked.append(1))
+  assert cluster.detected(env) == wanted
+  cluster.join(env)
+  assert bool(asked) == wanted
+  cluster.join(env | {'VSSL_CLUSTER': '0'})
+  assert bool(asked) == wanted
+  cluster.join(env | {'VSSL_CLUSTER': '1'})
+  assert len(asked) == wanted + 1
+
+
+@pytest.mark.parametrize(
+  'env, wanted',
+  [
+    ({'VSSL_CLUSTER': 'yes'}, "found 'yes', wanted 0 or 1"),
+    ({'JAX_COORDINATOR_ADDRESS': 'a:1'}, 'JAX_NUM_PROCESSES.*are not'),
+    ({'VSSL_CLUSTER': '1'}, 'or VSSL_CLUSTER=0 to run alone'),
+  ],
+)
+def test_half_a_cluster_is_refused(env, wanted):
+  with pytest.raises(ValueError, match=wanted):
+    cluster.join(env)

@@ -23,6 +23,7 @@ from absl import logging
 from vssl_jax import cluster, demo
 from vssl_jax import config as config_lib
 from vssl_jax import flags as flags_lib
+from vssl_jax.evals import depth
 from vssl_jax.evals import run as evaluation
 from vssl_jax.train import plan, precompile, replay, rewind, trainer
 
@@ -30,6 +31,7 @@ Job = Callable[..., int]
 JOBS: dict[str, Job] = {
   'train': trainer.train,
   'probe': evaluation.run,
+  'depth': depth.run,
   'demo': demo.run,
 }
 

@@ -82,10 +82,10 @@ def activations(
   """Returns an estimate of the bytes that one clip's backward pass keeps.
 
   Per token and block, in the activations' type: two norms' inputs and
-  outputs, q, k, v, attention's output and its projection (9 D) and two
-  MLP-wide arrays; with rematerialisation `dots` 6 D + one of those, with
-  `full` the block's input alone. The weights of attention are not counted:
-  fused attention does not keep them, unfused attention adds
+  outputs, q, k, v and attention's output (8 D) and two MLP-wide arrays; with
+  rematerialisation `dots` 6 D + one of those, with `full` the block's input
+  alone, and one block at a time in whole. The weights of attention are not
+  counted: fused attention does not keep them, unfused attention adds
   heads x tokens^2 values of 4 bytes.
 
   Args:
@@ -96,12 +96,13 @@ def activations(
   count = module.depth if count is None else count
   size = 2 if module.dtype == 'bfloat16' else 4
   mlp = module.mlp_width or 4 * module.width
-  wide = {
-    'none': 9 * module.width + 2 * mlp,
+  whole = 8 * module.width + 2 * mlp
+  kept = {
+    'none': whole,
     'dots': 6 * module.width + mlp,
     'full': module.width,
-  }
-  return float(size * tokens * count * wide[module.remat])
+  }[module.remat]
+  return float(size * tokens * (count * kept + whole - kept))
 
 
 def embedding(encoder: vit.Vit, tokens: int) -> float:

@@ -1,4 +1,4 @@
-"""One mesh, one rule: where parameters, rows, batches and activations live.
+"""One mesh, one rule: where parameters, rows and batches live.
 
 The mesh has two axes. `data` splits the batch only; `fsdp` splits the batch
 and the parameters. There is no `tensor` axis: with at most 4B parameters and
@@ -7,8 +7,8 @@ need one.
 
 Left alone, the compiler spreads the split of a weight to what is multiplied by
 it: activations of the whole batch are then summed over all devices in every
-layer. So a step says what it wants: activations stay split along the batch,
-and a weight is gathered where it is used, in the type that it is used in.
+layer. So models say that a weight is gathered where it is used, in the type
+that it is used in; activations then stay with their clips.
 """
 
 import re
@@ -116,18 +116,6 @@ def _mesh_of_step() -> Any:
   return mesh if mesh.axis_types == AUTO else None
 
 
-def along_batch(x: jax.Array) -> jax.Array:
-  """Returns activations [B, ...], split along the batch inside a step.
-
-  Those that all devices cannot share out, such as one row for every clip, are
-  left to the compiler. The same holds for their gradients.
-  """
-  mesh = _mesh_of_step()
-  if mesh is None or x.shape[0] % mesh.size:
-    return x
-  return jax.lax.with_sharding_constraint(x, PartitionSpec(('data', 'fsdp')))
-
-
 @jax.custom_vjp
 def gathered(weight: jax.Array) -> jax.Array:
   """Returns a weight that every device holds in full for the moment.
@@ -157,11 +145,8 @@ gathered.defvjp(_gathered_forward, _gathered_backward)
 def dot_general(
   x: jax.Array, weight: jax.Array, *args: Any, **kwargs: Any
 ) -> jax.Array:
-  """Returns `jax.lax.dot_general` of activations [B, ...] and a weight."""
-  product = jax.lax.dot_general(
-    along_batch(x), gathered(weight), *args, **kwargs
-  )
-  return along_batch(product)
+  """Returns `jax.lax.dot_general` of activations and a gathered weight."""
+  return jax.lax.dot_general(x, gathered(weight), *args, **kwargs)
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:

@@ -237,7 +237,7 @@ def _join(
   hidden = jnp.broadcast_to(latents[None], (batch, *latents.shape))
   where = jnp.arange(count, dtype=jnp.int32)[None]
   return (
-    sharding.along_batch(jnp.concatenate([x, hidden], axis=1)),
+    jnp.concatenate([x, hidden], axis=1),
     jnp.concatenate(
       [
         jnp.broadcast_to(visible, (batch, visible.shape[1])),

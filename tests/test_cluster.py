@@ -16,8 +16,9 @@ import jax
 from jax.experimental import multihost_utils
 from vssl_jax import cluster
 
+port, index, how = sys.argv[1:]
+
 def main():
-  port, index, how = sys.argv[1:]
   cluster.join({
     'JAX_COORDINATOR_ADDRESS': '127.0.0.1:' + port,
     'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': index,
@@ -31,7 +32,7 @@ def main():
   multihost_utils.sync_global_devices('for ever, or the end')
   return 143
 
-cluster.end(main, (0, 143))
+cluster.end(main, (0, 143), lambda: how == 'busy')
 """
 
 
@@ -69,10 +70,46 @@ def test_a_process_that_fails_waits_for_nobody(how, wanted):
   first.communicate()
 
 
-def test_processes_that_were_preempted_end_together():
-  for process in _pair('no failure'):
+@pytest.mark.parametrize('how', ['no failure', 'busy'])
+def test_processes_that_were_preempted_end_together(how):
+  for process in _pair(how):
     said = process.communicate(timeout=200)[0]
     assert process.returncode == 143, said
+
+
+BUSY = """
+import signal, sys, threading, time
+from vssl_jax import cluster
+
+def main():
+  threading.Thread(target=time.sleep, args=(200,)).start()
+  print('on the way', flush=True)
+  how = sys.argv[1]
+  if how == 'raises':
+    raise KeyError('no such thing')
+  if how == 'interrupted':
+    signal.raise_signal(signal.SIGINT)
+  return int(how)
+
+cluster.end(main, (0, 143), lambda: threading.active_count() > 1)
+"""
+
+
+@pytest.mark.parametrize(
+  'how, status', [('0', 0), ('143', 143), ('raises', 1), ('interrupted', 130)]
+)
+def test_threads_at_work_hold_nobody_up(how, status):
+  """And they change no exit status."""
+  ended = subprocess.run(
+    [sys.executable, '-c', BUSY, how],
+    capture_output=True,
+    text=True,
+    timeout=150,
+    check=False,
+  )
+  assert ended.returncode == status, ended.stderr
+  assert ended.stdout == 'on the way\n'
+  assert ('KeyError' in ended.stderr) == (how == 'raises')
 
 
 @pytest.mark.parametrize(

@@ -95,12 +95,12 @@ def end(
   """
   try:
     status = main()
-  except Exception as error:
+  except (Exception, KeyboardInterrupt) as error:
     if not (jax.distributed.is_initialized() or busy()):
       raise
     traceback.print_exc()
     say(f'{type(error).__name__}: {error}')
-    status = 1
+    status = 130 if isinstance(error, KeyboardInterrupt) else 1
   alone = status not in orderly and jax.distributed.is_initialized()
   if alone or busy():
     if not alone and jax.distributed.is_initialized():

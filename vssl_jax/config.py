@@ -67,6 +67,7 @@ def default(method: str = 'salt') -> ml_collections.ConfigDict:
         'workdir',
         'mesh',
         'compile_ahead',
+        'method.layout',
         'checkpoint',
         'log',
         'health',

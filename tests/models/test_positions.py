@@ -127,3 +127,35 @@ def test_fixed_tables_are_no_parameters():
   assert Table('none').apply({}, (2, 3, 4)) is None
   with pytest.raises(ValueError, match="'sin'"):
     Table('sin').apply({}, (2, 3, 4))
+
+
+@pytest.mark.parametrize(
+  ('width', 'sizes'),
+  [(1792, (180, 448, 448)), (768, (76, 192, 192)), (24, (2, 6, 6))],
+)
+def test_rope_post_norm_turns_10_25_and_25_percent(width, sizes):
+  for axis, index in enumerate((25, 5, 1)):  # 1 along one axis
+    where = jnp.array([[index]], jnp.int32)
+    rope = positions.rope_post_norm(where, (5, 5, 5), width)
+    turning = np.flatnonzero(rope.sin[0, 0])
+    first = sum(sizes[:axis])
+    # The slowest of 10000^(-i / pairs) still turns in float32.
+    np.testing.assert_array_equal(turning, np.arange(sizes[axis]) + first)
+    pairs = sizes[axis] // 2
+    angle = np.repeat(10000.0 ** (-np.arange(pairs) / pairs), 2)
+    np.testing.assert_allclose(
+      rope.sin[0, 0, turning], np.sin(angle), atol=1e-6
+    )
+    np.testing.assert_allclose(
+      rope.cos[0, 0, turning], np.cos(angle), atol=1e-6
+    )
+
+
+def test_rope_post_norm_turns_pairs_and_keeps_lengths():
+  # One pair for time, three for rows and columns; the token at time 2.
+  rope = positions.rope_post_norm(jnp.array([[18]], jnp.int32), (3, 3, 3), 24)
+  x = jnp.arange(1.0, 25.0).reshape(1, 1, 1, 24)
+  y = np.asarray(positions.rotate(x, rope)).ravel()
+  c, s = np.cos(2.0), np.sin(2.0)
+  np.testing.assert_allclose(y[:2], [c - 2 * s, 2 * c + s], atol=1e-6)
+  np.testing.assert_array_equal(y[2:], np.arange(3.0, 25.0))

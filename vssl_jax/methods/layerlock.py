@@ -9,6 +9,7 @@ predicts latents without freezing: see `methods/README.md`.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -126,7 +127,7 @@ class LayerLock(base.Method):
       metrics['loss/pixel'] = losses.mse(predicted, target)
       total += metrics['loss/pixel']
     if 'latent' in phase.terms:
-      chosen = self._chosen(rng, batch, mask)
+      chosen = self._chosen(rng, batch, mask, decoded.shape[1])
       if chosen is not None:
         decoded = masking.gather(decoded, chosen)
       terms = []
@@ -166,16 +167,19 @@ class LayerLock(base.Method):
     return head.apply({'params': params[name]}, tokens).astype(jnp.float32)
 
   def _chosen(
-    self, rng: rngs.Rng, batch: Mapping[str, Any], mask: masking.Mask
+    self,
+    rng: rngs.Rng,
+    batch: Mapping[str, Any],
+    mask: masking.Mask,
+    tokens: int,
   ) -> Int[Array, 'B P'] | None:
     """Returns the positions of the latent loss; None for all of them."""
     if self.positions == 'all':
       return None
     if self.positions == 'masked':
       return mask.masked
-    count = self._subset(mask.visible.shape[1] + mask.masked.shape[1])
     keys = rng.per_example('positions', batch)
-    return masking.subset(keys, mask.masked, count)
+    return masking.subset(keys, mask.masked, self._subset(tokens))
 
   def _subset(self, tokens: int) -> int:
     return max(int(self.subset * tokens + 1e-9), 1)
@@ -242,7 +246,7 @@ class LayerLock(base.Method):
     encoder, k = phase.encoder, phase.lock_depth
     grid = layers.grid_of((1, *video), encoder.patch)
     visible, masked = self.mask.counts(grid)
-    tokens = visible + masked
+    tokens = math.prod(grid)
     places = {
       'all': tokens,
       'masked': masked,

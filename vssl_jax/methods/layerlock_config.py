@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
 from vssl_jax import losses, mask_specs, sharding
 from vssl_jax.methods import base, layerlock, salt, salt_config, schedules
@@ -81,7 +82,7 @@ def default() -> ml_collections.ConfigDict:
   )
   c.mask_tokens = 2
   c.latent_loss = 'l1'
-  c.ema = (0.99925, 0.99925)
+  c.ema = (0.99925, 0.99925)  # first and last step of the run
   c.target_offset = 1  # layers above the newest locked one
   return c
 
@@ -270,10 +271,15 @@ def _vjepa(
     remat=encoder.remat,
     attention=encoder.attention,
   )
-  teacher = encoder.clone(drop_path=0.0)
-  plan = []
+  plan, done = [], 0
   for depth, steps in schedule:
     shared = _shared(config, encoder, depth, steps)
+    teacher = shared['encoder'].clone(drop_path=0.0)
+    ends = (done, done + steps)
+    momentum = tuple(
+      float(np.interp(x, (0, config.total), config.ema)) for x in ends
+    )
+    done += steps
     shared['name'] = f'lock_{depth:02d}'
     frozen = depth if config.freeze else 0
     plan.append(
@@ -284,7 +290,7 @@ def _vjepa(
         predictor=predictor,
         masks=masks,
         teachers={'target': base.Teacher(teacher, '@ema/encoder')},
-        ema={'encoder': base.Ema('encoder', config.ema)},
+        ema={'encoder': base.Ema('encoder', momentum)},
         latent_loss=config.latent_loss,
         target_norm=config.target_norm,
         target_layer=min(depth + config.target_offset, encoder.depth),

@@ -16,10 +16,10 @@ def lock_schedule(
   total: int,
   depth: int,
   *,
-  start: float = 1 / 3,
-  interval: float = 0.0,
+  start: float | int = 1 / 3,
+  interval: float | int = 0.0,
   jump: int = 1,
-  last: float = 2 / 3,
+  last: float | int = 2 / 3,
   limit: int | None = None,
 ) -> Schedule:
   """Returns the schedule of a run.
@@ -32,7 +32,8 @@ def lock_schedule(
       what follows `start` evenly.
     jump: layers per lock.
     last: layers locked in the end; below 1 a fraction of `depth`.
-    limit: the most that may be locked.
+    limit: the most that may be locked; a fraction ends there, a number of
+      layers beyond it is an error.
 
   Returns:
     (0, steps before the first lock), then (lock depth, steps) of each lock.
@@ -41,10 +42,15 @@ def lock_schedule(
   10k until 32 of 48 are locked.
 
   Raises:
-    ValueError: no steps are left for a lock.
+    ValueError: no steps are left for a lock, or `last` is over the limit.
   """
-  locked = int(depth * last + 1e-9) if last < 1 else round(last)
-  locked = locked if limit is None else min(locked, limit)
+  limit = depth if limit is None else limit
+  if last > limit:
+    raise ValueError(
+      f'method.last: locks {last:g} layers; at most {limit} of the {depth} can '
+      'be locked, as the blocks that decode are never frozen'
+    )
+  locked = min(int(depth * last + 1e-9), limit) if last < 1 else round(last)
   count = locked // jump
   before = round(total * start) if start < 1 else round(start)
   rest = total - before
@@ -74,7 +80,9 @@ def parse(text: str) -> Schedule:
   """
   try:
     found = ast.literal_eval(text)
-    schedule = tuple((int(k), int(n)) for k, n in found)
+    schedule = tuple((k, n) for k, n in found)
+    if not all(type(x) is int for pair in schedule for x in pair):
+      raise TypeError('wanted whole numbers')
   except (ValueError, SyntaxError, TypeError) as error:
     raise ValueError(
       f'method.schedule: found {text!r}, wanted (lock depth, steps) of each '

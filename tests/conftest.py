@@ -1,7 +1,9 @@
 """What all tests share: fake devices, checked shapes, strict arrays, skips."""
 
+import functools
 import os
 import pathlib
+import subprocess
 import tempfile
 
 import jax
@@ -53,6 +55,17 @@ def pytest_addoption(parser):
   )
 
 
+@functools.cache
+def _slurm_answers():
+  try:
+    result = subprocess.run(
+      ['sinfo', '-h'], check=False, capture_output=True, timeout=30
+    )
+  except (FileNotFoundError, subprocess.TimeoutExpired):
+    return False
+  return result.returncode == 0
+
+
 def _slow(config):
   return config.option.slow or 'slow' in config.option.markexpr
 
@@ -70,6 +83,8 @@ def pytest_collection_modifyitems(config, items):
       left_out[item] = 'slow: run with --slow, or alone with -m slow'
     elif 'video_data' in item.fixturenames and VIDEO_DATA not in os.environ:
       left_out[item] = f'real videos: set {VIDEO_DATA} to their folder'
+    elif 'slurm' in item.fixturenames and not _slurm_answers():
+      left_out[item] = 'SLURM: no cluster answers; see launch/README.md'
   items[:] = [item for item in items if item not in left_out]
   config.hook.pytest_deselected(items=list(left_out))
   config.stash[LEFT_OUT] = list(left_out.values())

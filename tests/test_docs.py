@@ -1,8 +1,8 @@
 """Every command that a document shows runs, or says what it needs.
 
 A fenced block is run as written, unless its first line is `# needs: <what>`
-with gpu, tpu, network or data; of those, and of commands within a sentence or
-a table, scripts, modules, flags, config keys and paths are checked.
+with gpu, tpu, network, data or cluster; of those, and of commands within a
+sentence or a table, scripts, modules, flags, config keys and paths are checked.
 """
 
 import configparser
@@ -30,7 +30,7 @@ DOCUMENTS = (
   'launch/README.md',
   'vssl_jax/methods/README.md',
 )
-NEEDS = {'gpu', 'tpu', 'network', 'data'}
+NEEDS = {'gpu', 'tpu', 'network', 'data', 'cluster'}
 # Run by another test or script, which must hold the words on the right.
 RUN_ELSEWHERE = {
   'bash launch/test.sh': ('.ci/run', 'bash launch/test.sh\n'),
@@ -38,7 +38,8 @@ RUN_ELSEWHERE = {
 }
 # Blocks within lists are indented.
 FENCE = re.compile(r'^( *)```(.*?)\n(.*?)^\1```$', re.MULTILINE | re.DOTALL)
-UNCHECKED = {'cd', 'git', 'export', 'source', 'ls', 'cat', 'mkdir'}
+UNCHECKED = {'cd', 'git', 'export', 'source', 'ls', 'cat', 'mkdir', 'apt-get'}
+REMOTE = {'launch/slurm.sbatch', 'launch/tpu_pod.sh', 'launch/xpk.sh'}
 
 
 class Block(NamedTuple):
@@ -87,12 +88,24 @@ def check(words):
       _check_flags('vssl_jax.main', rest)
     elif script == 'launch/test.sh':
       _check_pytest(rest)
+    elif script in REMOTE:
+      _check_flags('vssl_jax.main', _own(rest))
+  elif program in {'sbatch', 'kubectl', 'sky'}:
+    (file,) = [word for word in rest if word.startswith('launch/')]
+    _exists(file)
+    _check_flags('vssl_jax.main', _own(rest[rest.index(file) + 1 :]))
   elif program == 'python' and rest[0] == '-m':
     _check_flags(rest[1], rest[2:])
   elif program == 'pip':
     _check_pip(rest)
   else:
     assert program in UNCHECKED, f'{words}: nobody knows how to check {program}'
+
+
+def _own(rest):
+  """Returns the flags that the trainer gets, of a launcher's words."""
+  flags = [word.removeprefix('FLAGS=') for word in rest]
+  return [word for word in flags if word.startswith('--config')]
 
 
 def _exists(path):
@@ -212,6 +225,10 @@ def test_what_runs_elsewhere_does():
     'bash launch/local.sh --config=configs/salt.py:XXL',
     'bash launch/local.sh --config.optim.learning=1',
     'bash launch/local.sh --config.seed=one',
+    'bash launch/slurm.sbatch --dry-run --config=configs/salt.py:XXL',
+    'sbatch --nodes=2 launch/slurm.sh',
+    'sbatch launch/slurm.sbatch --config.seed=one',
+    'sky jobs launch launch/sky.yaml',
     'bash launch/test.sh tests/test_nothing.py',
     'bash launch/test.sh --no-such-option',
     'python -m vssl_jax.nothing',

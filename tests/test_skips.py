@@ -20,6 +20,9 @@ def test_known(): assert False
 @pytest.mark.slow
 def test_slow(): pass
 def test_real(video_data): assert video_data.name == 'videos'
+@pytest.fixture
+def slurm(): pass
+def test_cluster(slurm): pass
 """
 SHARED = """
 import os, pathlib, jax, pytest
@@ -42,7 +45,9 @@ def suite(tmp_path):
     result = subprocess.run(
       [sys.executable, '-m', 'pytest', '-p', 'no:cacheprovider', *args],
       cwd=tmp_path,
-      env={k: v for k, v in os.environ.items() if k not in OURS} | env,
+      env={k: v for k, v in os.environ.items() if k not in OURS}
+      | {'PATH': str(tmp_path)}  # no cluster is asked
+      | env,
       check=False,
       capture_output=True,
       text=True,
@@ -58,29 +63,33 @@ def suite(tmp_path):
   return run
 
 
-@pytest.mark.parametrize('how', [ALONE, ('-n', '0'), WORKERS], ids=' '.join)
+@pytest.mark.parametrize('how', [ALONE, WORKERS], ids=' '.join)
 def test_skips_and_what_is_left_out_are_counted(suite, how):
   status, said = suite('-v', *how)
   assert status == 0, said
   assert ('[gw0]' in said) == (how == WORKERS), said
-  assert '1 passed, 1 skipped, 2 deselected, 1 xfailed' in said
+  assert '1 passed, 1 skipped, 3 deselected, 1 xfailed' in said
   assert 'skips: 1\n' in said
   assert 'test_skips: Skipped: no such device' in said
   assert 'left out 1: slow' in said
   assert 'left out 1: real videos: set VSSL_TEST_DATA' in said
+  assert 'left out 1: SLURM: no cluster answers' in said
 
 
-def test_slow_and_real_ones_run_when_asked_for(suite):
+def test_slow_and_real_ones_run_when_asked_for(suite, tmp_path):
   status, said = suite('-m', 'slow')
-  assert (status, '1 passed, 4 deselected' in said) == (0, True), said
+  assert (status, '1 passed, 5 deselected' in said) == (0, True), said
+  sinfo = tmp_path / 'sinfo'
+  sinfo.write_text('#!/bin/sh\n')
+  sinfo.chmod(0o755)
   status, said = suite('--slow', VSSL_TEST_DATA='/some/videos')
-  assert (status, '3 passed, 1 skipped, 1 xfailed' in said) == (0, True), said
+  assert (status, '4 passed, 1 skipped, 1 xfailed' in said) == (0, True), said
 
 
 def test_a_skip_fails_where_none_is_allowed(suite, tmp_path):
   status, said = suite('--no-skips', *ALONE)
   assert status == 1
-  assert '1 failed, 1 passed, 2 deselected, 1 xfailed' in said
+  assert '1 failed, 1 passed, 3 deselected, 1 xfailed' in said
   assert 'skipped, and --no-skips is set' in said
   (tmp_path / 'tests/test_some.py').write_text('def test_runs(): pass\n')
   assert suite('--no-skips', *ALONE)[0] == 0

@@ -113,7 +113,7 @@ def test_second_start_is_fast_and_installs_nothing(clone):
 
   begin = time.time()
   status, out, err = clone.run(JAX_PLATFORMS='mine')
-  assert json.loads(out)['time'] - begin < 15
+  assert json.loads(out)['time'] - begin < 60
   assert json.loads(out)['args'] == []
   assert json.loads(out)['platforms'] == 'mine'
   assert len(clone.installs()) == 1, err
@@ -274,7 +274,7 @@ def test_a_choice_that_does_not_exist_is_refused(clone):
 
 def test_settings_files_hold_only_settings():
   files = list((ROOT / 'launch/env').glob('*.env'))
-  assert {f.stem for f in files} == {'cpu', 'cuda', 'tpu'}
+  assert {f.stem for f in files} == {'cpu', 'cuda', 'tpu', 'tpu_pod', 'xpk'}
   for file in files:
     for line in file.read_text().splitlines():
       key, _, value = line.partition('=')

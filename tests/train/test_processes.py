@@ -27,6 +27,9 @@ def get_config(variant=''):
   return config.from_json(json.loads(text))
 """
 
+# Two processes on two cores that other tests use too.
+pytestmark = pytest.mark.timeout(900)
+
 
 def _start(folder, config, devices=1, **env):
   """Starts the program on a config."""
@@ -46,7 +49,7 @@ def _start(folder, config, devices=1, **env):
 
 def _finish(*processes):
   """Waits; returns the outputs. A process that fails shows its output."""
-  outputs = [p.communicate(timeout=240)[0] for p in processes]
+  outputs = [p.communicate(timeout=600)[0] for p in processes]
   for process, output in zip(processes, outputs, strict=True):
     assert process.returncode == 0, output[-3000:]
   return outputs
@@ -87,7 +90,7 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(clips, tmp_path):
   process = _start(tmp_path / 'b', cut)
   _wait_for(cut.workdir, random.Random(0).randrange(5, 30))
   process.send_signal(signal.SIGTERM)
-  output = process.communicate(timeout=240)[0]
+  output = process.communicate(timeout=600)[0]
   assert process.returncode == trainer.PREEMPTED, output[-3000:]
   assert 'SIGTERM: saved step' in output
   step, _ = _sums(cut.workdir)
@@ -106,7 +109,7 @@ def test_a_second_sigterm_ends_it_at_once(clips, tmp_path):
   _wait_for(config.workdir, 10)
   process.send_signal(signal.SIGTERM)
   process.send_signal(signal.SIGTERM)
-  process.communicate(timeout=240)
+  process.communicate(timeout=600)
   assert process.returncode in (-signal.SIGTERM, trainer.PREEMPTED)
   saver = checkpoint.Checkpoints(config.workdir)
   assert saver.newest().step >= 9
@@ -200,7 +203,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
 def test_half_a_cluster_is_an_error(clips, tmp_path, bad):
   config = conftest.tiny_config(clips, tmp_path / 'run')
   process = _start(tmp_path / 'a', config, **bad)
-  output = process.communicate(timeout=240)[0]
+  output = process.communicate(timeout=600)[0]
   assert process.returncode == 2
   assert 'JAX_NUM_PROCESSES' in output
 
@@ -209,7 +212,7 @@ def test_errors_are_one_line_and_not_status_0(clips, tmp_path):
   config = conftest.tiny_config(clips, tmp_path / 'run')
   config.data.source = str(tmp_path / 'nowhere')
   process = _start(tmp_path / 'a', config)
-  output = process.communicate(timeout=240)[0]
+  output = process.communicate(timeout=600)[0]
   assert process.returncode == 1
   assert 'nowhere' in output
   assert 'Traceback' not in output

@@ -10,7 +10,10 @@ Command: bash launch/local.sh --config=configs/depth_fast.py \
 Rooms with exact depth, where you have no data of your own:
   python -m vssl_jax.data.rooms --out=rooms
 Expected: depends on your scenes; compare encoders with it, and look at the
-row `mean`, which needs no encoder. Ours: not run.
+row `mean`, which needs no encoder. Ours, within one room (RedKitchen of
+7-Scenes, frames 0-699 to train on, 860-999 to test on), an untrained encoder
+of 4 blocks, 128 wide: AbsRel .185, delta_1 .637; `mean` .186, .640; 32 seconds
+of one CPU core.
 """
 
 from vssl_jax import config as config_lib

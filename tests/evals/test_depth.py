@@ -1,15 +1,16 @@
 """The job `depth` from frames to the report, with a tiny encoder."""
 
+import copy
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 from PIL import Image
 
 from vssl_jax import config as config_lib
-from vssl_jax import encoders
+from vssl_jax import encoders, sharding
 from vssl_jax.data import pipeline, rooms
 from vssl_jax.evals import depth, depth_report, job
 from vssl_jax.models import vit
@@ -39,8 +40,9 @@ def encoder():
     dtype='float32',
   )
   shape = (4, 16, 16, 3)
-  params = module.init(jax.random.key(0), np.zeros((1, *shape), np.uint8))
-  return encoders.Encoder(module, params['params'], 'tiny', shape)
+  video = np.zeros((1, *shape), np.uint8)
+  params = jax.jit(module.init)(jax.random.key(0), video)['params']
+  return encoders.Encoder(module, params, 'tiny', shape)
 
 
 def config_of(scenes, workdir, **probe):
@@ -105,12 +107,18 @@ def test_depth_is_learned_and_reported(
   jax.tree.map(np.testing.assert_array_equal, before, encoder.params)
 
 
+@pytest.fixture(scope='module')
+def measured(scenes, encoder, tmp_path_factory):
+  """A config and the report of a single head that was hardly trained."""
+  folder = tmp_path_factory.mktemp('measured')
+  c = config_of(scenes, folder, epochs=1, holdout=0.0, lrs=(1e-3,))
+  return c, depth.evaluate(c, encoder)
+
+
 def test_the_baseline_and_the_pixels_are_counted_as_numpy_does(
-  scenes, encoder, tmp_path
+  scenes, measured
 ):
-  c = config_of(scenes, tmp_path, epochs=1, holdout=0.0, lrs=(1e-3,))
-  found = depth.evaluate(c, encoder)
-  truth = {}
+  (c, found), truth = measured, {}
   for split in ('train', 'test'):
     data = c.data.to_dict() | {'source': str(scenes / split)}
     batches = list(pipeline.evaluation(data, batch_size=8, segments=2))
@@ -134,15 +142,17 @@ def test_the_baseline_and_the_pixels_are_counted_as_numpy_does(
   assert results['selected'] == results['best']
 
 
-def test_figures_do_not_depend_on_the_batches(scenes, encoder, tmp_path):
-  figures = []
-  for size in (8, 16):
-    c = config_of(scenes, tmp_path, test_batch_size=size, epochs=2, holdout=0.0)
-    found = depth.evaluate(c, encoder)['results']
-    figures.append(
-      [v for name in ('best', 'mean') for v in _numbers(found[name])]
+def test_figures_do_not_depend_on_the_batches(encoder, measured):
+  c, found = measured
+  c = copy.deepcopy(c)
+  c.probe.test_batch_size = 16
+  other = depth.evaluate(c, encoder)
+  for name in ('best', 'mean'):
+    np.testing.assert_allclose(
+      _numbers(other['results'][name]),
+      _numbers(found['results'][name]),
+      rtol=1e-5,
     )
-  np.testing.assert_allclose(*figures, rtol=1e-5)
 
 
 def _numbers(row):
@@ -208,46 +218,58 @@ def test_views_that_vote_alone_have_numbers_of_their_own():
   np.testing.assert_array_equal(found['view'], np.arange(8))
 
 
-@pytest.mark.slow
-def test_depth_of_unseen_rooms_is_read_better_than_guessed(tmp_path):
-  """The textures of the rooms tell how far away they are."""
-  rooms.write(tmp_path / 'train', scenes=120, seed=0)
-  rooms.write(tmp_path / 'test', scenes=20, seed=1)
-  _, c = config_lib.load('configs/depth_fast.py')
-  c.workdir = str(tmp_path)
-  c.data.size, c.data.isolate, c.data.stretch = (48, 48), False, 24
-  c.probe.train = (str(tmp_path / 'train'),)
-  c.probe.test = (str(tmp_path / 'test'),)
+@pytest.fixture
+def one_device(monkeypatch):
+  """The mesh of a laptop. Eight devices on two cores wait for each other."""
+  mesh = jax.make_mesh(
+    (1, 1),
+    ('data', 'fsdp'),
+    axis_types=(AxisType.Auto,) * 2,
+    devices=jax.devices()[:1],
+  )
+  monkeypatch.setattr(sharding, 'make_mesh', lambda **kwargs: mesh)
+
+
+def untrained(c):
   module = vit.Vit(
     width=64, depth=1, num_heads=2, patch=(2, 8, 8), dtype='float32'
   )
-  video = jnp.zeros((1, 8, 48, 48, 3), jnp.uint8)
-  params = module.init(jax.random.key(0), video)['params']
-  found = depth.evaluate(
-    c, encoders.Encoder(module, params, 'random', video.shape[1:])
-  )['results']
-  assert found['selected']['abs_rel'] < 0.9 * found['mean']['abs_rel']
-  assert found['selected']['rmse'] < 0.9 * found['mean']['rmse']
+  shape = (c.data.frames, *c.data.size, 3)
+  params = module.init(jax.random.key(0), np.zeros((1, *shape), np.uint8))
+  return encoders.Encoder(module, params['params'], 'untrained', shape)
 
 
 @pytest.mark.slow
-def test_depth_of_a_real_room_is_read(video_data, tmp_path):
+def test_later_frames_of_known_rooms_are_read_better_than_guessed(
+  tmp_path, one_device
+):
+  rooms.write(tmp_path / 'rooms', scenes=20, seed=0)
+  _, c = config_lib.load('configs/depth_fast.py')
+  c.workdir = str(tmp_path)
+  c.data.size, c.data.stride, c.data.isolate = (48, 48), 1, False
+  c.probe.train = c.probe.test = (str(tmp_path / 'rooms'),)
+  c.probe.train_where, c.probe.test_where = 'frames=0-14', 'frames=16-23'
+  found = depth.evaluate(c, untrained(c))['results']
+  assert found['selected']['rmse'] < 0.8 * found['mean']['rmse']
+  assert found['selected']['abs_rel'] < 0.8 * found['mean']['abs_rel']
+  assert found['selected']['delta_1'] > found['mean']['delta_1'] + 0.03
+
+
+@pytest.mark.slow
+def test_depth_of_a_real_room_is_read(video_data, tmp_path, one_device):
   """One room: frames of the same pass, apart in time. Nothing general."""
   _, c = config_lib.load('configs/depth_fast.py')
   c.workdir = str(tmp_path)
   room = str(video_data / 'rgbd_7scenes' / 'redkitchen_a')
   c.probe.train = c.probe.test = (room,)
   c.probe.train_where, c.probe.test_where = 'frames=0-699', 'frames=860-999'
-  module = vit.Vit(
-    width=64, depth=1, num_heads=2, patch=(2, 8, 8), dtype='float32'
-  )
-  video = jnp.zeros((1, 8, 64, 64, 3), jnp.uint8)
-  params = module.init(jax.random.key(0), video)['params']
-  found = depth.evaluate(
-    c, encoders.Encoder(module, params, 'random', video.shape[1:])
-  )
+  found = depth.evaluate(c, untrained(c))
   results = found['results']
-  # What SOURCES.md says of this room: 11 % of the pixels hold no depth.
+  # Some 11 % of the pixels of this room hold no depth.
   pixels = 8 * 64 * 64 * 4 * found['test']['examples']
   assert 0.8 < results['pixels'] / pixels < 1
-  assert results['selected']['abs_rel'] < 0.3
+  # The mean of this room reads .186; frames that were trained on are read with
+  # a loss far below its spread, others no better than that without a trained
+  # encoder.
+  assert results['selected']['abs_rel'] < 0.22
+  assert found['history'][-1]['loss'][0] < 0.5 * results['mean']['rmse'] ** 2

@@ -73,13 +73,8 @@ def fit(
   for epoch in range(1, settings.epochs + 1):
     losses = []
     for rows in train(epoch - 1):
-      if state is None:
-        state = heads.init(spec, key, rows.tokens)
       weight = probe.without_held(rows.index, rows.weight, fraction)
-      drops = probe.drops(key, spec, state)
-      state, value = heads.update(
-        spec, state, rows.tokens, rows.depth, weight, drops
-      )
+      state, value = _step(spec, state, rows, weight, key)
       losses.append(value)
       if epoch == 1:
         part = _seen(rows.depth, weight)
@@ -89,28 +84,54 @@ def fit(
     mean = np.mean([features.fetch(x) for x in losses], axis=0)
     history.append({'epoch': epoch, 'loss': mean.tolist()})
     log(history[-1])
-  selected, count = (0 if len(spec.pairs) == 1 else None), 0
-  if held and settings.holdout:
-    found = add_up(spec, state, held(), settings.holdout)[0]
-    error = np.where(np.isnan(found['abs_rel']), np.inf, found['abs_rel'])
-    selected, count = int(error.argmin()), int(found['pixels'][0])
-  mean = np.asarray(_fill(*(features.fetch(x) for x in seen)), np.float32)
-  return Trained(spec, state, mean, selected, count, history)
+  chosen = _choose(spec, state, held and held(), settings.holdout)
+  total, number = (features.fetch(x).sum(0) for x in seen)
+  return Trained(spec, state, _fill(total, number), *chosen, history)
+
+
+def _step(
+  spec: heads.Spec,
+  state: heads.State | None,
+  rows: features.Tokens,
+  weight: Float[Array, 'R'],
+  key: Key[Array, ''],
+) -> tuple[heads.State, Array]:
+  """Takes a step, the first one with untrained heads."""
+  if state is None:
+    state = heads.init(spec, key, rows.tokens)
+  drops = probe.drops(key, spec, state)
+  return heads.update(spec, state, rows.tokens, rows.depth, weight, drops)
+
+
+def _choose(
+  spec: heads.Spec, state: heads.State, held: Rows | None, fraction: float
+) -> tuple[int | None, int]:
+  """Returns the best head on held-out rows and the pixels that chose it."""
+  if held is None or not fraction:
+    return (0 if len(spec.pairs) == 1 else None), 0
+  found, _ = add_up(spec, state, held, fraction)
+  error = np.where(np.isnan(found['abs_rel']), np.inf, found['abs_rel'])
+  return int(error.argmin()), int(found['pixels'][0])
 
 
 @jax.jit
 def _seen(
   depth: Float[Array, 'R T H W'], weight: Float[Array, 'R']
-) -> tuple[Float[Array, 'T H W'], Float[Array, 'T H W']]:
-  """Returns the sum of depths and the number of them at each pixel."""
+) -> tuple[Float[Array, 'R T H W'], Float[Array, 'R T H W']]:
+  """Returns the depth at each pixel and whether there is one.
+
+  Rows stay apart: a sum over them, on several devices at once with a step that
+  it does not wait for, may hang on a CPU.
+  """
   valid = (depth > 0) * weight[:, None, None, None]
-  return jnp.sum(depth * valid, 0), jnp.sum(valid, 0)
+  return depth * valid, valid
 
 
 def _fill(total: np.ndarray, count: np.ndarray) -> np.ndarray:
   """Returns the mean at each pixel, of all where a pixel was never seen."""
   everywhere = total.sum() / max(count.sum(), 1)
-  return np.where(count > 0, total / np.maximum(count, 1), everywhere)
+  mean = np.where(count > 0, total / np.maximum(count, 1), everywhere)
+  return mean.astype(np.float32)
 
 
 def add_up(

@@ -95,10 +95,12 @@ def test_streamed_rows_leave_held_out_videos_out_too():
     return probe.measure(
       NETWORKS['linear'],
       SETTINGS,
-      train=lambda epoch: rows.batches(32),
-      steps_per_epoch=3,
+      probe.Epochs(
+        train=lambda epoch: rows.batches(32),
+        steps=3,
+        held=lambda: train.batches(32),
+      ),
       test=lambda: test.batches(32),
-      held=lambda: train.batches(32),
       key=jax.random.key(0),
     )
 
@@ -145,8 +147,7 @@ def test_test_batch_size_changes_nothing():
     return probe.measure(
       NETWORKS['attentive'],
       SETTINGS,
-      train=lambda epoch: train.batches(32),
-      steps_per_epoch=2,
+      probe.Epochs(train=lambda epoch: train.batches(32), steps=2),
       test=lambda: test.batches(size),
       key=jax.random.key(0),
     )

@@ -10,11 +10,9 @@ Writes `report.json` and `depth_*.png` into the run's folder.
 
 import contextlib
 import functools
-import itertools
-import math
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -136,79 +134,23 @@ def _train(job: job_lib.Job) -> tuple[depth_fit.Trained, dict[str, Any]]:
   """Trains the readouts; returns them and what a report says of the data."""
   config = job.config.probe
   settings = probe.Settings.of(config)
-  fit = functools.partial(
-    depth_fit.fit,
-    network(config, job.grid, job.clip),
-    settings,
-    loss=config.loss,
-    key=jax.random.key(job.config.seed),
-    log=functools.partial(_print, settings),
-  )
-  found, clips = (_streamed if config.augment else _stored)(job, fit)
+  seed = [job.config.seed]
+  with job.epochs(config.clips, seed=seed) as (epochs, examples):
+    found = depth_fit.fit(
+      network(config, job.grid, job.clip),
+      settings,
+      train=epochs.train,
+      steps_per_epoch=epochs.steps,
+      held=epochs.held,
+      loss=config.loss,
+      key=jax.random.key(job.config.seed),
+      log=functools.partial(_print, settings),
+    )
   return found, {
     'source': job_lib.name(job.train),
-    'examples': clips.num_examples,
-    'fingerprint': clips.fingerprint,
+    'examples': examples.num_examples,
+    'fingerprint': examples.fingerprint,
   }
-
-
-def _held_pass(job: job_lib.Job) -> Iterator[features.Tokens]:
-  """Encodes the centre clips of the held-out training examples."""
-  config = job.config.probe
-  batches = job.passes(job.train, config.test_batch_size, config.clips, 1)
-  if jax.process_count() == 1:  # several must agree on the number of batches
-    keep = functools.partial(probe.held_out, fraction=config.holdout)
-    batches = features.only(batches, keep)
-  return features.encode_batches(job.encode, batches, mesh=job.mesh)
-
-
-def _streamed(
-  job: job_lib.Job, fit: Callable[..., depth_fit.Trained]
-) -> tuple[depth_fit.Trained, Any]:
-  """Trains on new crops in every epoch; the encoder runs each time."""
-  config = job.config.probe
-  clips = job.stream()
-  steps = max(clips.num_examples // config.batch_size, 1)
-  stream = clips.iterator()
-
-  def epoch(_: int) -> Iterator[features.Tokens]:
-    batches = itertools.islice(stream, steps)
-    return features.encode_batches(job.encode, batches, mesh=job.mesh)
-
-  held = functools.partial(_held_pass, job) if config.holdout else None
-  try:
-    return fit(train=epoch, steps_per_epoch=steps, held=held), clips
-  finally:
-    clips.close()
-
-
-def _stored(
-  job: job_lib.Job, fit: Callable[..., depth_fit.Trained]
-) -> tuple[depth_fit.Trained, Any]:
-  """Encodes `clips` clips of each training example once and keeps them."""
-  config = job.config.probe
-  clips = job.passes(job.train, config.test_batch_size, config.clips, 1)
-  row = math.prod(job.tokens()) + math.prod(job.clip[:3])
-  features.check_room(4 * row * clips.num_examples * config.clips)
-  with contextlib.closing(clips):
-    table = features.table(job.encode, clips, mesh=job.mesh)
-  out = probe.held_out(table.index, config.holdout)
-  rest, chosen = table.take(~out), table.take(out)
-  size = config.batch_size
-
-  def epoch(number: int) -> Iterator[features.Tokens]:
-    rng = np.random.default_rng([job.config.seed, number])
-    return rest.batches(size, rng=rng, mesh=job.mesh)
-
-  def held() -> Iterator[features.Tokens]:
-    return chosen.batches(size, mesh=job.mesh)
-
-  found = fit(
-    train=epoch,
-    steps_per_epoch=max(len(rest) // size, 1),
-    held=held if out.any() else None,
-  )
-  return found, clips
 
 
 def _test(

@@ -1,8 +1,11 @@
 """What an evaluation works with: an encoder, its tap, two lists of videos."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,9 +14,11 @@ import numpy as np
 
 from vssl_jax import encoders, sharding
 from vssl_jax.data import options, passes, pipeline
-from vssl_jax.evals import features
+from vssl_jax.evals import features, probe
 from vssl_jax.models import layers, vit
 from vssl_jax.train import provenance
+
+Videos = pipeline.Clips | passes.Pass
 
 
 @dataclasses.dataclass
@@ -81,6 +86,79 @@ class Job:
       folder=self.config.workdir,
     )
 
+  def encoded(self, batches: features.Batches) -> Iterator[features.Tokens]:
+    """Encodes clips; the segments of a view are joined."""
+    segments = self.config.probe.segments
+    return features.encode_batches(
+      self.encode, batches, segments=segments, mesh=self.mesh
+    )
+
+  @contextlib.contextmanager
+  def epochs(
+    self, along: int, *, seed: Sequence[int], pool: bool = False
+  ) -> Iterator[tuple[probe.Epochs, Videos]]:
+    """Opens the training rows, and closes what reads them.
+
+    With `probe.augment` these are new crops, encoded again in every epoch;
+    without, centre crops that are encoded once and kept.
+
+    Args:
+      along: clips along each video, of those that are kept or held out.
+      seed: of the order of what is kept.
+      pool: keep the mean of the tokens only.
+
+    Yields:
+      The rows, and the videos that they come from.
+    """
+    config = self.config.probe
+    size, share = config.test_batch_size, config.holdout
+    if config.augment:
+      with contextlib.closing(self.stream()) as clips:
+        yield self._streamed(clips, along), clips
+      return
+    videos = self.passes(self.train, size, along, 1)
+    with contextlib.closing(videos):
+      features.check_room(self._bytes(along, pool) * videos.num_examples)
+      table = features.table(
+        self.encode,
+        videos,
+        segments=config.segments,
+        pool=pool,
+        mesh=self.mesh,
+      )
+    epochs = probe.kept(
+      table, share, config.batch_size, seed=seed, mesh=self.mesh
+    )
+    yield epochs, videos
+
+  def _streamed(self, clips: pipeline.Clips, along: int) -> probe.Epochs:
+    config = self.config.probe
+    steps = max(clips.num_examples // config.batch_size, 1)
+    stream = clips.iterator()
+
+    def train(_: int) -> Iterator[features.Tokens]:
+      return self.encoded(itertools.islice(stream, steps))
+
+    def held() -> Iterator[features.Tokens]:
+      batches = self.passes(self.train, config.test_batch_size, along, 1)
+      # Encoding the others would be wasted. Several processes must agree on
+      # the number of batches, so there they all are encoded, not counted.
+      if jax.process_count() == 1:
+        keep = functools.partial(probe.held_out, fraction=config.holdout)
+        batches = features.only(batches, keep)
+      return self.encoded(batches)
+
+    return probe.Epochs(train, steps, held if config.holdout else None)
+
+  def _bytes(self, along: int, pool: bool) -> int:
+    """Returns what keeping one video takes."""
+    segments = self.config.probe.segments
+    count, width = self.tokens()
+    row = (1 if pool else count * segments) * width
+    if self.train['depth_units']:
+      row += math.prod(self.clip[:3])
+    return 4 * row * (along // segments)
+
   def describe(self) -> dict[str, Any]:
     """Returns what a report says of how was measured."""
     config = self.config
@@ -119,6 +197,7 @@ def make(
       'published weights, or hub id>'
     )
   encoder = encoder or encoders.load(config.encoder)
+  encoder = encoder.at(options.spec(config.data).shape)
   mesh = sharding.make_mesh(data=-1, fsdp=1)
   params = jax.device_put(encoder.params, sharding.replicated(mesh))
   encoder = dataclasses.replace(encoder, params=params)

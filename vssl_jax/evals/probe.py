@@ -1,7 +1,7 @@
 """Frozen probes: heads trained on tokens, chosen on held-out training clips."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -61,6 +61,23 @@ class Settings:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Epochs:
+  """Training rows, epoch by epoch.
+
+  Attributes:
+    train: number of the epoch -> batches. Held-out videos may be among them
+      and count for nothing.
+    steps: batches in each epoch.
+    held: () -> one pass over rows of the held-out training videos, others may
+      be among them; None where none are held out.
+  """
+
+  train: Callable[[int], Rows]
+  steps: int
+  held: Callable[[], Rows] | None = None
+
+
 def held_out(
   index: Int[np.ndarray, 'n'], fraction: float
 ) -> Bool[np.ndarray, 'n']:
@@ -77,11 +94,9 @@ def held_out(
 def measure(
   network: heads.Readout,
   settings: Settings,
+  epochs: Epochs,
   *,
-  train: Callable[[int], Rows],
-  steps_per_epoch: int,
   test: Callable[[], Rows],
-  held: Callable[[], Rows] | None = None,
   views: int = 1,
   key: Key[Array, ''],
   log: Log = lambda entry: None,
@@ -91,12 +106,8 @@ def measure(
   Args:
     network: the readout.
     settings: how it is trained.
-    train: epoch -> batches of training rows. Held-out videos may be among
-      them and count for nothing.
-    steps_per_epoch: batches in each epoch.
+    epochs: the training rows.
     test: () -> one pass over the test rows.
-    held: () -> one pass over rows of the held-out training videos; others may
-      be among them.
     views: of each test video.
     key: of the heads' first values.
     log: gets each entry of the history.
@@ -104,12 +115,12 @@ def measure(
   Raises:
     ValueError: there are no training batches, or views are missing.
   """
-  spec = settings.spec(network, steps_per_epoch)
+  spec, held = settings.spec(network, epochs.steps), epochs.held
   fraction = settings.holdout if held else 0.0
   state, history = None, []
   for epoch in range(1, settings.epochs + 1):
     losses = []
-    for rows in train(epoch - 1):
+    for rows in epochs.train(epoch - 1):
       if state is None:
         state = heads.init(spec, key, rows.tokens)
       weight = without_held(rows.index, rows.weight, fraction)
@@ -238,28 +249,54 @@ def on_tables(
     mesh: its devices split each batch.
     log: gets each entry of the history.
   """
-  seed = jax.random.key_data(key).astype(np.uint32).tolist()
-  out = held_out(train.index, settings.holdout)
-  rest, chosen = train.take(~out), train.take(out)
-
-  def epoch(number: int) -> Rows:
-    rng = np.random.default_rng([*seed, number])
-    return rest.batches(batch_size, rng=rng, mesh=mesh)
+  epochs = kept(
+    train,
+    settings.holdout,
+    batch_size,
+    seed=jax.random.key_data(key).astype(np.uint32).tolist(),
+    mesh=mesh,
+  )
 
   def tests() -> Rows:
     return test.batches(batch_size, mesh=mesh)
 
-  def held() -> Rows:
-    return chosen.batches(batch_size, mesh=mesh)
-
   return measure(
     network,
     settings,
-    train=epoch,
-    steps_per_epoch=max(len(rest) // batch_size, 1),
+    epochs,
     test=tests if isinstance(test, features.Table) else test,
-    held=held if out.any() else None,
     views=views,
     key=key,
     log=log,
   )
+
+
+def kept(
+  table: features.Table,
+  fraction: float,
+  batch_size: int,
+  *,
+  seed: Sequence[int],
+  mesh: jax.sharding.Mesh | None = None,
+) -> Epochs:
+  """Returns epochs over features in memory, in a new order each time.
+
+  Args:
+    table: rows of training videos.
+    fraction: of the videos that choose the head.
+    batch_size: rows per step; a smaller table is one padded batch.
+    seed: of the orders.
+    mesh: its devices split each batch.
+  """
+  out = held_out(table.index, fraction)
+  rest, chosen = table.take(~out), table.take(out)
+
+  def train(number: int) -> Rows:
+    rng = np.random.default_rng([*seed, number])
+    return rest.batches(batch_size, rng=rng, mesh=mesh)
+
+  def held() -> Rows:
+    return chosen.batches(batch_size, mesh=mesh)
+
+  steps = max(len(rest) // batch_size, 1)
+  return Epochs(train, steps, held if out.any() else None)

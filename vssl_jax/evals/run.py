@@ -7,16 +7,15 @@ Writes `report.json` into the run's folder and prints it.
 """
 
 import functools
-import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import ml_collections
 
 from vssl_jax.data import options
-from vssl_jax.evals import features, knn, outcome, probe, report
+from vssl_jax.evals import features, knn, probe, report
 from vssl_jax.evals import job as job_lib
 
 
@@ -100,15 +99,20 @@ def _heads(job: job_lib.Job) -> dict[str, Any]:
 
   def tests() -> Iterator[features.Tokens]:
     batches = job_lib.voting(test, config.segments, config.clips)
-    return _encoded(job, batches, config.segments)
+    return job.encoded(batches)
 
-  common = {
-    'views': config.clips * config.views,
-    'key': jax.random.key(job.config.seed),
-    'log': functools.partial(_print, settings),
-  }
-  measure = _streamed if config.augment else _stored
-  found, train = measure(job, network, settings, tests, common)
+  pool = config.protocol == 'linear'
+  seed = [0, job.config.seed]
+  with job.epochs(config.segments, seed=seed, pool=pool) as (epochs, train):
+    found = probe.measure(
+      network,
+      settings,
+      epochs,
+      test=tests,
+      views=config.clips * config.views,
+      key=jax.random.key(job.config.seed),
+      log=functools.partial(_print, settings),
+    )
   summary = found.summary()
   results = {n: summary[n] for n in ('selected', 'max') if n in summary}
   return {
@@ -119,86 +123,6 @@ def _heads(job: job_lib.Job) -> dict[str, Any]:
     'heads': [{'lr': lr, 'wd': wd} for lr, wd in found.pairs],
     **_sides(job, train, test, found.total),
   }
-
-
-def _encoded(
-  job: job_lib.Job,
-  batches: features.Batches,
-  segments: int,
-) -> Iterator[features.Tokens]:
-  return features.encode_batches(
-    job.encode, batches, segments=segments, mesh=job.mesh
-  )
-
-
-def _streamed(
-  job: job_lib.Job,
-  network: Any,
-  settings: probe.Settings,
-  tests: Callable[[], Iterator[features.Tokens]],
-  common: dict[str, Any],
-) -> tuple[outcome.Outcome, Any]:
-  """Trains on new crops in every epoch; the encoder runs each time."""
-  config = job.config.probe
-  clips = job.stream()
-  steps = max(clips.num_examples // config.batch_size, 1)
-  stream = clips.iterator()
-  fraction = settings.holdout
-
-  def epoch(_: int) -> Iterator[features.Tokens]:
-    return _encoded(job, itertools.islice(stream, steps), config.segments)
-
-  def held() -> Iterator[features.Tokens]:
-    batches = job.passes(job.train, config.test_batch_size, config.segments, 1)
-    # Encoding the others would be wasted. Several processes must agree on
-    # the number of batches, so there they all are encoded, and not counted.
-    if jax.process_count() == 1:
-      keep = functools.partial(probe.held_out, fraction=fraction)
-      batches = features.only(batches, keep)
-    return _encoded(job, batches, config.segments)
-
-  try:
-    found = probe.measure(
-      network,
-      settings,
-      train=epoch,
-      steps_per_epoch=steps,
-      test=tests,
-      held=held if fraction else None,
-      **common,
-    )
-  finally:
-    clips.close()
-  return found, clips
-
-
-def _stored(
-  job: job_lib.Job,
-  network: Any,
-  settings: probe.Settings,
-  tests: Callable[[], Iterator[features.Tokens]],
-  common: dict[str, Any],
-) -> tuple[outcome.Outcome, Any]:
-  """Encodes centre crops of the training videos once and keeps them."""
-  config = job.config.probe
-  videos = job.passes(job.train, config.test_batch_size, config.segments, 1)
-  pool = config.protocol == 'linear'
-  count, width = job.tokens()
-  tokens = 1 if pool else count * config.segments
-  features.check_room(4 * videos.num_examples * tokens * width)
-  table = features.table(
-    job.encode, videos, segments=config.segments, pool=pool, mesh=job.mesh
-  )
-  found = probe.on_tables(
-    network,
-    settings,
-    table,
-    tests,
-    batch_size=config.batch_size,
-    mesh=job.mesh,
-    **common,
-  )
-  return found, videos
 
 
 def _sides(

@@ -14,9 +14,10 @@ import time
 import numpy as np
 import pytest
 
-from tests.train import conftest
+from tests.train import conftest, toy
 from vssl_jax import config as config_lib
-from vssl_jax.train import checkpoint, manifests, trainer
+from vssl_jax.train import checkpoint, manifests, rewind, trainer
+from vssl_jax.train import run as run_lib
 
 PAGE = """
 import json, pathlib
@@ -31,14 +32,14 @@ def get_config(variant=''):
 pytestmark = pytest.mark.timeout(900)
 
 
-def _start(folder, config, devices=1, **env):
+def _start(folder, config, *flags, devices=1, **env):
   """Starts the program on a config."""
   folder.mkdir(exist_ok=True)
   (folder / 'page.py').write_text(PAGE)
   (folder / 'config.json').write_text(json.dumps(config_lib.to_json(config)))
   env = dict(os.environ, JAX_NUM_CPU_DEVICES=str(devices), **env)
   return subprocess.Popen(
-    [sys.executable, '-m', 'vssl_jax.main', '--config=page.py'],
+    [sys.executable, '-m', 'vssl_jax.main', '--config=page.py', *flags],
     cwd=folder,
     env=env,
     stdout=subprocess.PIPE,
@@ -121,13 +122,14 @@ def _free_port():
     return s.getsockname()[1]
 
 
-def _pair(folder, config):
+def _pair(folder, config, *flags):
   """Starts two processes with two devices each."""
   address = f'127.0.0.1:{_free_port()}'
   return [
     _start(
       folder,
       config,
+      *flags,
       devices=2,
       JAX_COORDINATOR_ADDRESS=address,
       JAX_NUM_PROCESSES='2',
@@ -170,6 +172,7 @@ def test_two_processes_train_and_resume_like_one(clips, tmp_path, alone):
   outputs = _finish(*_pair(tmp_path / 'a', config))
   assert 'pixel_teacher 6/6' in outputs[0]
   assert 'pixel_teacher' not in outputs[1]
+  assert 'latent_student: compiled ahead' in outputs[0]
   _same_losses(config.workdir, alone[1], range(1, 13))
   _truncate(config.workdir, 8)
   (pathlib.Path(config.workdir) / 'metrics.jsonl').unlink()
@@ -197,6 +200,43 @@ def test_a_run_goes_on_with_another_number_of_processes(
   (pathlib.Path(config.workdir) / 'metrics.jsonl').unlink()
   run(3 - starts)
   _same_losses(config.workdir, alone[1], range(9, 13))
+
+
+# The same with a method that compiles in no time.
+TOY = (
+  PAGE
+  + """
+from tests.train import toy
+from vssl_jax.train import run
+
+plan = toy.phase(steps=6), toy.phase(name='two', steps=6)
+run.methods.build = lambda *_: toy.Toy(plan)
+"""
+)
+
+
+@pytest.mark.slow
+def test_two_processes_rewind_and_replay_like_one(clips, tmp_path, monkeypatch):
+  monkeypatch.setattr(sys.modules[__name__], 'PAGE', TOY)
+  one = conftest.tiny_config(clips, tmp_path / 'one')
+  two = conftest.tiny_config(clips, tmp_path / 'two')
+  for config in (one, two):
+    config.checkpoint.update(dict(every=2, keep=100, probe_every=2))
+    config.optim.warmup = 0
+  plan = toy.phase(steps=6), toy.phase(name='two', steps=6)
+  monkeypatch.setattr(run_lib.methods, 'build', lambda *_: toy.Toy(plan))
+  assert trainer.train(one) == 0
+  before = _losses(one.workdir)
+  assert trainer.train(one, rewind.Rewind(4, 2)) == 0
+  want = _losses(one.workdir)
+  assert want[4] != before[4]
+  _finish(*_pair(tmp_path / 'a', two))
+  _same_losses(two.workdir, before, range(1, 13))
+  outputs = _finish(*_pair(tmp_path / 'a', two, '--rewind=4', '--skip=2'))
+  assert 'rewound to step 2' in outputs[0] and 'rewound' not in outputs[1]
+  _same_losses(two.workdir, want, range(1, 13))
+  outputs = _finish(*_pair(tmp_path / 'a', two, '--replay'))
+  assert outputs[0].endswith('equal\n') and 'equal' not in outputs[1]
 
 
 @pytest.mark.parametrize('bad', [dict(JAX_COORDINATOR_ADDRESS='127.0.0.1:1')])

@@ -31,21 +31,17 @@ def listing(workdir: pathlib.Path) -> list[dict[str, Any]]:
   return [json.loads(path.read_text()) for path in paths]
 
 
-def sums(tree: Any) -> dict[str, Any]:
-  """Returns name -> sum over the bits, still on the device."""
-  return manifests.bit_sums(dict(trees.named_leaves(tree)))
-
-
-def on_host(found: Mapping[str, Any]) -> dict[str, list[int]]:
-  """Returns `sums` as JSON can hold them."""
+def sums(tree: Any) -> dict[str, list[int]]:
+  """Returns name -> sum over the bits of every leaf, once it is there."""
+  found = manifests.bit_sums(dict(trees.named_leaves(tree)))
   return {k: [int(x) for x in v] for k, v in jax.device_get(found).items()}
 
 
 class Probes:
   """Records a step of a phase now and then.
 
-  Nothing waits for the device: what is to be written is fetched once the step
-  after it is on its way.
+  Each part is waited for. Programs that several processes share must not run
+  side by side: on CPUs they then wait for each other for ever.
 
   Args:
     run: the run; `config.checkpoint.probe_every` says how often.
@@ -56,7 +52,6 @@ class Probes:
     self._run, self._span = run, span
     self._every = run.config.checkpoint.probe_every
     self._begun: dict[str, Any] | None = None
-    self._ended: dict[str, Any] | None = None
 
   def before(self, done: int, state: Any, batch: Mapping[str, Any]) -> None:
     """Looks at what a step is given, if it is to be recorded.
@@ -72,30 +67,21 @@ class Probes:
     whole = sharding.replicated(self._run.mesh)
     self._begun = {
       'step': done + 1,
-      'index': jax.jit(lambda x: x, out_shardings=whole)(batch['index']),
-      'before': sums(state),
+      'phase': self._span.phase.name,
+      'before': sums(state),  # first: it waits for the step that is under way
       'batch': sums(batch),
+      'index': jax.device_get(
+        jax.jit(lambda x: x, out_shardings=whole)(batch['index'])
+      ).tolist(),
     }
 
   def after(self, state: Any) -> None:
-    """Looks at what came out of a step, or writes down the one before."""
-    if self._begun is not None:
-      self._ended, self._begun = self._begun | {'after': sums(state)}, None
-    else:
-      self.flush()
-
-  def flush(self) -> None:
-    """Writes down what was recorded."""
-    ended, self._ended = self._ended, None
-    if ended is None:
+    """Looks at what came out of a step that is recorded, and writes it."""
+    if self._begun is None:
       return
-    record = {
-      'step': ended['step'],
-      'phase': self._span.phase.name,
-      'index': jax.device_get(ended['index']).tolist(),
-      **{k: on_host(ended[k]) for k in ('before', 'batch', 'after')},
-      'machine': provenance.machine() | {'mesh': dict(self._run.mesh.shape)},
-    }
+    machine = provenance.machine() | {'mesh': dict(self._run.mesh.shape)}
+    record = self._begun | {'after': sums(state), 'machine': machine}
+    self._begun = None
     if jax.process_index():
       return
     folder = folder_of(self._run.workdir)

@@ -77,7 +77,8 @@ def _as_it_was(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     there, here = own, config
     for parent in parents:
       there, here = there[parent], here[parent]
-    there[last] = here[last]
+    if last in here:
+      there[last] = here[last]
   return own
 
 
@@ -126,12 +127,13 @@ def _take(
     if compiled is None:
       compiled = update.lower(state, teachers, batch).compile()
     if done == record['step'] - 1:
-      before = probes.sums(state)
+      before = probes.sums(state)  # it waits for the steps before
     state, _ = compiled(state, teachers, batch)
-  found = {'before': before, 'batch': probes.sums(batch)}
-  found['after'] = probes.sums(state)
-  return {k: probes.on_host(v) for k, v in found.items()} | {
-    'machine': provenance.machine() | {'mesh': dict(run.mesh.shape)}
+  return {
+    'before': before,
+    'after': probes.sums(state),
+    'batch': probes.sums(batch),
+    'machine': provenance.machine() | {'mesh': dict(run.mesh.shape)},
   }
 
 

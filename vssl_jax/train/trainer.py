@@ -159,7 +159,6 @@ def _loop(
           run.logger.say(warning)
     if done % run.config.checkpoint.every == 0 and done < span.end:
       _save(run, span, state)
-  probe.flush()
   recorder.flush(state)
   if done == span.end:
     recorder.end_phase(state)

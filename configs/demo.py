@@ -1,8 +1,9 @@
 """The demo that the package carries: `python -m vssl_jax.main` runs it too.
 
-Makes labelled video, runs both phases of SALT on it and probes the encoder;
-needs nothing but a CPU. `vssl_jax/demo.py` explains the choices.
-Command: bash launch/local.sh --config=configs/demo.py:salt
+Makes labelled video, runs a method on it and probes the encoder; needs
+nothing but a CPU. `:salt` (default) is both phases of SALT, `:layerlock` an
+MAE with three locks. `vssl_jax/demo.py` explains the choices.
+Command: bash launch/local.sh --config=configs/demo.py:layerlock
 """
 
 from vssl_jax import demo

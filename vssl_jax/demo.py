@@ -36,13 +36,17 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   Raises:
     ValueError: no demo of that name.
   """
-  if variant not in ('', 'salt'):
-    raise ValueError(f"demo.py: found :{variant}, wanted 'salt'")
-  c = config_lib.default('salt')
+  variant = variant or 'salt'
+  methods = {'salt': _salt, 'layerlock': _layerlock}
+  if variant not in methods:
+    raise ValueError(
+      f'demo.py: found :{variant}, wanted one of {list(methods)}'
+    )
+  c = config_lib.default(variant)
   c.job = 'demo'
   c.batch_size = 16
   _data(c)
-  _salt(c)
+  methods[variant](c)
   c.optim.update(
     dict(lr=2e-3, lr_start=2e-4, lr_end=1e-6, lr_batch=16, clip=1.0)
   )
@@ -99,6 +103,26 @@ def _salt(c: ml_collections.ConfigDict) -> None:
   head = dict(width=64, depth=1, num_heads=4)
   c.method.pixel_teacher.decoder.update(head)
   c.method.latent_student.predictor.update(head)
+
+
+def _layerlock(c: ml_collections.ConfigDict) -> None:
+  """Half of the run on pixels, then three locks.
+
+  The mask is causal, as for SALT's teacher and for the same reason: under
+  random masks (85 % hidden) the probe stood at 15 % after as many steps, random
+  initialisation at 18 % and this encoder at 60 %. Pixels are centred: left in
+  [0, 1], as in 4DS, the same steps learned nothing (loss .99 of 1).
+  """
+  m = c.method
+  m.vit.update(dict(patch=(2, 8, 8), init='videomae', dtype='float32'))
+  m.vit.update(dict(mean=(0.5,) * 3, std=(0.25,) * 3))
+  m.encoder.update(
+    dict(size='Ti', width=64, depth=6, num_heads=4, mlp_width=256)
+  )
+  m.decoder_blocks = 2
+  m.masks = 'causal:0.5'
+  m.total, m.start, m.last = 2000, 0.5, 3.0
+  c.optim.warmup = 200
 
 
 def run(
@@ -204,14 +228,14 @@ def summary(report: dict[str, Any], config: ml_collections.ConfigDict) -> str:
       f'  {name:45s} {100 * row["accuracy"]:5.1f} % '
       f'({100 * low:4.1f} to {100 * high:4.1f})  {100 * row["knn"]:10.1f} %'
     )
-  folder = config.workdir
+  folder, name = config.workdir, config.method.name
   program = pathlib.Path(sys.executable).name
   lines += [
     f'The encoder is in {folder}. To go on:',
     f'  {program} -c "import vssl_jax; print(vssl_jax.load(\'{folder}\'))"',
-    f'  {program} -m vssl_jax.main --config=configs/salt_single_gpu.py '
+    f'  {program} -m vssl_jax.main --config=configs/{name}_single_gpu.py '
     '--config.data.source=<folder of videos> --plan',
-    f'  {program} -m vssl_jax.main --config=configs/demo.py '
+    f'  {program} -m vssl_jax.main --config=configs/demo.py:{name} '
     '--config.seed=1 --config.workdir=runs/demo-1',
   ]
   return '\n'.join(lines)

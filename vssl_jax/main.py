@@ -5,6 +5,7 @@
     python -m vssl_jax.main --config=configs/salt.py:L --plan
     python -m vssl_jax.main --config=configs/salt.py:L --rewind=12340 --skip=99
     python -m vssl_jax.main --config=configs/salt.py:L --replay
+    python -m vssl_jax.main --config=configs/layerlock_single_gpu.py --suggest
 
 Short on purpose: what a job does is importable, so that a notebook can call
 it.
@@ -25,11 +26,11 @@ from vssl_jax import config as config_lib
 from vssl_jax import flags as flags_lib
 from vssl_jax.evals import depth
 from vssl_jax.evals import run as evaluation
-from vssl_jax.train import plan, precompile, replay, rewind, trainer
+from vssl_jax.train import plan, precompile, replay, rewind, suggest, trainer
 
 Job = Callable[..., int]
 JOBS: dict[str, Job] = {
-  'train': trainer.train,
+  'train': suggest.train,
   'probe': evaluation.run,
   'depth': depth.run,
   'demo': demo.run,
@@ -99,6 +100,13 @@ def _job(config: ml_collections.ConfigDict, args: argparse.Namespace) -> Job:
     ValueError: flags that do not go together.
   """
   job = JOBS[config.job]
+  if args.suggest:
+    if config.job != 'train' or args.rewind is not None:
+      raise ValueError(
+        f'--suggest: found config.job {config.job!r}, wanted a pretraining, '
+        'and no --rewind beside it'
+      )
+    return suggest.show
   if args.skip is not None and args.rewind is None:
     raise ValueError('--skip: wanted --rewind=<step> beside it')
   if args.rewind is None and args.replay is None:
@@ -128,6 +136,12 @@ def flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     help='print phases, sizes, FLOPs, memory and what it fits on, and exit; '
     '"phases" has a line for every phase, "compile" compiles the first and the '
     'last one for this machine, "tpu:v5p:4x4x4" for that slice of TPUs',
+  )
+  parser.add_argument(
+    '--suggest',
+    action='store_true',
+    help='train for a short while, print the knobs that this decides (the lock '
+    'schedule of LayerLock), and exit',
   )
   parser.add_argument(
     '--rewind',

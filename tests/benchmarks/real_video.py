@@ -22,7 +22,7 @@ import time
 import numpy as np
 
 SIZE, FRAMES, BATCH = 64, 8, 16
-STEPS = 600
+STEPS = 1000
 PRETRAIN = ('skate_tricks_128', 'weizmann4_64', 'test_assets')
 SETS = {'skate_tricks_128': 2, 'weizmann4_64': 2}  # stride of the probe's clips
 TEACHERS = {'tiny': (64, 2), 'small': (96, 3), 'equal': (128, 4)}
@@ -56,9 +56,10 @@ def config(name, seed, data, workdir):
   c.optim.update(dict(lr=1e-3, lr_start=1e-4, lr_batch=BATCH, clip=1.0))
   c.optim.update(dict(weight_decay=0.05, weight_decay_end=0.05))
   c.checkpoint.every, c.log.every = 10_000, 200
-  c.method.vit.update(dict(patch=(2, 8, 8), dtype='float32', init='videomae'))
+  c.method.vit.update(dict(patch=(2, 16, 16), dtype='float32', init='videomae'))
   for section in ('pixel_teacher', 'latent_student'):
     c.method[section].encoder.update(_shape(128, 4))
+    c.method[section].update(dict(masks='short:24/32', mask_tokens=1))
   head = dict(width=64, depth=2, num_heads=4)
   c.method.pixel_teacher.decoder.update(head)
   c.method.latent_student.predictor.update(head)

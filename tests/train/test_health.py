@@ -4,6 +4,7 @@ import pathlib
 import numpy as np
 import pytest
 
+from vssl_jax import sharding
 from vssl_jax.train import health, trainer
 
 
@@ -63,3 +64,30 @@ def test_a_run_logs_the_panel(tiny):
   assert [x['step'] for x in looked] == [1, 4, 7, 8, 12]
   assert all(0 <= x['health/knn'] <= 1 for x in looked)
   assert all(x['health/feature_std'] > 0 for x in looked)
+
+
+def test_drift_is_the_relative_change_of_a_block():
+  mesh = sharding.make_mesh(1, -1)
+  kernel = np.arange(1, 13, dtype=np.float32).reshape(3, 4)
+
+  def params(scale):
+    blocks = {f'block_{i:02d}': {'fc1': {'kernel': kernel}} for i in range(2)}
+    blocks['block_01'] = {'fc1': {'kernel': scale * kernel}}
+    return {'encoder': blocks | {'embed': {'kernel': kernel}}}
+
+  before = health.sample(params(1.0), mesh)
+  assert set(before) == {'block_00', 'block_01'}
+  found = health.drift(before, health.sample(params(1.25), mesh))
+  assert found['drift/block_00'] == 0
+  np.testing.assert_allclose(found['drift/block_01'], 0.25 / 1.25, rtol=1e-6)
+  rms = 1.25 * np.sqrt(np.mean(np.square(kernel)))
+  np.testing.assert_allclose(found['norm/block_01'], rms, rtol=1e-6)
+  assert 'drift/block_00' not in health.drift({}, before)
+
+
+def test_a_large_matrix_is_sampled_evenly():
+  count = 4 * health.SAMPLED
+  kernel = np.arange(count, dtype=np.float32).reshape(2, -1)
+  params = {'encoder': {'block_00': {'kernel': kernel}}}
+  found = health.sample(params, sharding.make_mesh(1, -1))['block_00']
+  np.testing.assert_array_equal(found['kernel'], np.arange(0, count, 4))

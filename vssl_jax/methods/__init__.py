@@ -4,7 +4,7 @@ Beside it stands a file with its knobs and the builder that reads them.
 """
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -37,6 +37,41 @@ def build(
       its module.
   """
   return _find(config.name).build(config, video, resolve)
+
+
+def undecided(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+  """Returns the knobs of `config.method` that a short run is to decide."""
+  knobs = getattr(_find(config.name), 'AUTO', ())
+  return tuple(name for name in knobs if config[name] == 'auto')
+
+
+def trial(
+  config: ml_collections.ConfigDict,
+) -> tuple[ml_collections.ConfigDict, int]:
+  """Returns `config.method` of the short run that decides, and its steps.
+
+  Raises:
+    ValueError: the method leaves nothing open.
+  """
+  module = _find(config.name)
+  if not hasattr(module, 'trial'):
+    raise ValueError(f'--suggest: {config.name} has no knob that a run decides')
+  return module.trial(config)
+
+
+def decide(
+  config: ml_collections.ConfigDict,
+  steps: Sequence[int],
+  drift: Sequence[Mapping[int, float]],
+) -> dict[str, Any]:
+  """Returns the knobs that a short run proposes.
+
+  Args:
+    config: `config.method`.
+    steps: at which the health panel looked at the short run.
+    drift: at each look, block -> relative change since the look before.
+  """
+  return _find(config.name).decide(config, steps, drift)
 
 
 def _find(name: str) -> Any:

@@ -1,6 +1,6 @@
 """LayerLock's knobs, and the method that they describe."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -13,6 +13,7 @@ from vssl_jax.methods import base, layerlock, salt, salt_config, schedules
 from vssl_jax.models import layers, positions, vit
 from vssl_jax.models import predictor as predictor_lib
 
+AUTO = ('schedule',)  # what a short run may decide
 KNOBS = {
   'base': ('mae', 'vjepa'),
   'target': ('latent', 'pixels'),
@@ -62,6 +63,7 @@ def default() -> ml_collections.ConfigDict:
   # Instead: '((0, 600), (1, 200), ...)', lock depth and steps of each phase;
   # 'auto': a short run proposes it before the first step.
   c.schedule = ''
+  c.trial = 0.05  # that run's length: a fraction of the run's steps, or steps
   c.rewarm = (0.1, 0.1)  # share of each lock's steps, and the first factor
   c.target = 'latent'  # 'pixels': freezing only
   c.targets = 'single'  # 'all': every locked layer, a head for each
@@ -111,6 +113,36 @@ def build(
   encoder = _encoder(config)
   make = _vjepa if config.base == 'vjepa' else _mae
   return make(config, encoder, _schedule(config, encoder), video)
+
+
+def trial(
+  config: ml_collections.ConfigDict,
+) -> tuple[ml_collections.ConfigDict, int]:
+  """Returns the knobs of a short run that locks nothing, and its steps."""
+  share = config.trial
+  steps = max(round(config.total * share if share < 1 else share), 1)
+  short = config.copy_and_resolve_references()
+  short.total, short.schedule = steps, f'((0, {steps}),)'
+  return short, steps
+
+
+def decide(
+  config: ml_collections.ConfigDict,
+  steps: Sequence[int],
+  drift: Sequence[Mapping[int, float]],
+) -> dict[str, Any]:
+  """Returns the schedule that the drift of a short run proposes.
+
+  Args:
+    config: of the whole run.
+    steps: at which the short run was looked at.
+    drift: at each look, block -> relative change since the look before.
+  """
+  plain = config.copy_and_resolve_references()
+  plain.schedule = ''
+  deepest = _schedule(plain, _encoder(config))[-1][0]
+  found = schedules.suggest(drift, steps, config.total, limit=deepest)
+  return {'schedule': repr(found)}
 
 
 def _encoder(config: ml_collections.ConfigDict) -> vit.Vit:

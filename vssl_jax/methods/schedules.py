@@ -132,9 +132,9 @@ def suggest(
 ) -> Schedule:
   """Proposes a schedule from how fast the blocks of a short run moved.
 
-  Block i counts as settled at the first look where its drift (relative change
-  of its weights between two looks) is below `settled` times its own largest
-  drift, and stays below. The times at which the blocks settle are fitted by a
+  A block counts as settled at the first look from which on its drift (relative
+  change of its weights between two looks) stays below `settled` times its own
+  largest drift. The times at which the blocks settle are fitted by a
   line over the depth; the first lock is where the line meets block 1, the
   interval its slope, both scaled from the short run to the whole. What the
   paper leaves to the eye of the user ("when the norms of the first layers
@@ -142,8 +142,8 @@ def suggest(
 
   Args:
     drift: at each look, block -> relative change since the look before.
-    steps: step of each look, of a short run of steps[-1] steps that had the
-      whole learning-rate schedule.
+    steps: step of each look, of a short run of steps[-1] steps at a constant
+      learning rate; at equal distances.
     total: steps of the whole run.
     limit: the most layers that may be locked.
     settled: fraction of the largest drift.

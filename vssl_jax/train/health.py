@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 from jaxtyping import Array, Float
 
-from vssl_jax import trees
+from vssl_jax import sharding, trees
 from vssl_jax.data import pipeline
 from vssl_jax.evals import knn, statistics
 
@@ -79,14 +79,14 @@ class Panel:
           run.method.encode(params, video, phase=span.phase)
         )
       )
-    values = self._measure(run, state) | self._drift(state)
+    values = self._measure(run, state)
+    before, self._weights = self._weights, sample(state.params, run.mesh)
+    values |= drift(before, self._weights)
     run.logger.write(done, values, phase=span.phase.name)
     before = self._early.setdefault(span.phase.name, values)
     return collapsed(values, before)
 
   def _measure(self, run: Any, state: Any) -> dict[str, float]:
-    from vssl_jax import sharding
-
     held = self._hold()
     size = run.config.batch_size // jax.process_count()
     means, spreads = [], []
@@ -102,11 +102,6 @@ class Panel:
     if labels is not None:
       labels = _gather_host(labels[: len(features) // jax.process_count()])
     return panel(features, np.concatenate(spreads), labels)
-
-  def _drift(self, state: Any) -> dict[str, float]:
-    """Returns norm and drift of every block, from a sample of its weights."""
-    before, self._weights = self._weights, sample(state.params['encoder'])
-    return drift(before, self._weights)
 
   def _hold(self) -> dict[str, np.ndarray]:
     """Returns the first clips of the run, read once."""
@@ -162,25 +157,29 @@ def panel(
   return values
 
 
-def sample(encoder: Any) -> dict[str, dict[str, np.ndarray]]:
-  """Returns values of each block's matrices: all, or evenly spread ones."""
-  taken = jax.device_get(_sample(encoder))
-  return {
-    name: {n: np.asarray(x, np.float32) for n, x in trees.named_leaves(block)}
-    for name, block in taken.items()
-  }
+def sample(
+  params: Any, mesh: jax.sharding.Mesh
+) -> dict[str, dict[str, np.ndarray]]:
+  """Returns values of each block's matrices: all, or evenly spread ones.
 
+  Args:
+    params: role -> tree; blocks of `encoder` are read.
+    mesh: over which they are spread; every process gets all values.
+  """
 
-@jax.jit
-def _sample(encoder: Any) -> Any:
   def one(x: Array) -> Array:
-    return x.reshape(-1)[:: max(x.size // SAMPLED, 1)]
+    return x.reshape(-1)[:: max(x.size // SAMPLED, 1)].astype(jnp.float32)
 
-  return {
-    name: {n: one(x) for n, x in trees.named_leaves(tree) if x.ndim > 1}
-    for name, tree in encoder.items()
+  blocks = {
+    name: {n: x for n, x in trees.named_leaves(tree) if x.ndim > 1}
+    for name, tree in params['encoder'].items()
     if name.startswith('block_')
   }
+  take = jax.jit(
+    lambda tree: jax.tree.map(one, tree),
+    out_shardings=sharding.replicated(mesh),
+  )
+  return jax.device_get(take(blocks))
 
 
 def drift(

@@ -7,7 +7,7 @@ import pytest
 import vssl_jax
 from tests.train import conftest
 from vssl_jax import encoders, main, trees
-from vssl_jax.data import synthetic
+from vssl_jax.data import rooms, synthetic
 from vssl_jax.train import trainer
 
 
@@ -133,3 +133,35 @@ def test_the_probe_job_measures_a_run(run, tmp_path, monkeypatch, protocol):
   assert report['protocol'] == protocol
   assert report['encoder'] == str(run)
   assert len(report['classes']) == len(synthetic.MOTIONS)
+
+
+def test_the_depth_job_measures_a_run(run, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  look = rooms.Look(height=16, width=16, frames=8)
+  rooms.write(tmp_path / 'rooms', scenes=8, look=look)
+  status = main.main(
+    [
+      '--config=configs/depth_fast.py',
+      f'--config.encoder={run}',
+      '--config.probe.train=rooms',
+      '--config.probe.train_where=frames=0-3',
+      '--config.probe.test=rooms',
+      '--config.probe.test_where=frames=4-7',
+      '--config.workdir=out',
+      '--config.data.frames=4',
+      '--config.data.stride=1',
+      '--config.data.size=(16, 16)',
+      '--config.data.isolate=False',
+      '--config.probe.epochs=1',
+      '--config.probe.clips=1',
+      '--config.probe.width=16',
+      '--config.probe.pictures=1',
+    ]
+  )
+  assert status == 0, capsys.readouterr().err
+  report = json.loads((tmp_path / 'out' / 'report.json').read_text())
+  assert report['encoder'] == str(run)
+  assert report['train']['source'] == 'rooms where frames=0-3'
+  assert report['results']['pixels'] > 0.9 * 8 * 4 * 16 * 16
+  assert 'tapped after block' in capsys.readouterr().out
+  assert (tmp_path / 'out' / 'depth_000000.png').exists()

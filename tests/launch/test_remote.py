@@ -11,7 +11,8 @@ import pytest
 from tests import test_docs
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-TOOLS = 'bash cat dirname env git grep gzip head mkdir rm tar'
+TOOLS = 'bash cat cksum dirname env flock git grep gzip head mkdir mktemp '
+TOOLS += 'rm seq sleep tail tar tee touch tr'
 # Flags as the programs document them: gcloud's help (Google Cloud SDK 528),
 # and xpk's parsers of June 2026.
 TPU_VM = 'gcloud compute tpus tpu-vm '
@@ -50,9 +51,11 @@ class Launcher:
     self.root, self.stubs = folder / 'a clone', folder / 'stubs'
     self.stubs.mkdir()
     shutil.copytree(ROOT / 'launch', self.root / 'launch')
+    for name in ('pyproject.toml', 'setup.cfg'):
+      shutil.copy(ROOT / name, self.root)
     for tool in [*TOOLS.split(), 'basename']:
       (self.stubs / tool).symlink_to(shutil.which(tool))
-    for program in ('gcloud', 'xpk', 'kubectl'):
+    for program in ('gcloud', 'xpk', 'kubectl', 'srun', 'scontrol'):
       (self.stubs / program).write_text(STUB)
       (self.stubs / program).chmod(0o755)
     self.env = {'PATH': str(self.stubs), 'STUBS': str(self.stubs)}
@@ -207,6 +210,55 @@ def test_a_checkpoint_after_sigterm_is_status_143(launcher):
   launcher.answer('describe', 'echo READY\n')
   status, _, err = launcher.run('tpu_pod.sh', 'run', *TRAINER)
   assert (status, 'with a checkpoint' in err) == (143, True)
+
+
+@pytest.mark.parametrize(
+  'said, status, again, first',
+  [
+    (['task 0: Exited with exit code 143'] * 2, 143, True, ''),
+    (['tasks 0-1: Exited with exit code 143'], 143, True, ''),
+    # What ends the others leaves 143 behind, too.
+    (['task 1: Killed', 'task 0: Terminated'], 143, False, 'task 1: Killed'),
+    (['task 1: Exited with exit code 1'], 1, False, 'task 1: Exited'),
+    ([], 0, False, ''),
+  ],
+)
+def test_slurm_queues_again_what_was_saved(
+  launcher, said, status, again, first
+):
+  python = launcher.root / '.venv/bin/python'
+  python.parent.mkdir(parents=True)
+  python.write_text('#!/usr/bin/env bash\n')
+  python.chmod(0o755)
+  stamp = subprocess.run(
+    ['bash', '-c', 'source launch/setup.sh; stamp'],
+    cwd=launcher.root,
+    env=launcher.env,
+    check=True,
+    capture_output=True,
+    text=True,
+  ).stdout
+  (python.parents[1] / '.vssl_made').write_text(f'{stamp}cpu\n')
+  lines = ''.join(f'echo "srun: error: vm: {line}" >&2\n' for line in said)
+  ids = 'echo $JAX_LOCAL_DEVICE_IDS >"$STUBS/ids"\n'
+  launcher.answer('--label', f'{ids}{lines}exit {status}\n')
+  got, _, err = launcher.run(
+    'slurm.sbatch',
+    *TRAINER,
+    VSSL_ACCELERATOR='cpu',
+    SLURM_JOB_ID='7',
+    SLURM_SUBMIT_DIR=str(launcher.root),
+    SLURM_GPUS_ON_NODE='8',
+    SLURM_NTASKS='2',
+    SLURM_NNODES='2',
+  )
+  assert got == status, err
+  asked = ['scontrol', 'requeue', '7']
+  assert (asked in launcher.calls()) == again
+  assert f'first message: srun: error: vm: {first}' in err or not first
+  assert launcher.calls()[0][:3] == ['srun', '--kill-on-bad-exit=1', '--label']
+  # One task on a node has all of its GPUs.
+  assert (launcher.stubs / 'ids').read_text() == '0,1,2,3,4,5,6,7\n'
 
 
 def test_mistakes_are_refused_with_a_remedy(launcher):

@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import tempfile
+from importlib.util import find_spec
 
 import jax
 import jaxtyping
@@ -48,6 +49,12 @@ def video_data() -> pathlib.Path:
   return pathlib.Path(os.environ[VIDEO_DATA])
 
 
+@pytest.fixture(scope='session')
+def tpu_compiler() -> str:
+  """A slice that libtpu compiles for; it needs no TPU. Else left out."""
+  return 'tpu:v5p:2x2x2'
+
+
 def pytest_addoption(parser):
   parser.addoption('--slow', action='store_true', help='run slow tests too')
   parser.addoption(
@@ -83,6 +90,8 @@ def pytest_collection_modifyitems(config, items):
       left_out[item] = 'slow: run with --slow, or alone with -m slow'
     elif 'video_data' in item.fixturenames and VIDEO_DATA not in os.environ:
       left_out[item] = f'real videos: set {VIDEO_DATA} to their folder'
+    elif 'tpu_compiler' in item.fixturenames and not find_spec('libtpu'):
+      left_out[item] = 'a compiler for TPUs: pip install jax[tpu]'
     elif 'slurm' in item.fixturenames and not _slurm_answers():
       left_out[item] = 'SLURM: no cluster answers; see launch/README.md'
   items[:] = [item for item in items if item not in left_out]

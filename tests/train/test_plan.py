@@ -144,6 +144,16 @@ def test_a_compiler_speaks_of_its_own_machine_only(tmp_path):
   assert 'GiB per device' in spoken[0] and arguments < 0.01
 
 
+@pytest.mark.slow
+def test_a_step_compiles_for_tpus_that_are_not_there(tmp_path, tpu_compiler):
+  config = _config(tmp_path)
+  config.method.phases = ('pixel_teacher',)
+  spoken = plan.describe(config, tpu_compiler).splitlines()[-1]
+  assert spoken.startswith('compiled pixel_teacher for 8 x TPU v5 in ')
+  assert spoken.endswith('(by its own compiler)')
+  assert re.search(r'temporary \d+\.\d\d, in all 0\.\d\d;', spoken)
+
+
 @pytest.mark.parametrize(
   ('detail', 'message'),
   [

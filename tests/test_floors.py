@@ -12,7 +12,7 @@ FLOORS = (
   {'masking', 'mask_specs', 'rectangles', 'losses', 'flops', 'models', 'data'},
   {'weights', 'methods'},
   {'config', 'flags', 'encoders', 'train', 'evals', 'show', ''},
-  {'main', '__main__', 'demo', 'bench', 'timing'},
+  {'main', '__main__', 'demo', 'bench', 'sweep', 'timing'},
 )
 # Who may import a library; a room or one of its files.
 KEEPERS = {

@@ -6,7 +6,8 @@
 The clips are random and already on the device, so this is what a run reaches
 when its data keep up. Parameters and teachers are random: values do not
 change the speed. Kept programs (`JAX_COMPILATION_CACHE_DIR`) make the compile
-seconds those of a warm start, which the result says.
+seconds those of a warm start, which the result says. `--sweep=phases` compares
+the phases of a run with each other, see `vssl_jax/sweep.py`.
 """
 
 import argparse
@@ -23,13 +24,14 @@ import ml_collections
 import numpy as np
 
 from vssl_jax import config as config_lib
-from vssl_jax import encoders, flags, main, methods, sharding, timing
+from vssl_jax import encoders, flags, main, methods, sharding, sweep, timing
 from vssl_jax.data import options
 from vssl_jax.methods import base
 from vssl_jax.train import metrics, provenance, step
 from vssl_jax.train import run as run_lib
 
 GIB = 2**30
+PHASES = 'phases'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,13 +280,23 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
   add = parser.add_argument
   add('--phase', default='', help='one phase; all if not given')
   add('--steps', type=int, default=30, help='timed steps')
-  add('--sweep', default='', help='batch sizes, separated by commas')
+  add(
+    '--sweep',
+    default='',
+    help='batch sizes, separated by commas; or "phases" to compare them',
+  )
   add('--out', default='', help='file for the result, as JSON')
   args, assignments = flags.parse(parser, argv)
+  if args.sweep == PHASES:
+    if args.phase:
+      parser.error('--phase: --sweep=phases compares all of them')
+    return args, assignments
   try:
     args.sweep = tuple(int(x) for x in args.sweep.split(',') if x)
   except ValueError:
-    parser.error(f'--sweep: found {args.sweep!r}, wanted sizes such as 8,16,32')
+    parser.error(
+      f'--sweep: found {args.sweep!r}, wanted sizes such as 8,16,32, or phases'
+    )
   return args, assignments
 
 
@@ -293,7 +305,12 @@ def run(argv: Sequence[str] | None = None) -> int:
   args, assignments = parse(sys.argv[1:] if argv is None else argv)
   try:
     config = main.resolve(args.config, assignments, tuple(args.config_root))
-    found = bench(config, phase=args.phase, steps=args.steps, sizes=args.sweep)
+    if args.sweep == PHASES:
+      found = sweep.phases(config, steps=args.steps)
+    else:
+      found = bench(
+        config, phase=args.phase, steps=args.steps, sizes=args.sweep
+      )
   except ValueError as error:
     print(f'error: {error}', file=sys.stderr)
     return 2

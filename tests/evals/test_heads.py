@@ -192,3 +192,28 @@ def test_impossible_specs_are_refused():
     spec_of(NETWORKS['linear'], warmup=3)
   with pytest.raises(ValueError, match=r"probe\.decay: found 'none'"):
     spec_of(NETWORKS['linear'], decay='none')
+
+
+@pytest.mark.slow
+def test_groups_need_less_memory():
+  """Beside the heads themselves, about a share of it."""
+  network = readout.Attentive(50, num_heads=4, dtype='float32')
+  scratch, copies = [], []
+  for groups in (1, 5):
+    spec = heads.Spec(network, (1e-3,) * 5, (0.1, 0.2), 10, groups)
+    tokens = jax.ShapeDtypeStruct((8, 16, 64), jnp.float32)
+    state = jax.eval_shape(
+      lambda t, s=spec: heads.init(s, jax.random.key(0), t), tokens
+    )
+    held, numbers = tuple(state[1:]), jax.ShapeDtypeStruct((10,), jnp.float32)
+    whole = (held, (numbers,) * 2 + (state.step.update(shape=(10,)),))
+    one = jax.eval_shape(
+      lambda x, s=spec: heads._group(s, jnp.int32(0), x), whole
+    )
+    rows = (jax.ShapeDtypeStruct((8,), d) for d in (jnp.int32, jnp.float32))
+    lowered = heads.step.lower(spec, *one, state.step, tokens, *rows)
+    scratch.append(lowered.compile().memory_analysis().temp_size_in_bytes)
+    put = heads._put.lower(spec, state.step, held, one[0]).compile()
+    copies.append(put.memory_analysis().temp_size_in_bytes)
+  assert scratch[1] < 0.3 * scratch[0]
+  assert max(copies) < 0.01 * scratch[0]  # put where they lie

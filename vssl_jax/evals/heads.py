@@ -50,7 +50,8 @@ class Spec:
     wds: weight decays of the grid; every head is a pair of the two.
     steps: length of the schedule.
     groups: parts that the heads are trained in, one after the other within a
-      step: less memory for activations and gradients, the same result.
+      step: less memory for activations and gradients, the same result. The
+      parameters and moments of all heads stay.
     warmup: steps in which the learning rate rises from 0.
     decay: `all` parameters, or `matrices`: those of two axes or more.
     loss: of one head.
@@ -128,7 +129,6 @@ def init(
   return State(jnp.int32(0), *jax.lax.map(one, heads))
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def update(
   spec: Spec,
   state: State,
@@ -151,9 +151,50 @@ def update(
   Returns:
     The new state and the loss of each head.
   """
+  lr, wd = (jnp.asarray(x, jnp.float32) for x in zip(*spec.pairs, strict=True))
+  given, heads = (lr, wd, jnp.arange(len(lr))), tuple(state[1:])
+  batch = (state.step, tokens, target, weight, key)
+  if spec.groups == 1:
+    heads, values = step(spec, heads, given, *batch)
+    return State(state.step + 1, *heads), values
+  # Group by group in programs of their own: a loop inside one program would
+  # hold all heads a second time.
+  losses = []
+  for number in range(spec.groups):
+    at = jnp.int32(number)
+    part, those = _group(spec, at, heads), _group(spec, at, given)
+    part, values = step(spec, part, those, *batch)
+    heads = _put(spec, at, heads, part)
+    losses.append(values)
+  return State(state.step + 1, *heads), jnp.concatenate(losses)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def step(
+  spec: Spec,
+  heads: tuple[Any, ...],
+  given: tuple[Array, ...],
+  done: Int[Array, ''],
+  tokens: Float[Array, 'R N D'],
+  target: Int[Array, 'R'] | Float[Array, 'R ...'],
+  weight: Float[Array, 'R'],
+  key: Key[Array, ''] | None = None,
+) -> tuple[tuple[Any, ...], Float[Array, 'H']]:
+  """Takes one step with some heads; their state is donated.
+
+  Args:
+    spec: what is trained.
+    heads: parameters, statistics and moments.
+    given: learning rate, weight decay and number of each.
+    done: steps taken before.
+    tokens: see `update`.
+    target: see `update`.
+    weight: see `update`.
+    key: see `update`.
+  """
   if target.ndim == 1:
     weight = weight * (target >= 0)
-  scale = _schedule(spec)(state.step)
+  scale = _schedule(spec)(done)
 
   def loss(params: Any, stats: Any, rngs: Any) -> tuple[Array, Any]:
     variables = {'params': params, **stats}
@@ -177,10 +218,28 @@ def update(
 
     return jax.tree.map(moved, params, step), stats, opt, value
 
-  lr, wd = (jnp.asarray(x, jnp.float32) for x in zip(*spec.pairs, strict=True))
-  heads = (state.params, state.stats, state.opt, lr, wd, jnp.arange(len(lr)))
-  *new, value = _over_heads(spec, one, heads)
-  return State(state.step + 1, *new), value
+  *new, values = jax.vmap(one)((*heads, *given))
+  return tuple(new), values
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _group(spec: Spec, number: Int[Array, ''], heads: Any) -> Any:
+  """Returns one group of heads."""
+  size = len(spec.pairs) // spec.groups
+  return jax.tree.map(
+    lambda x: jax.lax.dynamic_slice_in_dim(x, number * size, size), heads
+  )
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _put(spec: Spec, number: Int[Array, ''], heads: Any, part: Any) -> Any:
+  """Returns all heads with one group replaced, where they lie."""
+  size = len(spec.pairs) // spec.groups
+  return jax.tree.map(
+    lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, number * size, 0),
+    heads,
+    part,
+  )
 
 
 def _schedule(spec: Spec) -> optax.Schedule:

@@ -53,7 +53,8 @@ def default() -> ml_collections.ConfigDict:
       crop_part=1.0,  # side of centre crops, of the largest that fits
       flip=True,  # left-right; off where direction is the label
       # For training with labels; each clip as a whole, after its crop.
-      # RandAugment as papers write it, 'rand-m7-n4-mstd0.5-inc1'; '': none.
+      # RandAugment as papers write it, 'rand-m7-n4-mstd0.5-inc1'; '': none. A
+      # clip of 16 x 224 x 224 takes some 28 ms of a core more (22 without).
       auto_augment='',
       erase=0.0,  # probability of a box of noise
       repeats=1,  # clips per video in a batch, for one opening of the file

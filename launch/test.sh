@@ -9,5 +9,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 make_environment cpu test
 cd "$root"
-if (($# == 0)); then set -- -n 2 --dist loadfile; fi
+if (($# == 0)); then set -- -n 2 --dist loadfile --no-loadscope-reorder; fi
 exec "$venv/bin/python" -m pytest "$@"

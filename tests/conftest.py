@@ -95,12 +95,15 @@ def pytest_collection_modifyitems(config, items):
     elif 'slurm' in item.fixturenames and not _slurm_answers():
       left_out[item] = 'SLURM: no cluster answers; see launch/README.md'
   items[:] = [item for item in items if item not in left_out]
+  # Rooms with long files come first, so that two workers end together.
+  items.sort(key=lambda item: item.path.parent.name not in LONG)
   config.hook.pytest_deselected(items=list(left_out))
   config.stash[LEFT_OUT] = list(left_out.values())
   if hasattr(config, 'workeroutput'):
     config.workeroutput['left_out'] = config.stash[LEFT_OUT]
 
 
+LONG = ('train', 'methods', 'evals')
 LEFT_OUT = pytest.StashKey[list[str]]()
 
 

@@ -85,6 +85,8 @@ def main():
   threading.Thread(target=time.sleep, args=(200,)).start()
   print('on the way', flush=True)
   how = sys.argv[1]
+  # A shell starts what runs in the background deaf to Ctrl-C.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
   if how == 'raises':
     raise KeyError('no such thing')
   if how == 'interrupted':
@@ -147,9 +149,23 @@ def test_a_cluster_is_detected_by_its_launcher(env, wanted, monkeypatch):
   [
     ({'VSSL_CLUSTER': 'yes'}, "found 'yes', wanted 0 or 1"),
     ({'JAX_COORDINATOR_ADDRESS': 'a:1'}, 'JAX_NUM_PROCESSES.*are not'),
-    ({'VSSL_CLUSTER': '1'}, 'or VSSL_CLUSTER=0 to run alone'),
   ],
 )
 def test_half_a_cluster_is_refused(env, wanted):
   with pytest.raises(ValueError, match=wanted):
     cluster.join(env)
+
+
+def test_a_cluster_that_is_nowhere_is_refused():
+  # In a process of its own: JAX asks for others before it is first used.
+  ended = subprocess.run(
+    [sys.executable, '-c', ALONE], capture_output=True, text=True, check=False
+  )
+  assert ended.returncode == 1
+  assert 'VSSL_CLUSTER=0 to run alone' in ended.stderr
+
+
+ALONE = """
+from vssl_jax import cluster
+cluster.join({'VSSL_CLUSTER': '1'})
+"""

@@ -123,7 +123,8 @@ def test_installs_again_when_something_changed(clone):
   root = str(clone.root)
   clone.run()
   _, out, _ = clone.run(script='test.sh')
-  assert json.loads(out)['args'] == ['-n', '2', '--dist', 'loadfile']
+  workers = ['-n', '2', '--dist', 'loadfile', '--no-loadscope-reorder']
+  assert json.loads(out)['args'] == workers
   _, out, _ = clone.run('-m', 'slow', script='test.sh')
   assert json.loads(out)['args'] == ['-m', 'slow']
   clone.run(VSSL_ACCELERATOR='cuda13', VSSL_EXTRAS='tensorboard')

@@ -76,6 +76,7 @@ def test_blocks_that_settle_together_are_still_locked_in_turn():
     schedules.suggest(drift[:2], steps[:2], 1000, limit=3)
 
 
+@pytest.mark.slow
 def test_auto_is_decided_once_and_kept(locks, tmp_path, capsys):
   assert main.main(locks) == 0
   printed = capsys.readouterr().out

@@ -116,9 +116,8 @@ class Salt(base.Method):
       metrics = {}
     else:
       kind = 'latent'
-      raw = phase.teachers['target'](
-        teachers['target'], video, upto=phase.target_layer
-      )
+      part = {} if phase.target_layer is None else {'upto': phase.target_layer}
+      raw = phase.teachers['target'](teachers['target'], video, **part)
       _check_grid(raw, grid, phase)
       targets = losses.TARGET_NORMS[phase.target_norm](raw)
       distance = losses.DISTANCES[phase.latent_loss]

@@ -165,6 +165,7 @@ def alone(clips, tmp_path_factory):
   return config, _losses(config.workdir)
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_resume_like_one(clips, tmp_path, alone):
   """Two processes with two devices each: same losses, also from a restart."""
   config = conftest.tiny_config(clips, tmp_path / 'run')

@@ -96,6 +96,8 @@ def check(words):
     _check_flags('vssl_jax.main', _own(rest[rest.index(file) + 1 :]))
   elif program == 'python' and rest[0] == '-m':
     _check_flags(rest[1], rest[2:])
+  elif program == 'python' and rest[0].startswith('tests/benchmarks/'):
+    _check_script(*rest)
   elif program == 'pip':
     _check_pip(rest)
   else:
@@ -106,6 +108,15 @@ def _own(rest):
   """Returns the flags that the trainer gets, of a launcher's words."""
   flags = [word.removeprefix('FLAGS=') for word in rest]
   return [word for word in flags if word.startswith('--config')]
+
+
+def _check_script(script, *flags):
+  """A benchmark says its own flags."""
+  _exists(script)
+  text = (ROOT / script).read_text()
+  for flag in flags:
+    name = flag.partition('=')[0]
+    assert f"add_argument('{name}'" in text, f'{script} has no {name}'
 
 
 def _exists(path):

@@ -13,7 +13,7 @@ import numpy as np
 
 from vssl_jax import sharding, trees
 from vssl_jax.methods import base
-from vssl_jax.train import freezing, optimizer, step
+from vssl_jax.train import ahead, step
 from vssl_jax.train import run as run_lib
 
 WARM_UP = 3  # steps before the clock starts
@@ -47,41 +47,18 @@ def prepare(
   mesh: jax.sharding.Mesh,
 ) -> Prepared:
   """Compiles a phase's step as the trainer does, on random input."""
-  phase, key = span.phase, jax.random.key(config.seed)
+  config = config.copy_and_resolve_references()
+  config.batch_size = size
+  shapes = ahead.outline(config, method, span, video, examples=size)
   overrides = dict(config.mesh.overrides)
-  clip = jax.ShapeDtypeStruct((1, *video), jnp.uint8)
-  shapes = jax.eval_shape(lambda k, v: method.init(k, v, phase), key, clip)
-  labels = freezing.labels(shapes, phase.frozen)
-  horizon = optimizer.horizon(phase, span.start, span.total)
-  tx = optimizer.make(
-    config.optim,
-    labels,
-    optimizer.learning_rate(config.optim, horizon, size),
-    optimizer.weight_decay(config.optim, horizon),
-  )
-
-  def fresh() -> step.TrainState:
-    return step.init_state(method, phase, tx, key, video, size, span.start)
-
-  at = sharding.shardings(jax.eval_shape(fresh), mesh, overrides)
-  state = jax.jit(fresh, out_shardings=at)()
+  at = sharding.shardings(shapes.state, mesh, overrides)
+  state = jax.jit(shapes.fresh, out_shardings=at)()
   teachers = {
-    name: _random_teacher(teacher, video, mesh, overrides)
-    for name, teacher in phase.teachers.items()
-    if not teacher.source.startswith('@ema/')
+    name: _random_teacher(span.phase.teachers[name], video, mesh, overrides)
+    for name in shapes.teachers
   }
   batch = _random_batch(size, video, mesh)
-  update = step.make_update(
-    method,
-    phase,
-    tx,
-    labels,
-    key=key,
-    start=span.start,
-    accumulate=config.optim.accumulate,
-    skip_spike=config.optim.skip_spike,
-  )
-  update = step.jit_update(update, state, teachers, mesh, overrides)
+  update = ahead.jitted(config, method, shapes, mesh)
   start = time.perf_counter()
   compiled = update.lower(state, teachers, batch).compile()
   return Prepared(compiled, state, teachers, batch, time.perf_counter() - start)

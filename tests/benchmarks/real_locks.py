@@ -8,11 +8,8 @@ frozen depth readout within one room besides. Every run has the same steps and
 clips. Finished cells are not run again. Each cell is a process of its own.
 """
 
-import argparse
 import json
 import pathlib
-import subprocess
-import sys
 import tempfile
 import time
 
@@ -158,35 +155,5 @@ def _range(values):
   return f'{np.mean(values):.3g} ({low:.3g} to {high:.3g})'
 
 
-def main():
-  """Runs the cells that are missing, or prints the table."""
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--data', type=pathlib.Path)
-  parser.add_argument('--out', type=pathlib.Path, required=True)
-  parser.add_argument('--shards', type=pathlib.Path)
-  parser.add_argument('--table', action='store_true')
-  parser.add_argument('--cell', nargs=2, metavar=('NAME', 'SEED'))
-  args = parser.parse_args()
-  if args.table:
-    print(table(args.out))
-    return
-  shards = args.shards or args.out.with_suffix('.shards')
-  if args.cell:
-    name, seed = args.cell
-    line = run_cell(name, int(seed), args.data, shards)
-    with args.out.open('a') as file:
-      file.write(json.dumps(line) + '\n')
-    return
-  real_video.prepare(args.data, shards)
-  done = set()
-  if args.out.exists():
-    lines = map(json.loads, args.out.read_text().splitlines())
-    done = {(x['cell'], x['seed']) for x in lines}
-  for name, seed in cells():
-    if (name, seed) not in done:
-      again = [*sys.argv, '--cell', name, str(seed)]
-      subprocess.run([sys.executable, *again], check=True)
-
-
 if __name__ == '__main__':
-  main()
+  real_video.main(__doc__, cells, run_cell, table)

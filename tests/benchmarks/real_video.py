@@ -212,9 +212,16 @@ def _cell(found):
   )
 
 
-def main():
-  """Runs the cells that are missing, or prints the table."""
-  parser = argparse.ArgumentParser(description=__doc__)
+def main(describe, cells, run_cell, table):
+  """Runs the cells that are missing, or prints the table.
+
+  Args:
+    describe: what `--help` says.
+    cells: () -> (name, seed) of every run.
+    run_cell: (name, seed, data, shards) -> its line.
+    table: file of lines -> Markdown.
+  """
+  parser = argparse.ArgumentParser(description=describe)
   parser.add_argument('--data', type=pathlib.Path)
   parser.add_argument('--out', type=pathlib.Path, required=True)
   parser.add_argument('--shards', type=pathlib.Path)
@@ -245,4 +252,4 @@ def main():
 
 
 if __name__ == '__main__':
-  main()
+  main(__doc__, cells, run_cell, table)

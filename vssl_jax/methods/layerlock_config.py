@@ -11,7 +11,6 @@ import numpy as np
 from vssl_jax import losses, mask_specs, sharding
 from vssl_jax.methods import base, layerlock, salt, salt_config, schedules
 from vssl_jax.models import layers, positions, vit
-from vssl_jax.models import predictor as predictor_lib
 
 AUTO = ('schedule',)  # what a short run may decide
 KNOBS = {
@@ -292,17 +291,8 @@ def _vjepa(
   masks = mask_specs.parse(config.masks, select=config.mask_select)
   for spec in masks:
     spec.counts(layers.grid_of((1, *video), encoder.patch))
-  predictor = predictor_lib.Predictor(
-    **config.predictor,
-    out_width=encoder.width,
-    num_mask_tokens=config.mask_tokens,
-    positions=encoder.positions,
-    rope_pairing=encoder.rope_pairing,
-    init_family=encoder.init_family,
-    dtype=encoder.dtype,
-    remat=encoder.remat,
-    attention=encoder.attention,
-  )
+  shape = dict(config.predictor, out_width=encoder.width)
+  predictor = salt_config.make_predictor(shape, config, encoder)
   plan, done = [], 0
   for depth, steps in schedule:
     shared = _shared(config, encoder, depth, steps)

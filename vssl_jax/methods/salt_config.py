@@ -170,7 +170,7 @@ def _pixel_phase(
   kind = shape.pop('kind')
   shape['out_width'] = pt * py * px * video[-1]
   if kind == 'predictor':
-    decoder = _predictor(shape, section, encoder)
+    decoder = make_predictor(shape, section, encoder)
   elif kind == 'videomae':
     decoder = decoder_lib.VideoMaeDecoder(
       **shape, dtype=encoder.dtype, remat=encoder.remat
@@ -222,7 +222,7 @@ def _latent_phase(
   shape = dict(section.predictor, out_width=module.width)
   return salt.LatentStudent(
     **common,
-    predictor=_predictor(shape, section, encoder),
+    predictor=make_predictor(shape, section, encoder),
     teachers={
       'target': base.Teacher(module, source, dtype=section.teacher_dtype)
     },
@@ -232,9 +232,16 @@ def _latent_phase(
   )
 
 
-def _predictor(
+def make_predictor(
   shape: dict[str, Any], section: ml_collections.ConfigDict, encoder: vit.Vit
 ) -> predictor_lib.Predictor:
+  """Returns a predictor that shares what it can with its encoder.
+
+  Args:
+    shape: its own fields.
+    section: has `mask_tokens`.
+    encoder: whose tokens it reads.
+  """
   return predictor_lib.Predictor(
     **shape,
     num_mask_tokens=section.mask_tokens,

@@ -47,8 +47,10 @@ def undecided(config: ml_collections.ConfigDict) -> tuple[str, ...]:
 
 def trial(
   config: ml_collections.ConfigDict,
-) -> tuple[ml_collections.ConfigDict, int]:
-  """Returns `config.method` of the short run that decides, and its steps.
+) -> tuple[ml_collections.ConfigDict, int, int]:
+  """Returns `config.method` of the short run that decides.
+
+  Beside it stand the short run's steps and those of the whole run.
 
   Raises:
     ValueError: the method leaves nothing open.

@@ -116,13 +116,13 @@ def build(
 
 def trial(
   config: ml_collections.ConfigDict,
-) -> tuple[ml_collections.ConfigDict, int]:
-  """Returns the knobs of a short run that locks nothing, and its steps."""
+) -> tuple[ml_collections.ConfigDict, int, int]:
+  """Returns a short run that locks nothing, its steps and the whole run's."""
   share = config.trial
   steps = max(round(config.total * share if share < 1 else share), 1)
   short = config.copy_and_resolve_references()
   short.total, short.schedule = steps, f'((0, {steps}),)'
-  return short, steps
+  return short, steps, config.total
 
 
 def decide(

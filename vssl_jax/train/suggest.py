@@ -67,14 +67,13 @@ def decide(config: ml_collections.ConfigDict) -> tuple[int, dict[str, Any]]:
       workdir, and is resumed like any run.
   """
   trial = config_lib.from_json(config_lib.to_json(config))
-  trial.method, steps = methods.trial(config.method)
+  trial.method, steps, total = methods.trial(config.method)
   trial.workdir = str(pathlib.Path(config.workdir) / 'suggest')
   trial.health.every = 1 / min(LOOKS, steps)
   trial.checkpoint.every = max(steps // 2, 1)
   trial.optim.schedule = 'constant'  # else every block slows down with it
   if config.optim.warmup > 0:
-    shorter = steps / config.method.total
-    trial.optim.warmup = max(round(config.optim.warmup * shorter), 1)
+    trial.optim.warmup = max(round(config.optim.warmup * steps / total), 1)
   status = trainer.train(trial)
   if status:
     return status, {}

@@ -68,7 +68,9 @@ def run(tiny, tmp_path, monkeypatch):
 
 
 def test_the_bits_are_the_same_and_the_switch_is_told(run, tmp_path, capsys):
-  method = toy.Toy(_plan(), rows={'seen': base.RowSpec((), 'int32')})
+  specs = {'seen': base.RowSpec(())}
+  plan = [dataclasses.replace(phase, row_specs=specs) for phase in _plan()]
+  method = toy.Toy(tuple(plan))
   ahead = run(method, 'ahead')
   said = capsys.readouterr().out
   assert said.count('of which the switch waited') == 2

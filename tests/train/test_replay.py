@@ -27,8 +27,8 @@ def _method():
   average = {'mean': base.Ema('encoder', (0.9, 1.0))}
   teacher = {'one': base.Teacher(toy.Mean(), '@one')}
   two = dict(frozen=('encoder/layer_0',), ema=average, teachers=teacher)
-  plan = (toy.phase(steps=6), toy.phase(name='two', steps=6, **two))
-  return toy.Toy(plan, rows={'seen': base.RowSpec((), 'int32')})
+  kept = dict(steps=6, row_specs={'seen': base.RowSpec((), window=3)})
+  return toy.Toy((toy.phase(**kept), toy.phase(name='two', **kept, **two)))
 
 
 @pytest.fixture(scope='module')

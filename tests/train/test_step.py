@@ -25,8 +25,8 @@ def _batch(seed=0, size=8, **extra):
 
 
 def _make(phase=None, rows=None, lr=0.1, **kwargs):
-  phase = phase or toy.phase()
-  method = toy.Toy((phase,), rows or {})
+  phase = dataclasses.replace(phase or toy.phase(), row_specs=rows or {})
+  method = toy.Toy((phase,))
   optim = optimizer.default()
   optim.clip = 0.0
   key = jax.random.key(0)

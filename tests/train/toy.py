@@ -27,7 +27,6 @@ class Toy(base.Method):
   """Encoder and head whose product is pulled to 1; rows count visits."""
 
   plan: tuple
-  rows: dict = dataclasses.field(default_factory=dict)
   noise: float = 0.0
 
   def phases(self):
@@ -47,7 +46,7 @@ class Toy(base.Method):
     for name, teacher in phase.teachers.items():
       target = teacher(teachers[name], batch['video'])[:, 0, 0]
     per_clip = jnp.square(y - target)
-    rows = {name: batch[f'rows/{name}'] + 1 for name in self.rows}
+    rows = {name: batch[f'rows/{name}'] + 1 for name in phase.row_specs}
     return jnp.mean(per_clip), base.Aux({'loss/toy': jnp.mean(y)}, rows)
 
   def cost(self, phase, video):

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Num
 from vssl_jax import masking, rngs, trees
 
 Params = Mapping[str, Any]  # role -> tree: {'encoder': ..., 'predictor': ...}
+ROW_DTYPES = ('float32', 'bfloat16', 'float16')
 # uint8, or float in [0, 1].
 Video = Num[Array | np.ndarray, 'B T H W C']
 
@@ -28,7 +29,8 @@ class Aux(NamedTuple):
 
   Attributes:
     metrics: scalars by name; loss terms under `loss/...`.
-    rows: new values of the batch's rows, for methods that keep any.
+    rows: new values [B, ...] of the batch's rows, one for each of the phase's
+      `row_specs`.
   """
 
   metrics: Mapping[str, Array]
@@ -126,19 +128,35 @@ class Teacher:
 
 @dataclasses.dataclass(frozen=True)
 class RowSpec:
-  """Memory of one value per training example, kept in the train state.
+  """Memory of one array per training example, kept in the train state.
+
+  A loss finds it as `batch['rows/<name>']`, float32 [B, *shape], and returns
+  what it is to become in `Aux.rows[name]`. Examples that a batch does not hold
+  keep every bit.
 
   Attributes:
     shape: shape per example.
-    dtype: its type.
-    fill: value before an example is first seen.
-    window: every so many steps a second copy is refreshed; 0 for none.
+    dtype: floating-point type that it is stored in; arithmetic is float32.
+    fill: value before an example is first seen, and of a substituted clip.
+    window: with windows of so many steps, `batch['rows/<name>@window']` is the
+      memory as it stood at the end of the last one, counted from the phase's
+      start; 0 for none.
   """
 
   shape: tuple[int, ...]
   dtype: str = 'float32'
   fill: float = 0.0
   window: int = 0
+
+  def __post_init__(self) -> None:
+    if self.dtype not in ROW_DTYPES:
+      raise ValueError(
+        f'rows: found dtype={self.dtype!r}, wanted one of {ROW_DTYPES}'
+      )
+    if self.window < 0:
+      raise ValueError(
+        f'rows: found window={self.window}, wanted steps, or 0 for no windows'
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,7 +173,8 @@ class Phase:
     init: `carry` takes parameters by name from the phase before, `fresh`
       starts from `Method.init`.
     opt: the same for the optimizer's moments.
-    rows: the same for the rows.
+    rows: the same for the memory of the training examples, by name.
+    row_specs: name -> memory of every training example that the phase keeps.
     init_from: role -> source, for parameters that start from a run folder or
       a published model.
     horizon: what the schedules of learning rate and weight decay cover: each
@@ -176,6 +195,7 @@ class Phase:
   init: Literal['carry', 'fresh'] = 'carry'
   opt: Literal['carry', 'fresh'] = 'carry'
   rows: Literal['carry', 'fresh'] = 'carry'
+  row_specs: Mapping[str, RowSpec] = dataclasses.field(default_factory=dict)
   init_from: Mapping[str, str] = dataclasses.field(default_factory=dict)
   horizon: Literal['phase', 'run'] = 'phase'
   warmup: int | None = None
@@ -208,8 +228,6 @@ class Method(abc.ABC):
   Implementations are frozen dataclasses of hyper-parameters and modules.
   """
 
-  rows: Mapping[str, RowSpec] = {}
-
   @abc.abstractmethod
   def phases(self) -> tuple[Phase, ...]:
     """Returns the plan of the run, a pure function of the fields."""
@@ -233,7 +251,7 @@ class Method(abc.ABC):
       params: role -> tree, of the phase.
       teachers: name -> parameters of `phase.teachers[name].module`.
       batch: `video` uint8 [B, T, H, W, C], `index` int32 [B], `progress`
-        float32 [] (fraction of the run) and more.
+        float32 [] (fraction of the run), rows and more.
       rng: named randomness of this step; masks are drawn from it here.
       phase: one of `phases()`.
     """

@@ -42,7 +42,7 @@ def gather(
   rows: Mapping[str, Array],
   batch: Mapping[str, Any],
 ) -> dict[str, Array]:
-  """Returns `rows/<name>` (and `rows/<name>@window`) of the batch, [B, ...]."""
+  """Returns `rows/<name>` (and `@window`) of the batch, float32 [B, ...]."""
   return {
     f'rows/{name}': jnp.take(
       memory,
@@ -50,7 +50,7 @@ def gather(
       axis=0,
       mode='fill',
       fill_value=specs[name.removesuffix(WINDOW)].fill,
-    )
+    ).astype(jnp.float32)
     for name, memory in rows.items()
   }
 
@@ -65,7 +65,7 @@ def scatter(
   """Returns the rows with the batch's examples replaced by `new`.
 
   Args:
-    specs: what the method declares.
+    specs: what the phase declares.
     rows: `[num_examples, ...]` each.
     batch: needs `index` [B]; indices past the end are not written.
     new: name -> [B, ...].
@@ -73,18 +73,28 @@ def scatter(
       refreshed where its length divides them.
 
   Raises:
-    ValueError: the method returned other rows than it declared.
+    ValueError: the loss returned other rows than the phase declares.
   """
   if set(new) != set(specs):
     raise ValueError(
-      f'the loss returned rows {sorted(new)} and the method declares '
+      f'the loss returned rows {sorted(new)} and the phase declares '
       f'{sorted(specs)}'
     )
   out = dict(rows)
   for name, value in new.items():
-    out[name] = rows[name].at[batch['index']].set(value, mode='drop')
+    out[name] = (
+      rows[name]
+      .at[batch['index']]
+      .set(_stored(value, rows[name].dtype), mode='drop')
+    )
     window = specs[name].window
     if window:
       copy = name + WINDOW
       out[copy] = jnp.where(done % window == 0, out[name], rows[copy])
   return out
+
+
+def _stored(value: Array, dtype: Any) -> Array:
+  """Returns values as they are stored: what is too large is the largest."""
+  limit = float(jnp.finfo(dtype).max)
+  return jnp.clip(value, -limit, limit).astype(dtype)

@@ -104,7 +104,7 @@ def open_run(config: ml_collections.ConfigDict, read_only: bool = False) -> Run:
   method = methods.build(
     config.method, tuple(clips.shapes['video']), encoders.module_of
   )
-  if method.rows and not clips.distinct:
+  if any(p.row_specs for p in method.phases()) and not clips.distinct:
     raise ValueError(
       f'{config.method.name} keeps a row per example, and a batch of '
       f'{config.batch_size} may hold one of the {clips.num_examples} videos '

@@ -80,7 +80,7 @@ def init_state(
     params=params,
     opt=tx.init(params),
     ema={n: _copy(params[e.of]) for n, e in phase.ema.items()},
-    rows=rows.init(method.rows, num_examples),
+    rows=rows.init(phase.row_specs, num_examples),
     guard=init_guard(),
   )
 
@@ -119,7 +119,7 @@ def make_update(
   ) -> tuple[TrainState, Any]:
     rng = rngs.Rng(key, state.step)
     targets = dict(teachers) | _ema_teachers(phase, state.ema)
-    batch = dict(batch) | rows.gather(method.rows, state.rows, batch)
+    batch = dict(batch) | rows.gather(phase.row_specs, state.rows, batch)
 
     trained, frozen = freezing.split(state.params, labels)
 
@@ -138,7 +138,7 @@ def make_update(
     params = freezing.join(optax.apply_updates(trained, updates), frozen)
     ema = _average(phase, state.ema, params, state.step - start)
     new_rows = rows.scatter(
-      method.rows, state.rows, batch, aux.rows, state.step + 1 - start
+      phase.row_specs, state.rows, batch, aux.rows, state.step + 1 - start
     )
     kept = jax.tree.map(
       lambda new, old: jnp.where(ok, new, old),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from vssl_jax import flops, masking
-from vssl_jax.models import decoder, predictor, vit
+from vssl_jax.models import decoder, framewise, predictor, vit
 
 GRID = (8, 14, 14)  # 16 x 224 x 224 in tubelets of 2 x 16 x 16
 SHORT_LONG = ((320, 656), (80, 1096))
@@ -28,6 +28,37 @@ SHORT_LONG = ((320, 656), (80, 1096))
 def test_dense_encoders(size, gmacs):
   found = flops.forward(vit.make(size), GRID) / 2e9
   assert found == pytest.approx(gmacs, abs=0.006)
+
+
+# Frames 0, 2, ..., 14 of 224 x 224 with a class token: 197 tokens each.
+@pytest.mark.parametrize(
+  ('size', 'gmacs'), [('S', 36.8), ('B', 140.5), ('L', 492.4)]
+)
+def test_image_encoders_on_frames(size, gmacs):
+  image = vit.make(
+    size, patch=(1, 16, 16), positions='sincos_2d', class_token=True
+  )
+  module = framewise.Framewise(image)
+  found = flops.forward(module, GRID) / 2e9
+  assert found == pytest.approx(gmacs, abs=0.06)
+  # Blocks are counted, the visible tokens are shared by the frames, and what
+  # a backward pass costs is eight times that of a frame.
+  half = flops.forward(module, GRID, depth=image.depth // 2) / 2e9
+  assert gmacs / 2 < half < 0.51 * gmacs
+  seen = flops.forward(module, GRID, 392)
+  assert seen == 8 * flops.forward(image, (1, 14, 14), 49)
+  trained = flops.train(module, GRID, 392, frozen=2)
+  assert trained == 8 * flops.train(image, (1, 14, 14), 49, frozen=2)
+  kept = flops.activations(module, 392)
+  assert kept == flops.activations(image, 392)
+
+
+def test_a_decoder_on_frames():
+  inner = decoder.VideoMaeDecoder(768, **decoder.SIZES['B'])
+  module = framewise.FramewiseDecoder(inner)
+  found = flops.train(module, GRID, (392, 1176), 768)
+  assert found == 8 * flops.train(inner, (1, 14, 14), (49, 147), 768)
+  assert flops.activations(module, 1568) == flops.activations(inner, 1568)
 
 
 def both_masks(encoder, head):

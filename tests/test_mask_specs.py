@@ -9,7 +9,7 @@ from vssl_jax import mask_specs, rngs
 
 GRID = (4, 8, 8)
 SAMPLE = jax.jit(mask_specs.Spec.draw, static_argnums=(0, 3))
-NAMES = ('short_long', 'tube2', 'causal2', 'random:0.9')
+NAMES = ('short_long', 'tube2', 'causal2', 'random:0.9', 'frames:0.75')
 
 
 def batch_of(index, repeat=None):
@@ -41,6 +41,8 @@ def draw(spec, index, step=3, seed=0, repeat=None):
     (mask_specs.Tube('', 0.85), (8, 14, 14), (240, 1328)),
     (mask_specs.Tube('', 0.90), (8, 14, 14), (160, 1408)),
     (mask_specs.Tube('', 0.90, 'visible_floor'), (8, 14, 14), (152, 1416)),
+    (mask_specs.Frames('', 0.75), (8, 14, 14), (392, 1176)),
+    (mask_specs.Frames('', 0.90), (8, 14, 14), (152, 1416)),
     (mask_specs.Random('', 0.95), (8, 14, 14), (78, 1490)),
     (mask_specs.Random('', 0.95, 'masked_floor'), (8, 14, 14), (79, 1489)),
     (mask_specs.Random('', 0.90), (8, 7, 7), (39, 353)),

@@ -39,6 +39,7 @@ def blocks(keys, grid=SMALL, size_seed=7, **settings):
 
 DRAWS = {
   'random': lambda keys: masking.random(keys, SMALL, 0.9),
+  'frames': lambda keys: masking.frames(keys, SMALL, 0.75),
   'tube': lambda keys: masking.tube(keys, SMALL, 0.75),
   'nested_tube': lambda keys: masking.nested_tube(keys, SMALL, (0.5, 0.9))[1],
   'causal': lambda keys: masking.causal(keys, SMALL, 0.9),
@@ -46,7 +47,7 @@ DRAWS = {
   'blocks_raster': lambda keys: blocks(keys, select='raster_truncate')[0],
   'blocks_example': lambda keys: blocks(keys, size_per='example')[0],
 }
-PARTITIONS = ('random', 'tube', 'nested_tube', 'causal')
+PARTITIONS = ('random', 'frames', 'tube', 'nested_tube', 'causal')
 
 
 @pytest.mark.parametrize(
@@ -127,7 +128,7 @@ def test_keys_decide(name):
   assert len({row.tobytes() for row in np.asarray(mask.masked)}) >= wanted
 
 
-@pytest.mark.parametrize('name', ['random', 'tube', 'blocks'])
+@pytest.mark.parametrize('name', ['random', 'frames', 'tube', 'blocks'])
 def test_devices_change_nothing(name):
   keys = keys_of(8)
   wanted = jax.jit(DRAWS[name])(keys)
@@ -166,6 +167,18 @@ def test_tubes_nest():
     masking.nested_tube(keys_of(1), SMALL, (0.9, 0.5))
 
 
+def test_frames_are_split_evenly_and_apart():
+  visible = np.asarray(masking.frames(keys_of(40), (8, 14, 14), 0.75).visible)
+  visible = visible.reshape(40, 8, 49)
+  assert (visible // 196 == np.arange(8)[None, :, None]).all()
+  seen = np.zeros((40, 8, 196), bool)
+  np.put_along_axis(seen, visible % 196, True, 2)
+  # Of 49 positions a quarter is expected to be seen in the next frame too.
+  both = (seen[:, 1:] & seen[:, :-1]).sum(axis=2)
+  assert 11.5 < both.mean() < 13
+  assert both.max() < 30
+
+
 def test_causal_shows_the_start():
   mask = masking.causal(keys_of(2), (2, 3, 5), 0.75)
   np.testing.assert_array_equal(mask.visible, [np.arange(7)] * 2)
@@ -184,7 +197,7 @@ def test_subset_stays_in_its_set():
     masking.subset(keys_of(5), indices, indices.shape[1] + 1)
 
 
-@pytest.mark.parametrize('kind', ['random', 'tube', 'subset'])
+@pytest.mark.parametrize('kind', ['random', 'frames', 'tube', 'subset'])
 def test_every_position_is_as_likely(kind):
   draws = 50_000
   keys = keys_of(draws, seed=5)
@@ -192,6 +205,9 @@ def test_every_position_is_as_likely(kind):
   if kind == 'random':
     n, k = 24, 18
     chosen = masking.random(keys, grid, 0.75).masked
+  elif kind == 'frames':
+    n, k = 12, 9
+    chosen = masking.frames(keys, grid, 0.75).masked[:, 9:] - 12
   elif kind == 'tube':
     n, k = 12, 9
     chosen = masking.tube(keys, grid, 0.75).masked[:, :9]

@@ -11,9 +11,10 @@ from collections.abc import Iterable
 
 import flax.linen as nn
 
-from vssl_jax.models import decoder, layers, predictor, vit
+from vssl_jax.models import decoder, framewise, layers, predictor, vit
 
 Head = predictor.Predictor | decoder.VideoMaeDecoder
+FRAMEWISE = framewise.Framewise | framewise.FramewiseDecoder
 
 
 def forward(
@@ -36,6 +37,10 @@ def forward(
   Raises:
     TypeError: another kind of module, or a predictor without its counts.
   """
+  if isinstance(module, FRAMEWISE):
+    inner, share = _of_one_frame(module, grid, tokens)
+    frame = (1, *grid[1:])
+    return grid[0] * forward(inner, frame, share, in_width, depth)
   if isinstance(module, vit.Vit):
     n = math.prod(grid) if tokens is None else tokens
     depth = module.encoder_depth if depth is None else depth
@@ -50,9 +55,22 @@ def forward(
     ends = 2.0 * (visible * in_width + masked * module.out_width) * module.width
     return ends + module.depth * block(module, visible + masked)
   raise TypeError(
-    f'no FLOP count for {type(module).__name__}; known are Vit, Predictor and '
-    'VideoMaeDecoder'
+    f'no FLOP count for {type(module).__name__}; known are Vit, Predictor, '
+    'VideoMaeDecoder and, on frames, Framewise and FramewiseDecoder'
   )
+
+
+def _of_one_frame(
+  module: framewise.Framewise | framewise.FramewiseDecoder,
+  grid: layers.Grid,
+  tokens: int | tuple[int, int] | None,
+) -> tuple[nn.Module, int | tuple[int, int] | None]:
+  """Returns the model of images and its share of a clip's tokens."""
+  if isinstance(module, framewise.Framewise):
+    return module.image, None if tokens is None else tokens // grid[0]
+  if tokens is not None:
+    tokens = (tokens[0] // grid[0], tokens[1] // grid[0])
+  return module.decoder, tokens
 
 
 def train(
@@ -68,6 +86,9 @@ def train(
   nobody needs, and for the embedding and the first `frozen` blocks of an
   encoder that is frozen so far. Other arguments and errors as in `forward`.
   """
+  if isinstance(module, FRAMEWISE):
+    inner, share = _of_one_frame(module, grid, tokens)
+    return grid[0] * train(inner, (1, *grid[1:]), share, in_width, frozen)
   total = 3.0 * forward(module, grid, tokens, in_width)
   if isinstance(module, vit.Vit):
     n = math.prod(grid) if tokens is None else tokens
@@ -77,7 +98,7 @@ def train(
 
 
 def activations(
-  module: vit.Vit | Head, tokens: int, count: int | None = None
+  module: nn.Module, tokens: int, count: int | None = None
 ) -> float:
   """Returns an estimate of the bytes that one clip's backward pass keeps.
 
@@ -93,6 +114,9 @@ def activations(
     tokens: that go through its blocks.
     count: blocks that the backward pass goes through; None for all.
   """
+  if isinstance(module, FRAMEWISE):
+    inner, _ = _of_one_frame(module, (1, 1, 1), None)
+    return activations(inner, tokens, count)
   count = module.depth if count is None else count
   size = 2 if module.dtype == 'bfloat16' else 4
   mlp = module.mlp_width or 4 * module.width
@@ -131,7 +155,11 @@ def rule_of_six(
 
 
 def block(module: vit.Vit | Head, tokens: int) -> float:
-  """Returns the forward FLOPs of one block over `tokens`."""
+  """Returns the forward FLOPs of one block over `tokens`.
+
+  A class token, where there is one, comes on top of them.
+  """
+  tokens += getattr(module, 'class_token', False)
   width, mlp = module.width, module.mlp_width or 4 * module.width
   weights = 4 * width**2 + 2 * width * mlp
   return 2.0 * (tokens * weights + 2 * tokens**2 * width)

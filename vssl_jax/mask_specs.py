@@ -149,6 +149,26 @@ class Tube(Spec):
 
 
 @dataclasses.dataclass(frozen=True)
+class Frames(Spec):
+  """Each time step split at random on its own, see `masking.frames`."""
+
+  mask_ratio: float
+  rule: masking.Rule = 'visible_floor'
+
+  def counts(self, grid: masking.Grid) -> tuple[int, int]:
+    """Returns the visible and masked counts on a grid."""
+    t, h, w = grid
+    visible, masked = masking.counts(h * w, self.mask_ratio, self.rule)
+    return t * visible, t * masked
+
+  def sample(
+    self, keys: Key[Array, 'B'], size_key: Key[Array, ''], grid: masking.Grid
+  ) -> tuple[masking.Mask, masking.Metrics]:
+    """Returns a mask and metrics of its own for per-example keys."""
+    return masking.frames(keys, grid, self.mask_ratio, self.rule), {}
+
+
+@dataclasses.dataclass(frozen=True)
 class Causal(Spec):
   """The start of the clip is visible, see `masking.causal`."""
 
@@ -177,7 +197,12 @@ _ALIASES = {
   'tube2': 'tube:0.9+tube:0.9',
   'causal2': 'causal:0.9+causal:0.9',
 }
-_RATIO_KINDS = {'tube': Tube, 'random': Random, 'causal': Causal}
+_RATIO_KINDS = {
+  'tube': Tube,
+  'random': Random,
+  'frames': Frames,
+  'causal': Causal,
+}
 _BLOCK_KINDS = {'short': SHORT, 'long': LONG}
 
 
@@ -191,8 +216,8 @@ def parse(
 
   Args:
     text: masks joined by `+`: `short`, `long`, `short:24/32` (visible/masked
-      counts), `tube:0.9`, `random:0.95`, `causal:0.9` (mask ratio); or one of
-      `short_long`, `tube1`, `tube2`, `causal2`.
+      counts), `tube:0.9`, `random:0.95`, `frames:0.75`, `causal:0.9` (mask
+      ratio); or one of `short_long`, `tube1`, `tube2`, `causal2`.
     select: of block masks, see `masking.multiblock`.
     size_per: of block masks, see `masking.multiblock`.
 

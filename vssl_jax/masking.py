@@ -88,6 +88,32 @@ def random(
   return _partition(_shuffle(keys, n, visible), n)
 
 
+def frames(
+  keys: Key[Array, 'B'],
+  grid: Grid,
+  mask_ratio: float,
+  rule: Rule = 'visible_floor',
+) -> Mask:
+  """Returns a uniform split of each time step, drawn apart from the others.
+
+  It is MAE's mask (arXiv 2111.06377) of every frame: all time steps have the
+  same number of visible tokens and not the same positions.
+  """
+  t, h, w = grid
+  visible, _ = counts(h * w, mask_ratio, rule)
+  own = jax.vmap(lambda key: jax.random.split(key, t))(keys).reshape(-1)
+  flat = _partition(_shuffle(own, h * w, visible), h * w)
+  start = h * w * jnp.arange(t, dtype=jnp.int32).reshape(1, t, 1)
+  return Mask(
+    *(
+      (index.reshape(-1, t, index.shape[1]) + start).reshape(
+        keys.shape[0], t * index.shape[1]
+      )
+      for index in flat
+    )
+  )
+
+
 def tube(
   keys: Key[Array, 'B'],
   grid: Grid,

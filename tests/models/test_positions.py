@@ -30,6 +30,27 @@ def test_sincos_3d_vjepa_uniform_has_three_equal_parts_cut_to_the_width():
   np.testing.assert_allclose(row, np.concatenate(parts)[:16], atol=1e-6)
 
 
+def test_sincos_3d_mvd_hand_number():
+  row = positions.sincos_3d_mvd((3, 4, 4), 16)[27]
+  wanted = [0.8415, 0.0100, 0.5403, 1.0000]  # time, then columns, then rows
+  wanted += [0.1411, 0.1388, 0.0065, -0.9900, 0.9903, 1.0000]
+  wanted += [0.9093, 0.0927, 0.0043, -0.4161, 0.9957, 1.0000]
+  np.testing.assert_allclose(row, wanted, atol=6e-5)
+  with pytest.raises(ValueError, match='multiple of 16, found 24'):
+    positions.sincos_3d_mvd((1, 2, 2), 24)
+
+
+def test_sincos_2d_has_columns_first_and_is_the_same_at_any_time():
+  table = positions.sincos_2d((3, 4, 5), 8)
+  # Row 2, column 3; frequencies 1 and 1/100.
+  wanted = [0.1411, 0.0300, -0.9900, 0.9996, 0.9093, 0.0200, -0.4161, 0.9998]
+  np.testing.assert_allclose(table[13], wanted, atol=6e-5)
+  still = np.tile(positions.sincos_2d((1, 4, 5), 8), (3, 1))
+  np.testing.assert_array_equal(table, still)
+  with pytest.raises(ValueError, match='multiple of 4, found 6'):
+    positions.sincos_2d((1, 2, 2), 6)
+
+
 def test_sincos_3d_vjepa_refuses_odd_parts():
   with pytest.raises(ValueError, match='multiple of 8, found 12'):
     positions.sincos_3d_vjepa((1, 2, 2), 12)

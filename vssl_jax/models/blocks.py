@@ -43,6 +43,8 @@ class Spec:
     drop_path: drop rate of the last block; it rises linearly from 0.
     rope_on: what turns: `qk` the heads of queries and keys, `norm` the normed
       tokens that they are made of.
+    layer_scale: whether each branch is multiplied by learned gains, one per
+      channel, as in DINOv2.
   """
 
   num_heads: int
@@ -56,6 +58,7 @@ class Spec:
   attention: str = 'auto'
   drop_path: float = 0.0
   rope_on: str = 'qk'
+  layer_scale: bool = False
 
   def __post_init__(self) -> None:
     wanted = {
@@ -156,9 +159,19 @@ class Block(nn.Module):
     y = layers.layer_norm('norm_1', spec.norm_eps, spec.dtype)(x)
     if rope is not None and spec.rope_on == 'norm':
       y, rope = positions.rotate(y[:, :, None, :], rope)[:, :, 0], None
-    x = x + self._drop(Attention(spec, self.index, name='attn')(y, rope))
+    y = self._gain('gain_1', Attention(spec, self.index, name='attn')(y, rope))
+    x = x + self._drop(y)
     y = layers.layer_norm('norm_2', spec.norm_eps, spec.dtype)(x)
-    return x + self._drop(Mlp(spec, self.index, name='mlp')(y))
+    y = self._gain('gain_2', Mlp(spec, self.index, name='mlp')(y))
+    return x + self._drop(y)
+
+  def _gain(self, name: str, x: Float[Array, 'B N D']) -> Float[Array, 'B N D']:
+    if not self.spec.layer_scale:
+      return x
+    # Source of the value: DINOv2, arXiv 2304.07193, released configs.
+    init = nn.initializers.constant(1e-5)
+    gain = self.param(name, init, (x.shape[-1],), jnp.float32)
+    return x * jnp.asarray(gain, x.dtype).reshape(1, 1, -1)
 
   def _drop(self, x: Float[Array, 'B N D']) -> Float[Array, 'B N D']:
     if not self.drop_path:

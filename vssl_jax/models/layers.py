@@ -112,7 +112,8 @@ def kernel_init(family: str, role: str, block: int = 1) -> Initializer:
   Args:
     family: `vjepa` (normal of deviation 0.02; the kernels that write to the
       residual stream are divided by sqrt(2 * block)), `videomae` (Glorot
-      uniform) or `4ds` (Glorot uniform MLPs, the rest normal by fan in).
+      uniform), `mae` (the same, the embedding too) or `4ds` (Glorot uniform
+      MLPs, the rest normal by fan in).
     role: `embed`, `qkv`, `out`, `fc1`, `fc2` or `head`.
     block: number of the block, from 1.
 
@@ -123,8 +124,9 @@ def kernel_init(family: str, role: str, block: int = 1) -> Initializer:
   if family == 'vjepa':
     deep = role in ('out', 'fc2')
     return nn.initializers.normal(0.02 / math.sqrt(2 * block if deep else 1))
-  if family == 'videomae':
-    if role == 'embed':  # a convolution left as torch makes it
+  if family in ('videomae', 'mae'):
+    # VideoMAE's is a convolution left as torch makes it.
+    if role == 'embed' and family == 'videomae':
       return fan_in_uniform
     if role == 'qkv':  # Glorot's bound for one [D, 3D] kernel
       return nn.initializers.variance_scaling(0.5, 'fan_avg', 'uniform')
@@ -133,7 +135,9 @@ def kernel_init(family: str, role: str, block: int = 1) -> Initializer:
     if role in ('fc1', 'fc2'):
       return nn.initializers.xavier_uniform()
     return nn.initializers.lecun_normal()
-  raise ValueError(f"init is {family!r}, wanted 'vjepa', 'videomae' or '4ds'")
+  raise ValueError(
+    f"init is {family!r}, wanted 'vjepa', 'videomae', 'mae' or '4ds'"
+  )
 
 
 def dense(

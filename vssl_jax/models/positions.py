@@ -93,8 +93,49 @@ def sincos_3d_vjepa_uniform(
   return sincos_3d_vjepa(grid, width, uniform_power=True)
 
 
+def sincos_3d_mvd(grid: layers.Grid, width: int) -> Float[np.ndarray, 'N D']:
+  """Returns MVD's table: a quarter for time, then columns, then rows.
+
+  Columns and rows get three eighths of the channels each.
+
+  Source: MVD, arXiv 2212.04500, released code.
+
+  Raises:
+    ValueError: the width cannot be cut into even parts.
+  """
+  if width % 16:
+    raise ValueError(
+      f'sincos_3d_mvd needs a width that is a multiple of 16, found {width}'
+    )
+  where = coordinates(grid)
+  parts = ((0, width // 4), (2, width * 3 // 8), (1, width * 3 // 8))
+  return np.concatenate(
+    [_sincos_1d(where[:, axis], part) for axis, part in parts], axis=1
+  ).astype(np.float32)
+
+
+def sincos_2d(grid: layers.Grid, width: int) -> Float[np.ndarray, 'N D']:
+  """Returns MAE's table: a half for columns, then rows; the same at any time.
+
+  Source: MAE, arXiv 2111.06377, released code.
+
+  Raises:
+    ValueError: the width cannot be cut into even parts.
+  """
+  if width % 4:
+    raise ValueError(
+      f'sincos_2d needs a width that is a multiple of 4, found {width}'
+    )
+  where = coordinates(grid)
+  return np.concatenate(
+    [_sincos_1d(where[:, axis], width // 2) for axis in (2, 1)], axis=1
+  ).astype(np.float32)
+
+
 TABLES = {
   'sinusoid_1d': sinusoid_1d,
+  'sincos_2d': sincos_2d,
+  'sincos_3d_mvd': sincos_3d_mvd,
   'sincos_3d_vjepa': sincos_3d_vjepa,
   'sincos_3d_vjepa_uniform': sincos_3d_vjepa_uniform,
 }
@@ -134,6 +175,35 @@ def table(
     learned = module.param('positions', init, (*grid, width), jnp.float32)
     return jnp.asarray(learned).reshape(-1, width)
   return jnp.asarray(TABLES[kind](grid, width)) if kind in TABLES else None
+
+
+def class_row(
+  module: nn.Module, kind: str, width: int
+) -> Float[Array, '1 D'] | None:
+  """Returns what is added to a class token, or None for nothing.
+
+  Learned tables have a row for it. In fixed ones it stands nowhere: MAE's has
+  a row of zeros.
+
+  Args:
+    module: gets the parameter `class_position` [1, D] if it is learned.
+    kind: one of `NAMES`.
+    width: channels of a token.
+
+  Raises:
+    ValueError: the kind turns tokens by where they stand.
+  """
+  if kind in ROTATIONS:
+    raise ValueError(
+      f'positions={kind!r} turns tokens by where they stand and a class token '
+      'stands nowhere; set class_token=False, or positions to one of '
+      f'{sorted({*TABLES, *LEARNED} - set(ROTATIONS))}'
+    )
+  if kind not in LEARNED:
+    return None
+  init = nn.initializers.normal(0.02)
+  row = module.param('class_position', init, (1, width), jnp.float32)
+  return jnp.asarray(row)
 
 
 def rope_segment(head_dim: int) -> int:

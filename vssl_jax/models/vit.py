@@ -1,6 +1,7 @@
 """The video transformer (ViT): encoder, or encoder and decoder in one."""
 
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,7 +51,7 @@ class Vit(nn.Module):
     rope_pairing: `paired`, or `vjepa2` for weights of V-JEPA 2.
     qkv_bias: `full`, or `qv` (no bias for keys) as in VideoMAE.
     final_norm: layer norm after the last block.
-    init_family: family of initial values, `vjepa` or `videomae`.
+    init_family: family of initial values, see `layers.kernel_init`.
     gelu: `exact` or `tanh`.
     norm_eps: added to variances in layer norms.
     drop_path: drop rate of the last block, linear from 0.
@@ -59,6 +60,9 @@ class Vit(nn.Module):
     attention: `auto`, `xla`, `cudnn` or `splash`.
     decoder_blocks: last blocks that decode; 0 for an encoder only.
     loops: blocks at which loops over blocks begin, see `blocks.run`.
+    class_token: a learned token goes through the blocks with those of the
+      clip; it is not in what is returned.
+    layer_scale: learned gains on the branches of a block, as in DINOv2.
     mean: subtracted from pixels in [0, 1], per channel.
     std: pixels are then divided by this.
   """
@@ -81,6 +85,8 @@ class Vit(nn.Module):
   attention: str = 'auto'
   decoder_blocks: int = 0
   loops: tuple[int, ...] = ()
+  class_token: bool = False
+  layer_scale: bool = False
   mean: tuple[float, ...] = layers.IMAGENET_MEAN
   std: tuple[float, ...] = layers.IMAGENET_STD
 
@@ -99,6 +105,7 @@ class Vit(nn.Module):
       attention=self.attention,
       drop_path=self.drop_path,
       rope_on='qk' if self.positions == 'rope_3d' else 'norm',
+      layer_scale=self.layer_scale,
     )
 
   @property
@@ -138,12 +145,18 @@ class Vit(nn.Module):
       float32 [B, N, D], what the last block made of each latent.
 
     Raises:
-      ValueError: blocks that decode and a final norm, or too many of them.
+      ValueError: blocks that decode and a final norm or a class token, or too
+        many of them; a class token and positions that turn.
     """
     if self.decoder_blocks and self.final_norm:
       raise ValueError(
         f'decoder_blocks is {self.decoder_blocks} and final_norm is True; an '
         'encoder that ends before its last blocks has no final norm'
+      )
+    if self.decoder_blocks and self.class_token:
+      raise ValueError(
+        f'decoder_blocks is {self.decoder_blocks} and class_token is True; '
+        'blocks that decode have no place for it: set one of the two to 0'
       )
     if not 0 <= self.decoder_blocks < self.depth:
       raise ValueError(
@@ -152,8 +165,10 @@ class Vit(nn.Module):
       )
     grid = layers.grid_of(video.shape, self.patch)
     x = self._embed(layers.patchify(video, self.patch), visible, grid)
+    if self.class_token:
+      x = self._with_class_token(x)
     if visible is None:  # one row of angles serves the whole batch
-      visible = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+      visible = jnp.arange(math.prod(grid), dtype=jnp.int32)[None]
     partly = depth is not None or upto is not None
     if depth is not None:
       upto = tap(self.depth, depth)
@@ -162,6 +177,8 @@ class Vit(nn.Module):
     elif upto is None:
       upto = self.encoder_depth
     outputs = self._blocks(x, visible, grid, 0, upto, deterministic)
+    if self.class_token:
+      outputs = tuple(x[:, 1:] for x in outputs)
     if latents is not None:
       x, visible = _join(outputs[-1], latents, visible)
       count = latents.shape[0]
@@ -176,13 +193,16 @@ class Vit(nn.Module):
   def _blocks(
     self,
     x: Float[Array, 'B K D'],
-    index: Int[Array, 'R K'],
+    index: Int[Array, 'R V'],
     grid: layers.Grid,
     start: int,
     upto: int | None,
     deterministic: bool,
   ) -> tuple[Float[Array, 'B K D'], ...]:
-    """Runs a stretch of blocks on tokens that stand at `index`."""
+    """Runs a stretch of blocks on tokens that stand at `index`.
+
+    A class token in front of them stands nowhere.
+    """
     rope = positions.rope(
       self.positions,
       index,
@@ -224,6 +244,18 @@ class Vit(nn.Module):
     table = sharding.gathered(table.astype(x.dtype))
     table = table[None] if visible is None else table[visible]
     return x + table
+
+  def _with_class_token(
+    self, x: Float[Array, 'B K D']
+  ) -> Float[Array, 'B K1 D']:
+    init = nn.initializers.normal(0.02)
+    token = jnp.asarray(
+      self.param('class_token', init, (1, self.width), jnp.float32)
+    )
+    row = positions.class_row(self, self.positions, self.width)
+    token = (token if row is None else token + row).astype(x.dtype)
+    shape = (x.shape[0], 1, self.width)
+    return jnp.concatenate([jnp.broadcast_to(token[None], shape), x], axis=1)
 
 
 def _join(

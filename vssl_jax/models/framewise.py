@@ -1,0 +1,194 @@
+"""Image models on the frames of a clip.
+
+`Framewise` stands wherever a `vit.Vit` encoder does, and `FramewiseDecoder`
+wherever a decoder does. Their parameters are those of the image model, under
+the same names. Frames are batched, so nothing passes from one to another.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+from jaxtyping import Array, Float, Int, Num, Shaped
+
+from vssl_jax import masking
+from vssl_jax.models import layers, vit
+
+
+class Framewise(nn.Module):
+  """An image encoder on frames 0, every, 2 * every, ... of a clip.
+
+  Its tokens stand in raster order of (t, h, w), as those of a video encoder
+  whose patches last `every` frames; only the first of these is looked at.
+
+  Attributes:
+    image: the image encoder; its patches last one frame.
+    every: frames from one that is looked at to the next.
+  """
+
+  image: vit.Vit
+  every: int = 2
+
+  def setup(self) -> None:
+    """Names the parameters as the image encoder does.
+
+    Raises:
+      ValueError: patches of several frames, or fewer than one frame apart.
+    """
+    if self.image.patch[0] != 1 or self.every < 1:
+      raise ValueError(
+        f'framewise: found image patches {self.image.patch} and every '
+        f'{self.every}; wanted an encoder of one frame, such as patch '
+        f'{(1, *self.image.patch[1:])}, and every of at least 1'
+      )
+    nn.share_scope(self, self.image)
+
+  @nn.nowrap
+  def clone(self, **fields: Any) -> 'Framewise':
+    """Returns a copy; fields of the image encoder are replaced there."""
+    known = set(vit.Vit.__dataclass_fields__) - {'parent', 'name'}
+    inner = {n: fields.pop(n) for n in [*fields] if n in known}
+    if inner:
+      fields['image'] = self.image.clone(**inner)
+    return super().clone(**fields)
+
+  @property
+  def patch(self) -> layers.Grid:
+    """Frames and pixels that one token stands for."""
+    return (self.every, *self.image.patch[1:])
+
+  @property
+  def width(self) -> int:
+    """Channels of a token."""
+    return self.image.width
+
+  @property
+  def depth(self) -> int:
+    """Number of blocks."""
+    return self.image.depth
+
+  @property
+  def encoder_depth(self) -> int:
+    """Blocks before those that decode."""
+    return self.image.encoder_depth
+
+  @property
+  def final_norm(self) -> bool:
+    """Whether there is a layer norm after the last block."""
+    return self.image.final_norm
+
+  @property
+  def dtype(self) -> str:
+    """Type of activations and matrix products."""
+    return self.image.dtype
+
+  def __call__(
+    self,
+    video: Num[Array | np.ndarray, 'B T H W C'],
+    visible: Int[Array, 'B V'] | None = None,
+    **options: Any,
+  ) -> Float[Array, 'B K D'] | tuple[Float[Array, 'B K D'], ...]:
+    """Encodes the tokens of a clip, frame by frame.
+
+    Args:
+      video: uint8, or floats in [0, 1].
+      visible: flat indices of the tokens to embed, ascending, as many of each
+        frame; None for all.
+      **options: `depth`, `upto`, `features`, `deterministic` and others of
+        `vit.Vit`.
+
+    Returns:
+      Tokens as from `vit.Vit`, those of all frames in a row.
+
+    Raises:
+      ValueError: visible tokens that frames cannot share equally.
+    """
+    grid = layers.grid_of(video.shape, self.patch)
+    if visible is not None:
+      visible = _within(visible, grid)
+    frames = video[:, :: self.every]
+    frames = frames.reshape(-1, 1, *frames.shape[2:])
+    found = self.image(frames, visible, **options)
+    if isinstance(found, tuple):
+      return tuple(_together(x, grid[0]) for x in found)
+    return _together(found, grid[0])
+
+
+class FramewiseDecoder(nn.Module):
+  """A decoder of images on the tokens of each frame alone.
+
+  Attributes:
+    decoder: takes (z, mask, grid, token) and gives float32 [B, M, out].
+  """
+
+  decoder: nn.Module
+
+  def setup(self) -> None:
+    """Names the parameters as the decoder of images does."""
+    nn.share_scope(self, self.decoder)
+
+  @property
+  def out_width(self) -> int:
+    """Channels of the result."""
+    return self.decoder.out_width
+
+  @property
+  def width(self) -> int:
+    """Channels inside."""
+    return self.decoder.width
+
+  @property
+  def depth(self) -> int:
+    """Number of blocks."""
+    return self.decoder.depth
+
+  @property
+  def dtype(self) -> str:
+    """Type of activations and matrix products."""
+    return self.decoder.dtype
+
+  def __call__(
+    self,
+    z: Float[Array, 'B V D'],
+    mask: masking.Mask,
+    grid: layers.Grid,
+    token: int = 0,
+    **options: Any,
+  ) -> Float[Array, 'B M out']:
+    """Predicts the masked tokens of each frame from its visible ones.
+
+    Args:
+      z: the encoder's visible tokens.
+      mask: where those stand, and which tokens to predict; ascending, as many
+        of each frame.
+      grid: tokens of the whole clip along (time, height, width).
+      token: which mask token.
+      **options: others that the decoder of images takes.
+
+    Returns:
+      float32 predictions in the order of `mask.masked`.
+
+    Raises:
+      ValueError: tokens that frames cannot share equally.
+    """
+    t, h, w = grid
+    mask = masking.Mask(*(_within(index, grid) for index in mask))
+    z = z.reshape(-1, z.shape[1] // t, z.shape[2])
+    found = self.decoder(z, mask, (1, h, w), token, **options)
+    return _together(found, t)
+
+
+def _within(index: Int[Array, 'B K'], grid: layers.Grid) -> Int[Array, 'Bt k']:
+  """Returns where tokens stand in their own frame, one row per frame."""
+  t, h, w = grid
+  if index.shape[1] % t:
+    raise ValueError(
+      f'framewise: found {index.shape[1]} tokens for {t} frames, wanted as '
+      'many of each; use a mask such as frames:0.75 or tube:0.9'
+    )
+  return index.reshape(-1, index.shape[1] // t) % (h * w)
+
+
+def _together(x: Shaped[Array, 'Bt k D'], t: int) -> Shaped[Array, 'B K D']:
+  """Returns the tokens of t frames in a row."""
+  return x.reshape(-1, t * x.shape[1], x.shape[2])

@@ -31,8 +31,33 @@ def smooth_l1(
   prediction: Float[Array, '*shape'], target: Float[Array, '*shape']
 ) -> Float[Array, '']:
   """Returns the mean of d^2/2 where |d| < 1 and of |d| - 1/2 elsewhere."""
-  size = jnp.abs(_difference(prediction, target))
-  return jnp.mean(jnp.where(size < 1, 0.5 * jnp.square(size), size - 0.5))
+  return jnp.mean(_smooth(_difference(prediction, target)))
+
+
+def _smooth(difference: Array) -> Array:
+  size = jnp.abs(difference)
+  return jnp.where(size < 1, 0.5 * jnp.square(size), size - 0.5)
+
+
+def per_token(
+  prediction: Float[Array, 'B K D'], target: Float[Array, 'B K D'], kind: str
+) -> Float[Array, 'B K']:
+  """Returns the distance of each token, the mean over its channels.
+
+  Args:
+    prediction: features.
+    target: what they should be.
+    kind: `mse` or `smooth_l1`.
+
+  Raises:
+    ValueError: another kind.
+  """
+  if kind not in TOKEN_DISTANCES:
+    raise ValueError(
+      f'feature_loss: found {kind!r}, wanted one of {sorted(TOKEN_DISTANCES)}'
+    )
+  terms = TOKEN_DISTANCES[kind](_difference(prediction, target))
+  return jnp.mean(terms, axis=-1)
 
 
 def _difference(prediction: Array, target: Array) -> Array:
@@ -125,6 +150,12 @@ DISTANCES: Mapping[str, Distance] = {
   'l2': mse,
   'mse': mse,
   'smooth_l1': smooth_l1,
+}
+
+# What the knob `feature_loss` may say.
+TOKEN_DISTANCES: Mapping[str, Callable[[Array], Array]] = {
+  'mse': jnp.square,
+  'smooth_l1': _smooth,
 }
 
 # What the knob `target_norm` may say.

@@ -64,7 +64,9 @@ def test_frozen_leaves_have_no_gradient_and_their_own_type(tmp_path):
   fields = dict(frozen=(frozen,), frozen_dtype='bfloat16')
   span = run_lib.spans(method)[0]
   phase = type(span.phase)(**vars(span.phase) | fields)
-  span = run_lib.Span(phase, span.start, span.end, span.total)
+  span = run_lib.Span(
+    phase, span.start, span.end, span.total, span.covers
+  )
   shapes = ahead.outline(config, method, span, VIDEO)
   locked = memory.per_device(config, method, shapes, VIDEO, 1, 1)
   block = trees.subtree(shapes.state.params, frozen)

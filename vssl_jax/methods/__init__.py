@@ -9,9 +9,20 @@ from typing import Any
 
 import ml_collections
 
-from vssl_jax.methods import base, layerlock_config, salt_config
+from vssl_jax.methods import (
+  base,
+  layerlock_config,
+  pmd_config,
+  salt_config,
+  supervised_config,
+)
 
-METHODS = {'layerlock': layerlock_config, 'salt': salt_config}
+METHODS = {
+  'layerlock': layerlock_config,
+  'pmd': pmd_config,
+  'salt': salt_config,
+  'supervised': supervised_config,
+}
 
 
 def default(name: str) -> ml_collections.ConfigDict:

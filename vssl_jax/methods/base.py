@@ -63,11 +63,13 @@ class Reconstruction(NamedTuple):
     mask: what the encoder saw, and which patches were predicted.
     predicted: float32 [B, M, PC], in the units of the target.
     kind: how the target is normalised, of `losses.pixel_targets`.
+    every: an image model predicts every so-many-th frame.
   """
 
   mask: masking.Mask
   predicted: Array
   kind: str
+  every: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +104,8 @@ class Teacher:
     module: the network; also what a checkpoint is checked against.
     source: `@phase` (an earlier phase of this run), `@ema/<name>` (an average
       kept by this phase), or a run folder or published model.
-    subtree: which part of the source's parameters it takes.
+    subtree: which part of the source's parameters it takes; '' for all that
+      the module has.
     dtype: its parameters are cast to this.
   """
 
@@ -118,11 +121,13 @@ class Teacher:
         'published model; an empty one would train against random weights'
       )
 
-  def __call__(self, params: Any, video: Video, **kwargs: Any) -> Array:
-    """Returns the teacher's output, without a gradient."""
+  def __call__(
+    self, params: Any, video: Video, *args: Any, **kwargs: Any
+  ) -> Any:
+    """Returns what the module gives, without a gradient."""
     params = jax.lax.stop_gradient(trees.cast(params, self.dtype))
     return jax.lax.stop_gradient(
-      self.module.apply({'params': params}, video, **kwargs)
+      self.module.apply({'params': params}, video, *args, **kwargs)
     )
 
 
@@ -178,7 +183,7 @@ class Phase:
     init_from: role -> source, for parameters that start from a run folder or
       a published model.
     horizon: what the schedules of learning rate and weight decay cover: each
-      `phase` anew, or the whole `run`.
+      `phase` anew, or, as one `run`, all neighbours that say so.
     warmup: warm-up steps of that horizon; None for the optimizer's own
       setting.
     rewarm: (steps, factor): over its first steps the phase multiplies the

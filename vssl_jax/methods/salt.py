@@ -16,25 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vssl_jax import flops, losses, masking, rngs
-from vssl_jax.methods import base
+from vssl_jax.methods import base, pixels
 from vssl_jax.models import layers
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PixelTeacher(base.Phase):
-  """Stage 1: masked pixel reconstruction.
-
-  Attributes:
-    decoder: (visible latents, mask, grid, token) -> pixels of masked patches.
-    masks: all drawn every step; their losses are averaged.
-    pixel_norm: what a target patch is normalised over, `losses.pixel_targets`.
-    pixel_loss: `mse` (paper: "identical to VideoMAE") or `l1`.
-  """
-
-  decoder: nn.Module
-  masks: tuple[Any, ...]
-  pixel_norm: str = 'patch_channel'
-  pixel_loss: str = 'mse'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +53,7 @@ class Salt(base.Method):
     plan: pixel and latent phases in the order they run.
   """
 
-  plan: tuple[PixelTeacher | LatentStudent, ...]
+  plan: tuple[pixels.PixelTeacher | LatentStudent, ...]
 
   def phases(self) -> tuple[base.Phase, ...]:
     """Returns the plan, checked."""
@@ -80,19 +63,13 @@ class Salt(base.Method):
     self, rng: Array, video: base.Video, phase: base.Phase
   ) -> base.Params:
     """Returns random encoder and predictor (or decoder) parameters."""
-    grid = layers.grid_of(video.shape, phase.encoder.patch)
-    head_name, head = _head(phase)
-    visible, masked = phase.masks[0].counts(grid)
-    mask = masking.Mask(
-      jnp.zeros((len(video), visible), jnp.int32),
-      jnp.zeros((len(video), masked), jnp.int32),
-    )
-    tokens = jnp.zeros((len(video), visible, phase.encoder.width))
-    encoder_key = rngs.stream(rng, 'init/encoder')
-    head_key = rngs.stream(rng, f'init/{head_name}')
+    if isinstance(phase, pixels.PixelTeacher):
+      return pixels.init(rng, video, phase)
+    key = rngs.stream(rng, 'init/encoder')
+    head = phase.predictor
     return {
-      'encoder': phase.encoder.init(encoder_key, video)['params'],
-      head_name: head.init(head_key, tokens, mask, grid)['params'],
+      'encoder': phase.encoder.init(key, video)['params'],
+      'predictor': pixels.init_head(rng, video, phase, 'predictor', head),
     }
 
   def loss(
@@ -104,25 +81,17 @@ class Salt(base.Method):
     phase: base.Phase,
   ) -> tuple[Float[Array, ''], base.Aux]:
     """Returns the mean of the phase's loss over its masks."""
+    if isinstance(phase, pixels.PixelTeacher):
+      return pixels.loss(params, batch, rng, phase)
     video = batch['video']
     grid = layers.grid_of(video.shape, phase.encoder.patch)
     # Targets do not depend on the mask: one teacher pass serves all masks.
-    if isinstance(phase, PixelTeacher):
-      kind = 'pixel'
-      targets = losses.pixel_targets(
-        layers.to_unit(video), phase.encoder.patch, phase.pixel_norm
-      )
-      distance = losses.DISTANCES[phase.pixel_loss]
-      metrics = {}
-    else:
-      kind = 'latent'
-      part = {} if phase.target_layer is None else {'upto': phase.target_layer}
-      raw = phase.teachers['target'](teachers['target'], video, **part)
-      _check_grid(raw, grid, phase)
-      targets = losses.TARGET_NORMS[phase.target_norm](raw)
-      distance = losses.DISTANCES[phase.latent_loss]
-      metrics = {'target/std': jnp.std(raw.astype(jnp.float32))}
-    head_name, head = _head(phase)
+    part = {} if phase.target_layer is None else {'upto': phase.target_layer}
+    raw = phase.teachers['target'](teachers['target'], video, **part)
+    _check_grid(raw, grid, phase)
+    targets = losses.TARGET_NORMS[phase.target_norm](raw)
+    distance = losses.DISTANCES[phase.latent_loss]
+    metrics = {'target/std': jnp.std(raw.astype(jnp.float32))}
     terms = []
     for token, spec in enumerate(phase.masks):
       mask, drawn = spec.draw(rng, batch, grid)
@@ -133,11 +102,11 @@ class Salt(base.Method):
         deterministic=False,
         rngs={'dropout': rng.stream(f'dropout/{spec.name}')},
       )
-      predicted = head.apply(
-        {'params': params[head_name]}, tokens, mask, grid, token=token
+      predicted = phase.predictor.apply(
+        {'params': params['predictor']}, tokens, mask, grid, token=token
       )
       terms.append(distance(predicted, masking.gather(targets, mask.masked)))
-      metrics[f'loss/{kind}/{spec.name}'] = terms[-1]
+      metrics[f'loss/latent/{spec.name}'] = terms[-1]
       metrics |= {f'mask/{spec.name}/{n}': x for n, x in drawn.items()}
     metrics['prediction/std'] = jnp.std(predicted.astype(jnp.float32))
     return jnp.mean(jnp.stack(terms)), base.Aux(metrics)
@@ -150,52 +119,27 @@ class Salt(base.Method):
     phase: base.Phase,
   ) -> Mapping[str, base.Reconstruction]:
     """Returns what the pixel teacher's decoder predicts, by mask."""
-    if not isinstance(phase, PixelTeacher):
+    if not isinstance(phase, pixels.PixelTeacher):
       return {}
-    video, out = batch['video'], {}
-    grid = layers.grid_of(video.shape, phase.encoder.patch)
-    for token, spec in enumerate(phase.masks):
-      mask, _ = spec.draw(rng, batch, grid)
-      tokens = phase.encoder.apply(
-        {'params': params['encoder']}, video, mask.visible
-      )
-      predicted = phase.decoder.apply(
-        {'params': params['decoder']}, tokens, mask, grid, token=token
-      )
-      out[spec.name] = base.Reconstruction(mask, predicted, phase.pixel_norm)
-    return out
+    return pixels.reconstruct(params, batch, rng, phase)
 
   def cost(self, phase: base.Phase, video: tuple[int, ...]) -> base.Cost:
     """Returns FLOPs per clip from true token counts."""
+    if isinstance(phase, pixels.PixelTeacher):
+      return pixels.cost(phase, video)
     grid = layers.grid_of((1, *video), phase.encoder.patch)
-    _, head = _head(phase)
-    trained = kept = 0.0
-    locked = getattr(phase, 'frozen_depth', 0)
-    for spec in phase.masks:
-      visible, masked = spec.counts(grid)
-      trained += flops.train(phase.encoder, grid, visible, frozen=locked)
-      trained += flops.train(
-        head, grid, (visible, masked), in_width=phase.encoder.width
-      )
-      kept += flops.activations(
-        phase.encoder, visible, phase.encoder.depth - locked
-      )
-      kept += flops.activations(head, visible + masked)
-    layer = getattr(phase, 'target_layer', None)
+    trained = pixels.masked_cost(
+      phase.encoder, phase.predictor, phase.masks, grid, phase.frozen_depth
+    )
     frozen = sum(
       flops.forward(
-        t.module, layers.grid_of((1, *video), t.module.patch), depth=layer
+        t.module,
+        layers.grid_of((1, *video), t.module.patch),
+        depth=phase.target_layer,
       )
       for t in phase.teachers.values()
     )
-    return base.Cost(trained, float(frozen), kept)
-
-
-def _head(phase: base.Phase) -> tuple[str, nn.Module]:
-  """Returns the role and the module that follows the encoder."""
-  if isinstance(phase, PixelTeacher):
-    return 'decoder', phase.decoder
-  return 'predictor', phase.predictor
+    return trained._replace(frozen=float(frozen))
 
 
 def _check_grid(

@@ -7,7 +7,7 @@ import flax.linen as nn
 import ml_collections
 
 from vssl_jax import losses, mask_specs
-from vssl_jax.methods import base, salt
+from vssl_jax.methods import base, pixels, salt
 from vssl_jax.models import decoder as decoder_lib
 from vssl_jax.models import layers, vit
 from vssl_jax.models import predictor as predictor_lib
@@ -149,9 +149,17 @@ def known(name: str, value: str, table: Mapping[str, Any]) -> str:
   return value
 
 
+def known_shape(
+  name: str, section: ml_collections.ConfigDict, sizes: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns the fields of a named size, but for those given beside it."""
+  fields = {k: v for k, v in section.items() if k != 'size' and v}
+  return {**sizes[known(f'{name}.size', section.size, sizes)], **fields}
+
+
 def make_encoder(
   section: ml_collections.ConfigDict,
-  shared: ml_collections.ConfigDict,
+  shared: ml_collections.ConfigDict | dict[str, Any],
   **fields: Any,
 ) -> vit.Vit:
   """Returns the encoder of a section, with the fields that all share."""
@@ -164,7 +172,7 @@ def _pixel_phase(
   encoder: vit.Vit,
   video: tuple[int, ...],
   common: dict[str, Any],
-) -> salt.PixelTeacher:
+) -> pixels.PixelTeacher:
   pt, py, px = encoder.patch
   shape = dict(section.decoder)
   kind = shape.pop('kind')
@@ -180,7 +188,7 @@ def _pixel_phase(
       f'method.{common["name"]}.decoder.kind: found {kind!r}, wanted '
       "'predictor' or 'videomae'"
     )
-  return salt.PixelTeacher(
+  return pixels.PixelTeacher(
     **common,
     decoder=decoder,
     pixel_norm=known('pixel_norm', section.pixel_norm, losses.PIXEL_NORMS),

@@ -1,8 +1,8 @@
-"""The pixel decoder of VideoMAE."""
+"""The decoders of VideoMAE (pixels) and of MVD (features of a teacher)."""
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from vssl_jax import masking
 from vssl_jax.models import blocks, layers, positions, predictor
@@ -15,13 +15,25 @@ SIZES = {
   'L': dict(width=512, depth=12, num_heads=8),
   'H': dict(width=640, depth=12, num_heads=8),
 }
+# MVD's, of which a student has one for each teacher, and what differs from
+# VideoMAE's. Source: MVD (arXiv 2212.04500), released code.
+MVD_SIZES = {
+  'S': dict(width=384, depth=2, num_heads=6),
+  'B': dict(width=768, depth=2, num_heads=12),
+  'L': dict(width=512, depth=4, num_heads=8),
+  'H': dict(width=640, depth=8, num_heads=8),
+}
+MVD = dict(positions='sincos_3d_mvd', embed_bias=True)
 
 
 class VideoMaeDecoder(nn.Module):
-  """A transformer over visible and mask tokens with added sinusoids.
+  """A transformer over visible and mask tokens with added positions.
 
   Attributes:
-    out_width: values of a patch.
+    out_width: values of a patch, or of a teacher's token.
+    positions: a fixed table, one of `positions.NAMES`.
+    embed_bias: whether the projection of the encoder's tokens has a bias.
+    drop_path: drop rate of the last block, linear from 0.
     width: channels inside.
     depth: number of blocks.
     num_heads: attention heads.
@@ -34,6 +46,9 @@ class VideoMaeDecoder(nn.Module):
   """
 
   out_width: int
+  positions: str = 'sinusoid_1d'
+  embed_bias: bool = False
+  drop_path: float = 0.0
   width: int = 384
   depth: int = 4
   num_heads: int = 6
@@ -57,6 +72,7 @@ class VideoMaeDecoder(nn.Module):
       dtype=self.dtype,
       remat=self.remat,
       attention=self.attention,
+      drop_path=self.drop_path,
     )
 
   @nn.compact
@@ -66,30 +82,46 @@ class VideoMaeDecoder(nn.Module):
     mask: masking.Mask,
     grid: layers.Grid,
     token: int = 0,
-  ) -> Float[Array, 'B M out']:
-    """Predicts the masked patches.
+    *,
+    at: Int[Array, 'B K'] | None = None,
+    deterministic: bool = True,
+  ) -> Float[Array, 'B K out']:
+    """Predicts the masked patches, or those of other positions.
 
     Args:
       z: the encoder's visible tokens.
       mask: where those stand, and which tokens to predict.
       grid: tokens of the whole clip along (time, height, width).
       token: unused: there is one mask token for all masks.
+      at: flat indices of the tokens to predict, visible ones among them if
+        need be; None for `mask.masked`.
+      deterministic: no drop path.
 
     Returns:
-      float32 predictions in the order of `mask.masked`.
+      float32 predictions in the order of `at`.
     """
     del token
     head = layers.kernel_init('videomae', 'head')
     z = layers.dense(
-      self.width, 'embed', kernel=head, dtype=self.dtype, use_bias=False
+      self.width,
+      'embed',
+      kernel=head,
+      dtype=self.dtype,
+      use_bias=self.embed_bias,
     )(z)
     # The released code cuts at one standard deviation.
     init = nn.initializers.truncated_normal(0.02, lower=-1, upper=1)
     learned = self.param('mask_token', init, (1, self.width), jnp.float32)
-    table = positions.table(self, 'sinusoid_1d', grid, self.width)
+    table = positions.table(self, self.positions, grid, self.width)
     x = predictor.join(z, jnp.asarray(learned), mask, table)
-    x = blocks.run(self.block_spec, self.depth, x, None)[-1]
-    x = x[:, mask.visible.shape[1] :]
+    x = blocks.run(
+      self.block_spec, self.depth, x, None, deterministic=deterministic
+    )[-1]
+    if at is None:
+      x = x[:, mask.visible.shape[1] :]
+    else:  # tokens stand in the order visible, masked
+      order = jnp.concatenate(mask, axis=1)
+      x = masking.gather(x, masking.gather(jnp.argsort(order, axis=1), at))
     x = layers.layer_norm('norm', self.norm_eps, self.dtype)(x)
     x = layers.dense(self.out_width, 'head', kernel=head, dtype=self.dtype)(x)
     return x.astype(jnp.float32)

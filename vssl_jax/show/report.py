@@ -190,19 +190,21 @@ def _reconstructions(
   out: pathlib.Path, shown: Shown, phase: base.Phase, params: Any
 ) -> list[page.Picture]:
   """One picture per mask of a phase that predicts pixels."""
-  kinds: dict[str, str] = {}
+  kinds: dict[str, tuple[str, int]] = {}
 
   @jax.jit
   def predict(params: Any, batch: Any, rng: rngs.Rng) -> Any:
     found = shown.method.reconstruct(params, batch, rng, phase)
-    kinds.update({name: r.kind for name, r in found.items()})  # when traced
+    # Filled when traced.
+    kinds.update({name: (r.kind, r.every) for name, r in found.items()})
     return {name: (r.mask, r.predicted) for name, r in found.items()}
 
   found = predict(params, shown.batch, _rng(shown))
-  video, patch = shown.batch['video'], phase.encoder.patch
   pictures = []
   for label, (mask, output) in found.items():
-    kind, predicted = kinds[label], np.asarray(output, np.float32)
+    (kind, every), predicted = kinds[label], np.asarray(output, np.float32)
+    video, patch = shown.batch['video'][:, ::every], phase.encoder.patch
+    patch = (patch[0] // every, *patch[1:])
     seen = pixels.masked(video, mask, patch)
     made = pixels.reconstructed(video, mask, predicted, kind, patch)
     rows = {}

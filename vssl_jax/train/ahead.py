@@ -76,7 +76,7 @@ def outline(
   clip = jax.ShapeDtypeStruct((1, *video), jnp.uint8)
   shapes = jax.eval_shape(lambda k, v: method.init(k, v, phase), key, clip)
   labels = freezing.labels(shapes, phase.frozen)
-  horizon = optimizer.horizon(phase, span.start, span.total)
+  horizon = optimizer.horizon(phase, span.start, span.covers)
   optimizer.warmup_steps(config.optim, horizon, phase.name)
   lr = optimizer.learning_rate(config.optim, horizon, config.batch_size)
   decay = optimizer.weight_decay(config.optim, horizon)
@@ -87,7 +87,7 @@ def outline(
 
   state = jax.eval_shape(fresh)
   teachers = {
-    name: _teacher(teacher, clip)
+    name: teacher_shapes(teacher, video)
     for name, teacher in phase.teachers.items()
     if not teacher.source.startswith('@ema/')
   }
@@ -95,7 +95,9 @@ def outline(
   return Outline(span, fresh, state, teachers, tx, labels, schedules)
 
 
-def _teacher(teacher: base.Teacher, clip: jax.ShapeDtypeStruct) -> Any:
+def teacher_shapes(teacher: base.Teacher, video: tuple[int, ...]) -> Any:
+  """Returns the shapes of a teacher's parameters for clips (T, H, W, C)."""
+  clip = jax.ShapeDtypeStruct((1, *video), jnp.uint8)
   shapes = jax.eval_shape(teacher.module.init, jax.random.key(0), clip)
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(teacher.dtype)),
@@ -168,6 +170,7 @@ def _batch(
   return {
     'video': shape(np.uint8, *video),
     'index': shape(np.int32),
+    'label': shape(np.int32),
     'repeat': shape(np.int32),
     'substituted': shape(np.bool_),
     'progress': jax.ShapeDtypeStruct((), np.float32, sharding=whole),

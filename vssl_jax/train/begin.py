@@ -151,7 +151,14 @@ def _kept_params(run: Run, teacher: base.Teacher) -> Any:
       f'teacher {teacher.source}: no usable parameters under '
       f'{run.checkpoints.params_folder}: {wrong}'
     )
-  subtree = f'params/{teacher.subtree}'
-  shapes = saved.shapes(subtree)
-  target = ahead.placed(run.config, shapes, run.mesh)
+  if teacher.subtree:
+    return _kept_role(run, saved, teacher.subtree)
+  # The phase may have trained more than the teacher needs.
+  roles = ahead.teacher_shapes(teacher, run.video)
+  return {role: _kept_role(run, saved, role) for role in roles}
+
+
+def _kept_role(run: Run, saved: manifests.Saved, role: str) -> Any:
+  subtree = f'params/{role}'
+  target = ahead.placed(run.config, saved.shapes(subtree), run.mesh)
   return checkpoint.restore(saved, target, subtree)

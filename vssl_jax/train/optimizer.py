@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from vssl_jax import trees
 from vssl_jax.methods import base
-from vssl_jax.train import freezing
+from vssl_jax.train import freezing, layer_decay
 
 Schedule = Callable[[Int[Array, ''] | int], Float[Array, '']]
 
@@ -46,6 +46,9 @@ def default() -> ml_collections.ConfigDict:
       eps=1e-8,
       clip=0.02,  # global norm; 0: none
       clip_scope='joint',  # 'per_role': encoder and predictor apart
+      # Factor on the learning rate from one block of the encoder to the one
+      # before it, counted from the head; 1.0: the same for all.
+      layer_decay=1.0,
       accumulate=1,  # micro-batches per step; the result is the same
       # Skip a step whose loss is this many times the running median; 0: never.
       # Steps with a loss or gradient that is not finite are always skipped.
@@ -73,15 +76,16 @@ class Horizon:
   rewarm: tuple[int, float] = (0, 1.0)
 
 
-def horizon(phase: base.Phase, start: int, total: int) -> Horizon:
+def horizon(
+  phase: base.Phase, start: int, covers: tuple[int, int]
+) -> Horizon:
   """Returns what the schedules of a phase cover.
 
   Args:
     phase: the phase.
     start: its first step, counted over the run.
-    total: steps of the run.
+    covers: first step and length of the stretch, see `run.spans`.
   """
-  covers = (0, total) if phase.horizon == 'run' else (start, phase.steps)
   return Horizon(*covers, phase.warmup, start, phase.rewarm)
 
 
@@ -213,10 +217,12 @@ def make(
 
   def trained() -> optax.GradientTransformationExtraArgs:
     clip = [optax.clip_by_global_norm(optim.clip)] if optim.clip else []
+    by_layer = optim.layer_decay != 1.0
     return optax.chain(
       *clip,
       optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
       _decay_and_scale(lr, decay, optim.decay_tokens),
+      *([layer_decay.scale(optim.layer_decay)] if by_layer else []),
     )
 
   if optim.clip_scope == 'joint':

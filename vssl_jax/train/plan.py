@@ -128,7 +128,7 @@ def _phase(
   """Returns the lines of one phase."""
   span, phase = shapes.span, shapes.span.phase
   cost = method.cost(phase, video)
-  horizon = optimizer.horizon(phase, span.start, span.total)
+  horizon = optimizer.horizon(phase, span.start, span.covers)
   warmup = optimizer.warmup_steps(config.optim, horizon, phase.name)
   warmup_text = f'warm-up {warmup}' + (
     f' of the run, {phase.rewarm[0]} of the phase' if phase.rewarm[0] else ''

@@ -1,11 +1,12 @@
 """What all phases of a run share, and how a run is opened or resumed."""
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import signal
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import ml_collections
@@ -30,6 +31,17 @@ class TrainingError(RuntimeError):
   """The run cannot go on; the message says why and what to do."""
 
 
+@runtime_checkable
+class Watcher(Protocol):
+  """Looks at a run between steps, such as the health panel."""
+
+  def due(self, done: int, span_start: int) -> bool:
+    """Returns whether it looks after this step."""
+
+  def look(self, run: Any, span: Any, state: Any, done: int) -> list[str]:
+    """Looks, logs, and returns lines to say aloud."""
+
+
 @dataclasses.dataclass
 class Run:
   """What all phases of one run share."""
@@ -43,6 +55,7 @@ class Run:
   logger: metrics.Logger
   clock: metrics.Clock
   panel: health.Panel
+  watchers: Sequence[Watcher] = ()
   left_out: order.Ranges = ()  # batches that no step takes
   rewinds: list[dict[str, int]] = dataclasses.field(default_factory=list)
   asked: bool = False  # this process got a SIGTERM
@@ -61,22 +74,35 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-  """A phase and where it lies in a run of `total` steps: `start` to `end`."""
+  """A phase and where it lies in a run of `total` steps: `start` to `end`.
+
+  `covers` is the first step and the length of what its schedules cover: the
+  phase, or all neighbours whose horizon is `run`.
+  """
 
   phase: base.Phase
   start: int
   end: int
   total: int
+  covers: tuple[int, int]
 
 
 def spans(method: base.Method) -> tuple[Span, ...]:
   """Returns the phases with their cumulative boundaries."""
   phases = method.phases()
-  total = sum(phase.steps for phase in phases)
-  out, start = [], 0
-  for phase in phases:
-    out.append(Span(phase, start, start + phase.steps, total))
-    start += phase.steps
+  ends = list(itertools.accumulate(phase.steps for phase in phases))
+  out = []
+  for shared, group in itertools.groupby(
+    zip(phases, ends, strict=True), key=lambda pair: pair[0].horizon == 'run'
+  ):
+    stretch = list(group)
+    first = stretch[0][1] - stretch[0][0].steps
+    for phase, end in stretch:
+      start = end - phase.steps
+      covers = (
+        (first, stretch[-1][1] - first) if shared else (start, phase.steps)
+      )
+      out.append(Span(phase, start, end, ends[-1], covers))
   return tuple(out)
 
 

@@ -1,0 +1,170 @@
+"""Masked pixel reconstruction: the phase that makes a teacher from nothing.
+
+SALT's teacher, VideoMAE, V-Pixel, and image and video teachers of PMD.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from vssl_jax import flops, losses, masking, rngs
+from vssl_jax.methods import base
+from vssl_jax.models import framewise, layers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PixelTeacher(base.Phase):
+  """Masked pixel reconstruction.
+
+  Attributes:
+    decoder: (visible latents, mask, grid, token) -> pixels of masked patches.
+    masks: all drawn every step; their losses are averaged.
+    pixel_norm: what a target patch is normalised over, `losses.pixel_targets`.
+    pixel_loss: `mse` (paper: "identical to VideoMAE") or `l1`.
+  """
+
+  decoder: nn.Module
+  masks: tuple[Any, ...]
+  pixel_norm: str = 'patch_channel'
+  pixel_loss: str = 'mse'
+
+
+def init(rng: Array, video: base.Video, phase: PixelTeacher) -> base.Params:
+  """Returns random parameters of encoder and decoder."""
+  encoder_key = rngs.stream(rng, 'init/encoder')
+  return {
+    'encoder': phase.encoder.init(encoder_key, video)['params'],
+    'decoder': init_head(rng, video, phase, 'decoder', phase.decoder),
+  }
+
+
+def init_head(
+  rng: Array, video: base.Video, phase: Any, role: str, head: nn.Module
+) -> Any:
+  """Returns random parameters of what follows a masked encoder.
+
+  Args:
+    rng: of the phase.
+    video: a clip.
+    phase: has `encoder` and `masks`.
+    role: names the random stream.
+    head: (visible latents, mask, grid) -> predictions.
+  """
+  grid = layers.grid_of(video.shape, phase.encoder.patch)
+  visible, masked = phase.masks[0].counts(grid)
+  mask = masking.Mask(
+    jnp.zeros((len(video), visible), jnp.int32),
+    jnp.zeros((len(video), masked), jnp.int32),
+  )
+  tokens = jnp.zeros((len(video), visible, phase.encoder.width))
+  key = rngs.stream(rng, f'init/{role}')
+  return head.init(key, tokens, mask, grid)['params']
+
+
+def loss(
+  params: base.Params,
+  batch: Mapping[str, Any],
+  rng: rngs.Rng,
+  phase: PixelTeacher,
+) -> tuple[Float[Array, ''], base.Aux]:
+  """Returns the mean over masks of the distance to hidden pixels."""
+  targets = _targets(batch['video'], phase)
+  distance = losses.DISTANCES[phase.pixel_loss]
+  terms, metrics = [], {}
+  for spec, mask, drawn, predicted in _predicted(params, batch, rng, phase):
+    terms.append(distance(predicted, masking.gather(targets, mask.masked)))
+    metrics[f'loss/pixel/{spec.name}'] = terms[-1]
+    metrics |= {f'mask/{spec.name}/{n}': x for n, x in drawn.items()}
+  metrics['prediction/std'] = jnp.std(predicted.astype(jnp.float32))
+  return jnp.mean(jnp.stack(terms)), base.Aux(metrics)
+
+
+def _every(encoder: nn.Module) -> int:
+  """Returns which frames an image model sees; 0 for a video model."""
+  return encoder.every if isinstance(encoder, framewise.Framewise) else 0
+
+
+def _targets(video: base.Video, phase: PixelTeacher) -> Float[Array, 'B N PC']:
+  """Returns pixels per token: of a tubelet, or of an image model's frames."""
+  patch, every = phase.encoder.patch, _every(phase.encoder)
+  if every:
+    video, patch = video[:, ::every], (1, *patch[1:])
+  return losses.pixel_targets(layers.to_unit(video), patch, phase.pixel_norm)
+
+
+def _predicted(
+  params: base.Params,
+  batch: Mapping[str, Any],
+  rng: rngs.Rng,
+  phase: PixelTeacher,
+  deterministic: bool = False,
+) -> Any:
+  """Yields each mask, what drawing it told, and what is predicted under it."""
+  video = batch['video']
+  grid = layers.grid_of(video.shape, phase.encoder.patch)
+  for token, spec in enumerate(phase.masks):
+    mask, drawn = spec.draw(rng, batch, grid)
+    tokens = phase.encoder.apply(
+      {'params': params['encoder']},
+      video,
+      mask.visible,
+      deterministic=deterministic,
+      rngs={'dropout': rng.stream(f'dropout/{spec.name}')},
+    )
+    predicted = phase.decoder.apply(
+      {'params': params['decoder']}, tokens, mask, grid, token=token
+    )
+    yield spec, mask, drawn, predicted
+
+
+def reconstruct(
+  params: base.Params,
+  batch: Mapping[str, Any],
+  rng: rngs.Rng,
+  phase: PixelTeacher,
+) -> dict[str, base.Reconstruction]:
+  """Returns what the decoder predicts, by mask."""
+  found = _predicted(params, batch, rng, phase, deterministic=True)
+  every = max(_every(phase.encoder), 1)
+  return {
+    spec.name: base.Reconstruction(mask, predicted, phase.pixel_norm, every)
+    for spec, mask, _, predicted in found
+  }
+
+
+def cost(phase: PixelTeacher, video: tuple[int, ...]) -> base.Cost:
+  """Returns FLOPs per clip from true token counts."""
+  grid = layers.grid_of((1, *video), phase.encoder.patch)
+  return masked_cost(phase.encoder, phase.decoder, phase.masks, grid)
+
+
+def masked_cost(
+  encoder: nn.Module,
+  head: nn.Module,
+  masks: tuple[Any, ...],
+  grid: layers.Grid,
+  locked: int = 0,
+) -> base.Cost:
+  """Returns what training an encoder and its head costs under some masks.
+
+  Args:
+    encoder: of visible tokens.
+    head: its decoder or predictor.
+    masks: all of them every step.
+    grid: tokens along (time, height, width).
+    locked: first blocks of the encoder that are frozen.
+  """
+  trained = kept = 0.0
+  for spec in masks:
+    visible, masked = spec.counts(grid)
+    trained += flops.train(encoder, grid, visible, frozen=locked)
+    trained += flops.train(
+      head, grid, (visible, masked), in_width=encoder.width
+    )
+    kept += flops.activations(encoder, visible, encoder.depth - locked)
+    kept += flops.activations(head, visible + masked)
+  return base.Cost(trained, 0.0, kept)

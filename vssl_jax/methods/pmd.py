@@ -1,0 +1,441 @@
+"""PMD: a student of two frozen teachers, in phases of rising mask ratio.
+
+A masked video student predicts the features of an image teacher (of every
+tubelet's first frame) and of a video teacher, as in MVD (arXiv 2212.04500).
+PMD (CVPR 2026) adds three things: each phase hides more than the one before it
+and is guided by that one's student (PSD); losses of patches are smoothed over
+visits, and hard patches weigh more (DARE); shallow and middle layers follow
+deeper layers of the teachers (CLFA). With one phase and the three weights at 0
+it is MVD. No code of PMD is public, and its text was not available to us:
+`README.md` lists what it leaves open or says in two ways, and what we chose.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from vssl_jax import flops, losses, mask_specs, masking, rngs
+from vssl_jax.methods import base, difficulty, pixels, row_frame
+from vssl_jax.models import layers
+from vssl_jax.models import student as student_lib
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Distil(base.Phase):
+  """Steps at one mask ratio.
+
+  Attributes:
+    student: encoder and a decoder per teacher; `teachers` has the same names,
+      and `previous` besides where a student of an earlier phase guides.
+    align: teacher -> maps of the student's layers to its width; empty without
+      alignment.
+    masks: all drawn every step, under one pass of the teachers.
+    previous_masks: what the previous student sees, one for each of `masks`.
+  """
+
+  student: student_lib.Student
+  align: Mapping[str, student_lib.Alignment]
+  masks: tuple[mask_specs.Spec, ...]
+  previous_masks: tuple[mask_specs.Spec, ...] = ()
+
+
+class _Seen(NamedTuple):
+  """What one mask gave, per teacher."""
+
+  mask: masking.Mask
+  loss: dict[str, Float[Array, 'B M']]
+  features: tuple[Array, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pmd(base.Method):
+  """The loss, and the phases that use it.
+
+  Attributes:
+    plan: pixel phases that make teachers, if any, then the phases of PMD.
+    lambda_base: weight of the distance to the teachers.
+    lambda_pg: of the distance to the previous student (PSD).
+    lambda_df: of the smoothed and weighed distance (DARE).
+    lambda_al: of the alignment of layers (CLFA).
+    feature_loss: `mse` or `smooth_l1`, of `losses.TOKEN_DISTANCES`.
+    target_norm: of teachers' features, `losses.TARGET_NORMS`.
+    alpha: weight of the new loss in the smoothed one.
+    tau: temperature of the weights.
+    dare: `both`, `smooth` or `weights`.
+    df_extra_mean: the letter of the paper: DARE over the number of masked
+      patches once more.
+    pg_positions: `masked`, or `both_masked`: hidden from both students.
+    align_norm: `none`, or `ln` on layers of student and teachers.
+    rows_shape: `patch`, or `tube`: one for all time steps of a position.
+    rows_frame: a row's cells are those of the crop (`grid`), or of the whole
+      picture that it was cut from (`crop`).
+  """
+
+  plan: tuple[pixels.PixelTeacher | Distil, ...]
+  lambda_base: float = 1.0
+  lambda_pg: float = 0.05
+  lambda_df: float = 1.0
+  lambda_al: float = 1.0
+  feature_loss: str = 'mse'
+  target_norm: str = 'none'
+  alpha: float = 0.95
+  tau: float = 0.5
+  dare: str = 'both'
+  df_extra_mean: bool = False
+  pg_positions: str = 'masked'
+  align_norm: str = 'none'
+  rows_shape: str = 'patch'
+  rows_frame: str = 'grid'
+
+  def phases(self) -> tuple[base.Phase, ...]:
+    """Returns the plan, checked."""
+    return base.check(self.plan)
+
+  def init(
+    self, rng: Array, video: base.Video, phase: base.Phase
+  ) -> base.Params:
+    """Returns random parameters of encoder, decoders and alignment."""
+    if isinstance(phase, pixels.PixelTeacher):
+      return pixels.init(rng, video, phase)
+    encoder = phase.student.encoder
+    key = rngs.stream(rng, 'init/encoder')
+    params = {'encoder': encoder.init(key, video)['params']}
+    for name, head in phase.student.decoder.items():
+      role = f'decoder_{name}'
+      params[role] = pixels.init_head(rng, video, phase, role, head)
+    for name, align in phase.align.items():
+      key = rngs.stream(rng, f'init/align_{name}')
+      tokens = jnp.zeros((1, 1, encoder.width))
+      aligned = dict.fromkeys(_aligned(encoder), tokens)
+      params[f'align_{name}'] = align.init(key, aligned)['params']
+    return params
+
+  def loss(
+    self,
+    params: base.Params,
+    teachers: Mapping[str, Any],
+    batch: Mapping[str, Any],
+    rng: rngs.Rng,
+    phase: base.Phase,
+  ) -> tuple[Float[Array, ''], base.Aux]:
+    """Returns lambda_base L_base + lambda_pg L_pg + lambda_df L_df + ..."""
+    if isinstance(phase, pixels.PixelTeacher):
+      return pixels.loss(params, batch, rng, phase)
+    # Neither masks nor losses change what a teacher says: once per clip.
+    features = {
+      name: _teach(phase, name, teachers[name], batch['video'])
+      for name in phase.student.decoder
+    }
+    metrics, parts, seen = {}, {}, []
+    for i, spec in enumerate(phase.masks):
+      under, found, told = self._under(
+        params, teachers, batch, rng, phase, i, features
+      )
+      seen.append(under)
+      metrics |= {f'mask/{spec.name}/{n}': x for n, x in told.items()}
+      for name, value in found.items():
+        parts.setdefault(name, []).append(value)
+    means = {name: jnp.mean(jnp.stack(x)) for name, x in parts.items()}
+    rows = {}
+    for name in phase.row_specs:
+      means[f'loss/difficulty/{name}'], rows[name], told = self._difficulty(
+        name, seen, batch, phase
+      )
+      metrics |= told
+    weights = {
+      'base': self.lambda_base,
+      'progressive': self.lambda_pg,
+      'difficulty': self.lambda_df,
+      'alignment': self.lambda_al,
+    }
+    total = sum(
+      weights[name.split('/')[1]] * value
+      for name, value in means.items()
+      if name.startswith('loss/')
+    )
+    for name in phase.align:  # the printed loss is over all pairs of layers
+      means[f'loss/alignment/{name}'] += means.pop(f'spread/{name}')
+    for name, layers_of in features.items():
+      metrics[f'target/std/{name}'] = jnp.std(layers_of[-1].astype(jnp.float32))
+    return total, base.Aux(metrics | means, rows)
+
+  def _under(
+    self,
+    params: base.Params,
+    teachers: Mapping[str, Any],
+    batch: Mapping[str, Any],
+    rng: rngs.Rng,
+    phase: Distil,
+    index: int,
+    features: Mapping[str, tuple[Array, ...]],
+  ) -> tuple[_Seen, dict[str, Array], Mapping[str, Array]]:
+    """Returns what the student does under one mask, and its loss terms."""
+    video, spec = batch['video'], phase.masks[index]
+    grid = layers.grid_of(video.shape, phase.encoder.patch)
+    mask, told = spec.draw(rng, batch, grid)
+    out = phase.student.apply(
+      {'params': params},
+      video,
+      mask,
+      deterministic=False,
+      rngs={'dropout': rng.stream(f'dropout/{spec.name}')},
+    )
+    terms, per_patch = {}, {}
+    for name, layers_of in features.items():
+      target = losses.TARGET_NORMS[self.target_norm](layers_of[-1])
+      per_patch[name] = losses.per_token(
+        out.predicted[name],
+        masking.gather(target, mask.masked),
+        self.feature_loss,
+      )
+      terms[f'loss/base/{name}'] = jnp.mean(per_patch[name])
+    if phase.previous_masks:
+      before, _ = phase.previous_masks[index].draw(rng, batch, grid)
+      guide = phase.teachers['previous'](
+        teachers['previous'], video, before, at=mask.masked
+      )
+      terms |= self._progressive(out.predicted, guide.predicted, mask, before)
+    terms |= self._alignment(params, phase, out.features, features, mask)
+    return _Seen(mask, per_patch, out.features), terms, told
+
+  def _progressive(
+    self,
+    predicted: Mapping[str, Array],
+    guide: Mapping[str, Array],
+    mask: masking.Mask,
+    before: masking.Mask,
+  ) -> dict[str, Array]:
+    """Returns PSD's distance to what the previous student predicts.
+
+    Its decoders were never trained where it saw the patch: the distance is
+    also told apart by that.
+    """
+    n = mask.visible.shape[1] + mask.masked.shape[1]
+    both = masking.gather(_hidden(before.masked, n), mask.masked)
+    total, inside, outside = (jnp.zeros(()) for _ in range(3))
+    for name, target in guide.items():
+      found = losses.per_token(predicted[name], target, 'mse')
+      inside += _mean_where(found, both)
+      outside += _mean_where(found, ~both)
+      total += jnp.mean(found)
+    return {
+      'loss/progressive': inside if self.pg_positions != 'masked' else total,
+      'pg/both_masked': inside,
+      'pg/visible_to_previous': outside,
+    }
+
+  def _alignment(
+    self,
+    params: base.Params,
+    phase: Distil,
+    features: tuple[Array, ...],
+    teachers: Mapping[str, tuple[Array, ...]],
+    mask: masking.Mask,
+  ) -> dict[str, Array]:
+    """Returns CLFA's distances, on the visible tokens."""
+    norm = losses.TARGET_NORMS[self.align_norm]
+    terms = {}
+    for name, module in phase.align.items():
+      shallow, middle, _ = difficulty.thirds(len(features) - 1)
+      _, to_middle, to_deep = difficulty.thirds(len(teachers[name]) - 1)
+      mapped = module.apply(
+        {'params': params[f'align_{name}']},
+        {n: norm(features[n]) for n in (*shallow, *middle)},
+      )
+      wanted = {
+        n: norm(masking.gather(teachers[name][n], mask.visible))
+        for n in (*to_middle, *to_deep)
+      }
+      terms[f'loss/alignment/{name}'], terms[f'spread/{name}'] = (
+        difficulty.align(
+          mapped, wanted, ((shallow, to_middle), (middle, to_deep))
+        )
+      )
+    return terms
+
+  def _difficulty(
+    self,
+    name: str,
+    seen: list[_Seen],
+    batch: Mapping[str, Any],
+    phase: Distil,
+  ) -> tuple[Array, Array, dict[str, Array]]:
+    """Returns DARE's loss, the new rows of the batch, and what to log."""
+    grid = layers.grid_of(batch['video'].shape, phase.encoder.patch)
+    n = grid[0] * grid[1] * grid[2]
+    totals = [_spread(one.loss[name], one.mask.masked, n) for one in seen]
+    counts = sum(
+      _hidden(one.mask.masked, n).astype(jnp.float32) for one in seen
+    )
+    hidden = counts > 0
+    loss = sum(totals) / jnp.maximum(counts, 1.0)  # over the masks that hide it
+    stored = [batch[f'rows/{name}{end}'] for end in ('', '@window')]
+    value, window = (self._read(x, batch, grid) for x in stored)
+    found = difficulty.weigh(
+      loss,
+      hidden,
+      value,
+      window,
+      alpha=self.alpha,
+      tau=self.tau,
+      parts=self.dare,
+    )
+    # The pixels of a substitute are another clip's: it has no memory.
+    term = jnp.where(batch['substituted'], 0.0, found.loss)
+    if self.df_extra_mean:
+      term = term / jnp.sum(hidden, axis=1)
+    rows = self._write(stored[0], found.smoothed, hidden, batch, grid)
+    return (
+      jnp.mean(term),
+      rows,
+      {
+        f'dare/entropy/{name}': difficulty.evenness(found.weights, hidden),
+        f'dare/max_weight/{name}': jnp.max(found.weights),
+        f'rows/filled/{name}': jnp.mean(
+          jnp.any(stored[0] != 0, axis=1).astype(jnp.float32)
+        ),
+      },
+    )
+
+  def _read(
+    self, rows: Float[Array, 'B R'], batch: Mapping[str, Any], grid: Any
+  ) -> Float[Array, 'B N']:
+    """Returns rows as the patches of this step's clips."""
+    t, h, w = grid
+    cells = rows.reshape(len(rows), -1, h * w)
+    if self.rows_frame == 'crop':
+      cells = row_frame.read(cells, batch['crop'], batch['flip'], (h, w))
+    cells = jnp.broadcast_to(cells, (len(rows), t, h * w))
+    return cells.reshape(len(rows), -1)
+
+  def _write(
+    self,
+    rows: Float[Array, 'B R'],
+    smoothed: Float[Array, 'B N'],
+    hidden: Bool[Array, 'B N'],
+    batch: Mapping[str, Any],
+    grid: Any,
+  ) -> Float[Array, 'B R']:
+    """Returns rows with this step's patches in them."""
+    t, h, w = grid
+    values, written = (x.reshape(-1, t, h * w) for x in (smoothed, hidden))
+    if self.rows_shape == 'tube':
+      count = jnp.sum(written, axis=1, keepdims=True)
+      values = jnp.sum(jnp.where(written, values, 0.0), axis=1, keepdims=True)
+      values, written = values / jnp.maximum(count, 1), count > 0
+    cells = rows.reshape(len(rows), -1, h * w)
+    if self.rows_frame == 'crop':
+      crop, flip = batch['crop'], batch['flip']
+      cells = row_frame.write(cells, values, written, crop, flip, (h, w))
+    else:
+      cells = jnp.where(written, values, cells)
+    return jax.lax.stop_gradient(cells.reshape(rows.shape))
+
+  def reconstruct(
+    self,
+    params: base.Params,
+    batch: Mapping[str, Any],
+    rng: rngs.Rng,
+    phase: base.Phase,
+  ) -> Mapping[str, base.Reconstruction]:
+    """Returns what the decoder of a teacher's own phase predicts, by mask."""
+    if not isinstance(phase, pixels.PixelTeacher):
+      return {}
+    return pixels.reconstruct(params, batch, rng, phase)
+
+  def cost(self, phase: base.Phase, video: tuple[int, ...]) -> base.Cost:
+    """Returns FLOPs per clip from true token counts."""
+    if isinstance(phase, pixels.PixelTeacher):
+      return pixels.cost(phase, video)
+    student, grid = (
+      phase.student,
+      layers.grid_of((1, *video), phase.encoder.patch),
+    )
+    trained = kept = frozen = 0.0
+    for spec in phase.masks:
+      visible, masked = spec.counts(grid)
+      trained += flops.train(student.encoder, grid, visible)
+      kept += flops.activations(student.encoder, visible)
+      for head in student.decoder.values():
+        trained += flops.train(
+          head, grid, (visible, masked), in_width=student.encoder.width
+        )
+        kept += flops.activations(head, visible + masked)
+      for align in phase.align.values():
+        maps = len(_aligned(student.encoder))
+        width = student.encoder.width * align.out_width
+        trained += 3 * 2.0 * visible * width * maps
+    for spec, now in zip(phase.previous_masks, phase.masks, strict=False):
+      frozen += _guide_cost(student, spec.counts(grid), now.counts(grid), grid)
+    frozen += sum(
+      flops.forward(
+        teacher.module, layers.grid_of((1, *video), teacher.module.patch)
+      )
+      for name, teacher in phase.teachers.items()
+      if name != 'previous'
+    )
+    return base.Cost(trained, float(frozen), kept)
+
+
+def _teach(
+  phase: Distil, name: str, params: Any, video: base.Video
+) -> tuple[Array, ...]:
+  """Returns a teacher's residual stream over the whole clip, by depth."""
+  found = phase.teachers[name](params, video, features=True)
+  grid = layers.grid_of(video.shape, phase.encoder.patch)
+  tokens = grid[0] * grid[1] * grid[2]
+  if found[-1].shape[1] != tokens:
+    raise ValueError(
+      f'phase {phase.name!r}: teacher {name!r} gives {found[-1].shape[1]} '
+      f'tokens (patch {phase.teachers[name].module.patch}) and the student has '
+      f'a grid of {grid} = {tokens} (patch {phase.encoder.patch}); teachers '
+      'and student must cut the clip into the same grid'
+    )
+  return found
+
+
+def _aligned(encoder: nn.Module) -> tuple[int, ...]:
+  """Returns the student's layers that CLFA maps, from 1."""
+  shallow, middle, _ = difficulty.thirds(encoder.depth)
+  return (*shallow, *middle)
+
+
+def _hidden(masked: Array, n: int) -> Bool[Array, 'B N']:
+  """Returns which of n patches are masked."""
+  rows = jnp.arange(len(masked))[:, None]
+  return jnp.zeros((len(masked), n), bool).at[rows, masked].set(True)
+
+
+def _spread(
+  values: Float[Array, 'B M'], masked: Array, n: int
+) -> Float[Array, 'B N']:
+  """Returns values at masked patches, and 0 elsewhere."""
+  rows = jnp.arange(len(masked))[:, None]
+  return jnp.zeros((len(masked), n)).at[rows, masked].set(values)
+
+
+def _mean_where(x: Array, where: Array) -> Float[Array, '']:
+  """Returns the mean over some entries; 0 where there are none."""
+  count = jnp.sum(where)
+  return jnp.sum(jnp.where(where, x, 0.0)) / jnp.maximum(count, 1)
+
+
+def _guide_cost(
+  student: student_lib.Student,
+  before: tuple[int, int],
+  now: tuple[int, int],
+  grid: layers.Grid,
+) -> float:
+  """Returns the FLOPs of the previous student under its own mask."""
+  total = flops.forward(student.encoder, grid, before[0])
+  for head in student.decoder.values():
+    width = student.encoder.width
+    total += flops.forward(head, grid, before, in_width=width)
+    # Its heads predict what is masked now.
+    total += 2.0 * (now[1] - before[1]) * head.out_width * head.width
+  return total

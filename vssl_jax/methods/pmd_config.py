@@ -1,0 +1,362 @@
+"""PMD's knobs, and the method that they describe; MVD is one of its cases."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import ml_collections
+
+from vssl_jax import losses, mask_specs
+from vssl_jax.methods import base, difficulty, pixels, pmd, salt_config
+from vssl_jax.models import decoder as decoder_lib
+from vssl_jax.models import framewise, layers, vit
+from vssl_jax.models import student as student_lib
+
+KNOBS = {
+  'masks': ('tube', 'random'),
+  'feature_loss': tuple(losses.TOKEN_DISTANCES),
+  'target_norm': tuple(losses.TARGET_NORMS),
+  'dare': difficulty.PARTS,
+  'pg_positions': ('masked', 'both_masked'),
+  'previous_mask': ('nested', 'same'),
+  'align_norm': tuple(losses.TARGET_NORMS),
+  'rows_shape': ('patch', 'tube'),
+  'rows_frame': ('grid', 'crop'),
+  'rows_dtype': ('float32', 'float16'),
+  'rows': ('fresh', 'carry'),
+  'opt': ('carry', 'fresh'),
+}
+TEACHERS = ('image', 'video')
+
+
+def default() -> ml_collections.ConfigDict:
+  """Returns every knob of PMD at the published values, student ViT-B."""
+  c = ml_collections.ConfigDict()
+  c.name = 'pmd'
+  # One phase for each; the first has no student before it.
+  c.mask_ratios = (0.75, 0.8, 0.85, 0.9)
+  c.steps = (23_400,) * 4  # of each: 100 epochs of 240k clips at batch 1,024
+  c.masks = 'tube'  # 'random'
+  c.masks_per_clip = 1  # more amortise the teachers
+  c.encoder = salt_config.encoder_section()
+  c.encoder.size = 'B'
+  c.decoder = ml_collections.ConfigDict(  # a row of decoder.MVD_SIZES
+    dict(size='B', width=0, depth=0, num_heads=0)
+  )
+  # What student and teachers of the same run share.
+  c.vit = ml_collections.ConfigDict(
+    dict(
+      patch=(2, 16, 16),
+      qkv_bias='qv',
+      init='videomae',
+      dtype='bfloat16',
+      remat='none',
+      attention='auto',
+    )
+  )
+  c.drop_path = 0.1  # of student and decoders
+  # The teachers; a list of one distils that one only.
+  c.teachers = TEACHERS
+  # @image_teacher and @video_teacher are trained first, by phases of this run;
+  # else a run folder, or published weights (folder, file, hub id).
+  c.image = ml_collections.ConfigDict(dict(teacher='', dtype='bfloat16'))
+  c.video = ml_collections.ConfigDict(dict(teacher='', dtype='bfloat16'))
+  c.image_teacher = _teacher_section(
+    masks='frames:0.75',
+    pixel_norm='patch',
+    decoder=dict(width=512, depth=8, num_heads=16),
+  )
+  c.video_teacher = _teacher_section(
+    masks='tube:0.9',
+    pixel_norm='patch_channel',
+    decoder=dict(width=384, depth=4, num_heads=6),
+  )
+  c.lambda_base = 1.0
+  c.lambda_pg = 0.05  # PSD; 0: no guidance by the previous student
+  c.lambda_df = 1.0  # DARE; 0: no memory of patches is kept
+  c.lambda_al = 1.0  # CLFA; 0: no maps between layers
+  c.feature_loss = 'mse'  # 'smooth_l1' is MVD's scripts'
+  c.target_norm = 'none'  # 'ln'
+  # --- PSD
+  c.previous_mask = 'nested'  # 'same': the previous student sees no more
+  c.previous_dtype = 'bfloat16'
+  c.pg_positions = 'masked'  # 'both_masked': hidden from both students
+  # --- DARE
+  c.alpha = 0.95  # weight of the new loss
+  c.tau = 0.5
+  c.window = 7500  # steps between looks at the memory: 32 epochs
+  c.dare = 'both'  # 'smooth': uniform weights; 'weights': nothing smoothed
+  c.df_extra_mean = False  # True is the letter of the paper
+  c.rows = 'fresh'  # 'carry': memory goes on from phase to phase
+  c.rows_shape = 'patch'  # 'tube': one for all time steps, 8 times smaller
+  c.rows_dtype = 'float32'  # 'float16' is meant for 100,000 clips and more
+  c.rows_frame = 'grid'  # 'crop': follows the picture that clips are cut from
+  # --- CLFA
+  c.align_norm = 'none'  # 'ln' on both sides
+  # --- between phases
+  c.opt = 'carry'  # one schedule over all phases; 'fresh': one for each
+  return c
+
+
+def _teacher_section(**fields: Any) -> ml_collections.ConfigDict:
+  section = ml_collections.ConfigDict(
+    dict(steps=100_000, encoder=salt_config.encoder_section(), **fields)
+  )
+  section.encoder.size = 'B'
+  return section
+
+
+def build(
+  config: ml_collections.ConfigDict,
+  video: tuple[int, ...],
+  resolve: Callable[[str], nn.Module],
+) -> pmd.Pmd:
+  """Builds the method from its section of the config.
+
+  Args:
+    config: `config.method`.
+    video: (T, H, W, C) of a clip.
+    resolve: source of an outside teacher -> its module.
+
+  Raises:
+    ValueError: a knob with an unknown value, a teacher without a source, or
+      ratios and steps that do not fit together.
+  """
+  for knob, values in KNOBS.items():
+    if config[knob] not in values:
+      raise ValueError(
+        f'method.{knob}: found {config[knob]!r}, wanted one of {values}'
+      )
+  _check(config)
+  own, modules = [], {}
+  for name in config.teachers:
+    source = config[name].teacher
+    phase = f'{name}_teacher'
+    if source == f'@{phase}':
+      own.append(_MAKERS[name](phase, config, video))
+      modules[name] = own[-1].encoder
+    elif not source or source.startswith('@'):
+      raise ValueError(
+        f'method.{name}.teacher: found {source!r}; wanted a run folder, '
+        'published weights (folder, file or hub id), or '
+        f'@{phase} to train it first. Without one it would be a random model'
+      )
+    else:
+      modules[name] = resolve(source)
+  student = _student(config, modules)
+  # Fields of the method and keys of its config have the same names.
+  taken = set(pmd.Pmd.__dataclass_fields__) & set(config)
+  return pmd.Pmd(
+    plan=(*own, *_distil(config, student, modules, video)),
+    **{name: config[name] for name in taken},
+  )
+
+
+def _check(config: ml_collections.ConfigDict) -> None:
+  ratios, steps = config.mask_ratios, config.steps
+  if len(ratios) != len(steps) or list(ratios) != sorted(set(ratios)):
+    raise ValueError(
+      f'method.mask_ratios, method.steps: found {ratios} and {steps}; wanted '
+      'rising ratios, and as many numbers of steps'
+    )
+  unknown = [n for n in config.teachers if n not in TEACHERS]
+  if unknown or not config.teachers:
+    raise ValueError(
+      f'method.teachers: found {config.teachers}, wanted some of {TEACHERS}'
+    )
+  if config.masks_per_clip < 1 or config.window < 1:
+    raise ValueError(
+      'method.masks_per_clip and method.window: found '
+      f'{config.masks_per_clip} and {config.window}, wanted 1 or more'
+    )
+
+
+def _student(
+  config: ml_collections.ConfigDict, teachers: Mapping[str, Any]
+) -> student_lib.Student:
+  encoder = salt_config.make_encoder(
+    config.encoder,
+    config.vit,
+    positions='sincos_3d_mvd',
+    drop_path=config.drop_path,
+  )
+  fields = decoder_lib.MVD | salt_config.known_shape(
+    'method.decoder', config.decoder, decoder_lib.MVD_SIZES
+  )
+  return student_lib.Student(
+    encoder,
+    {
+      name: decoder_lib.VideoMaeDecoder(
+        out_width=teacher.width,
+        drop_path=config.drop_path,
+        dtype=encoder.dtype,
+        remat=encoder.remat,
+        attention=encoder.attention,
+        **fields,
+      )
+      for name, teacher in teachers.items()
+    },
+  )
+
+
+def _distil(
+  config: ml_collections.ConfigDict,
+  student: student_lib.Student,
+  modules: Mapping[str, nn.Module],
+  video: tuple[int, ...],
+) -> list[pmd.Distil]:
+  """Returns a phase for each mask ratio."""
+  grid = layers.grid_of((1, *video), student.encoder.patch)
+  encoder, done = student.encoder, []
+  teachers = {
+    # Targets come from evaluation mode: no drop path in a teacher.
+    name: base.Teacher(
+      _still(module), config[name].teacher, dtype=config[name].dtype
+    )
+    for name, module in modules.items()
+  }
+  align = {
+    name: student_lib.Alignment(module.width, encoder.dtype)
+    for name, module in modules.items()
+    if config.lambda_al
+  }
+  rows = base.RowSpec(
+    _row_shape(config, grid), dtype=config.rows_dtype, window=config.window
+  )
+  for ratio, steps in zip(config.mask_ratios, config.steps, strict=True):
+    name = f'mask_{100 * ratio:g}'
+    masks = _masks(config, ratio)
+    for spec in masks:
+      spec.counts(grid)  # refuses a grid too small for its masks, by name
+    guided = {}
+    if done and config.lambda_pg:
+      before = done[-1]
+      guided = dict(
+        teachers=teachers
+        | {
+          'previous': base.Teacher(
+            _still(student), f'@{before.name}', '', config.previous_dtype
+          )
+        },
+        previous_masks=(
+          before.masks if config.previous_mask == 'nested' else masks
+        ),
+      )
+    done.append(
+      pmd.Distil(
+        **dict(teachers=teachers) | guided,
+        name=name,
+        steps=steps,
+        encoder=encoder,
+        student=student,
+        align=align,
+        masks=masks,
+        init='carry' if done else 'fresh',
+        opt=config.opt if done else 'fresh',
+        rows=config.rows if done else 'fresh',
+        horizon='run' if config.opt == 'carry' else 'phase',
+        row_specs=dict.fromkeys(modules, rows) if config.lambda_df else {},
+      )
+    )
+  return done
+
+
+def _masks(
+  config: ml_collections.ConfigDict, ratio: float
+) -> tuple[mask_specs.Spec, ...]:
+  # A mask of the same name has the same random order at every ratio: what a
+  # higher one shows, the lower one shows too.
+  kind, count = config.masks, config.masks_per_clip
+  return mask_specs.parse('+'.join([f'{kind}:{ratio:g}'] * count))
+
+
+def _row_shape(
+  config: ml_collections.ConfigDict, grid: layers.Grid
+) -> tuple[int]:
+  t, h, w = grid
+  return (h * w if config.rows_shape == 'tube' else t * h * w,)
+
+
+def _still(module: nn.Module) -> nn.Module:
+  """Returns a network without drop path anywhere."""
+  if isinstance(module, student_lib.Student):
+    return module.clone(
+      encoder=_still(module.encoder),
+      decoder={name: _still(x) for name, x in module.decoder.items()},
+    )
+  if isinstance(module, framewise.Framewise):
+    return module.clone(image=_still(module.image))
+  return module.clone(drop_path=0.0)
+
+
+def _image_teacher(
+  name: str, config: ml_collections.ConfigDict, video: tuple[int, ...]
+) -> pixels.PixelTeacher:
+  """Returns MAE's phase, on the first frame of every tubelet."""
+  section, shared = config[name], dict(config.vit)
+  every, py, px = shared['patch']
+  shared |= dict(patch=(1, py, px), qkv_bias='full')
+  encoder = salt_config.make_encoder(
+    section.encoder, shared, positions='sincos_2d'
+  )
+  head = _pixel_decoder(section, encoder, 'sincos_2d', py * px * video[-1])
+  return _pixel_phase(
+    name,
+    section,
+    framewise.Framewise(encoder, every),
+    framewise.FramewiseDecoder(head),
+  )
+
+
+def _video_teacher(
+  name: str, config: ml_collections.ConfigDict, video: tuple[int, ...]
+) -> pixels.PixelTeacher:
+  """Returns VideoMAE's phase."""
+  section = config[name]
+  encoder = salt_config.make_encoder(
+    section.encoder, config.vit, positions='sinusoid_1d'
+  )
+  pt, py, px = encoder.patch
+  values = pt * py * px * video[-1]
+  head = _pixel_decoder(section, encoder, 'sinusoid_1d', values)
+  return _pixel_phase(name, section, encoder, head)
+
+
+_MAKERS = {'image': _image_teacher, 'video': _video_teacher}
+
+
+def _pixel_decoder(
+  section: ml_collections.ConfigDict,
+  encoder: vit.Vit,
+  positions: str,
+  values: int,
+) -> decoder_lib.VideoMaeDecoder:
+  return decoder_lib.VideoMaeDecoder(
+    **section.decoder,
+    out_width=values,
+    positions=positions,
+    dtype=encoder.dtype,
+    remat=encoder.remat,
+    attention=encoder.attention,
+  )
+
+
+def _pixel_phase(
+  name: str,
+  section: ml_collections.ConfigDict,
+  encoder: nn.Module,
+  decoder: nn.Module,
+) -> pixels.PixelTeacher:
+  return pixels.PixelTeacher(
+    name=name,
+    steps=section.steps,
+    encoder=encoder,
+    decoder=decoder,
+    masks=mask_specs.parse(section.masks),
+    pixel_norm=salt_config.known(
+      f'method.{name}.pixel_norm', section.pixel_norm, losses.PIXEL_NORMS
+    ),
+    init='fresh',
+    opt='fresh',
+    rows='fresh',
+  )

@@ -5,7 +5,8 @@
     encoder = vssl_jax.load('scaling4d_dist_b.npz')  # as 4DS released it
 
 A run folder may be followed by `@<phase>` and `@<phase>/<average>`, as in
-`runs/salt@pixel_teacher` or `runs/vjepa2@latent_student/encoder`.
+`runs/salt@pixel_teacher` or `runs/vjepa2@latent_student/encoder`. Without it
+the newest checkpoint counts; of a run that validates, the best.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from jaxtyping import Array, Float
 from vssl_jax import config as config_lib
 from vssl_jax import methods, sharding, trees, weights
 from vssl_jax.methods import base
-from vssl_jax.models import layers
+from vssl_jax.models import framewise, layers
 from vssl_jax.train import checkpoint, manifests
 
 
@@ -76,12 +77,15 @@ class Encoder:
     """Returns the encoder for clips of another shape.
 
     Learned positions are resized to the grid of these clips, trilinear; other
-    positions are formulas and need nothing.
+    positions are formulas and need nothing. Image models have one table for
+    all frames.
 
     Args:
       video: (T, H, W, C).
     """
     grid = layers.grid_of((1, *video), self.module.patch)
+    if isinstance(self.module, framewise.Framewise):
+      grid = (1, *grid[1:])
     found = self.params.get('positions')
     if found is None or found.shape[:3] == grid:
       return self
@@ -201,11 +205,17 @@ def find(source: str) -> Source:
 def _newest(
   folder: pathlib.Path, wanted: str | None, names: list[str]
 ) -> manifests.Saved | None:
-  """Returns the newest checkpoint of a phase, finished or under way."""
-  found = manifests.listing(folder)
+  """Returns the newest checkpoint of a phase, finished or under way.
+
+  Of all phases, the best counts for more than the newest, where there is one.
+  """
+  found = [s for s in manifests.listing(folder) if s.phase in names]
+  found = [s for s in found if not manifests.damage(s)]
+  best = [s for s in found if s.path.name == checkpoint.BEST]
   if wanted:
-    found = [s for s in found if s.phase == wanted]
-  found = [s for s in found if s.phase in names and not manifests.damage(s)]
+    found = [s for s in found if s.phase == wanted and s not in best]
+  elif best:
+    return best[0]
   return max(found, key=lambda s: s.step, default=None)
 
 

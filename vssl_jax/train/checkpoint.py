@@ -4,6 +4,8 @@
     <workdir>/checkpoints/00001200.json    its manifest, written last
     <workdir>/params/<phase>/              parameters at a phase's end
     <workdir>/params/<phase>.json
+    <workdir>/params/best/                 where a job validates: the best
+    <workdir>/params/best.json
 
 A checkpoint is whole if and only if its manifest exists: the manifest is
 renamed into place after every file is on disk, and removed before any file
@@ -28,6 +30,8 @@ from jaxtyping import Array
 
 from vssl_jax import trees
 from vssl_jax.train import manifests
+
+BEST = 'best'  # name of the parameters that did best in validation
 
 
 class CheckpointError(RuntimeError):
@@ -84,11 +88,26 @@ class Checkpoints:
     path = self.folder / f'{step:08d}'
     self._start(path, state, dict(extra, step=step, phase=phase))
 
-  def save_params(self, tree: Any, step: int, phase: str) -> None:
-    """Saves the parameters at a phase's end, and waits until it is whole."""
+  def save_params(
+    self,
+    tree: Any,
+    step: int,
+    phase: str,
+    name: str = '',
+    extra: Mapping[str, Any] = {},
+  ) -> None:
+    """Saves parameters and waits until they are whole.
+
+    Args:
+      tree: the parameters.
+      step: steps done.
+      phase: that they belong to.
+      name: they are saved under; '' for the phase's own, those at its end.
+      extra: more for the manifest.
+    """
     self.finish()
-    path = self.params_folder / phase
-    self._start(path, tree, {'step': step, 'phase': phase})
+    path = self.params_folder / (name or phase)
+    self._start(path, tree, dict(extra, step=step, phase=phase))
     self.finish()
 
   def finish(self) -> None:
@@ -243,9 +262,9 @@ class Checkpoints:
     _barrier('checkpoints moved')
     return [f'{s.path.parent.name}/{s.path.name}' for s in [*states, *params]]
 
-  def params_of(self, phase: str) -> manifests.Saved | None:
-    """Returns the parameters kept at the end of a phase, if any."""
-    manifest = self.params_folder / f'{phase}.json'
+  def params_of(self, name: str) -> manifests.Saved | None:
+    """Returns the parameters kept of a phase, or under a name, if any."""
+    manifest = self.params_folder / f'{name}.json'
     if not manifest.exists():
       return None
     return manifests.Saved(manifest.with_suffix(''), manifests.read(manifest))

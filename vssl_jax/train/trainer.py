@@ -1,6 +1,7 @@
 """The loop over phases and steps. It knows no method's name."""
 
 import signal
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -38,13 +39,16 @@ EXPECTED = (
 
 
 def train(
-  config: ml_collections.ConfigDict, back: rewind.Rewind | None = None
+  config: ml_collections.ConfigDict,
+  back: rewind.Rewind | None = None,
+  watchers: Sequence[run_lib.Watcher] = (),
 ) -> int:
-  """Runs or resumes a pretraining run to its end.
+  """Runs or resumes a run to its end.
 
   Args:
     config: a resolved config.
     back: where to go back to first, if anywhere.
+    watchers: look at the run between steps, after the health panel.
 
   Returns:
     The exit status: 0, or `PREEMPTED` after a SIGTERM that was answered with
@@ -55,6 +59,7 @@ def train(
     CheckpointError: a checkpoint cannot be written or does not fit.
   """
   run = run_lib.open_run(config)
+  run.watchers = (run.panel, *watchers)
   try:
     saved = run.checkpoints.newest()
     run_lib.check_may_resume(run, saved)
@@ -108,7 +113,7 @@ def _run_phase(
   inside = saved is not None and saved.phase == phase.name
   state = begin.state(run, shapes, saved, inside, made and made.fresh)
   teachers = begin.teachers(run, phase)
-  horizon = optimizer.horizon(phase, span.start, span.total)
+  horizon = optimizer.horizon(phase, span.start, span.covers)
   run.logger.say(
     f'phase {phase.name}: steps {int(state.step)} to {span.end}, '
     f'{trees.count(state.params) / 1e6:.2f} M parameters, '
@@ -153,10 +158,11 @@ def _loop(
       # Waits for the step before, so the device always has one in hand.
       recorder.add(done, local, values, state)
     done += 1
-    if run.panel.due(done, span.start):
-      with run.clock('evaluation'):
-        for warning in run.panel.look(run, span, state, done):
-          run.logger.say(warning)
+    for watcher in run.watchers:
+      if watcher.due(done, span.start):
+        with run.clock('evaluation'):
+          for line in watcher.look(run, span, state, done):
+            run.logger.say(line)
     if done % run.config.checkpoint.every == 0 and done < span.end:
       _save(run, span, state)
   recorder.flush(state)

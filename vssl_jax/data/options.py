@@ -29,6 +29,9 @@ def default() -> ml_collections.ConfigDict:
       label_column='',
       split='train',  # of a TFDS directory
       classes=(),  # names in the order of their labels; (): found out
+      # Fraction of the videos that no training batch holds, by their numbers;
+      # the job 'finetune' chooses by them.
+      holdout=0.0,
       # --- frames with depth
       # Units per metre of the 16-bit depth pictures beside the pictures: 1000
       # for millimetres (ScanNet, 7-Scenes), 5000 for TUM. 0: no depth is read,

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import grain
 import numpy as np
+from jaxtyping import Int
 
 from vssl_jax.data import ledger as ledger_lib
 from vssl_jax.data import loading
@@ -19,7 +20,7 @@ class Pass:
   is an array [videos, views, segments, ...] by `reshape`. Entries:
 
     video: uint8 [B, T, H, W, C]
-    index: int32 [B], number of the video (num_examples where padded)
+    index: int32 [B], number of the video (of all there are where padded)
     label: int32 [B], -1 unknown
     view, segment: int32 [B]
     weight: float32 [B], 1, or 0 for padding and unreadable videos
@@ -30,7 +31,7 @@ class Pass:
   All processes get the same number of batches; every video comes exactly once.
 
   Attributes:
-    num_examples: videos.
+    num_examples: videos of the pass.
     num_batches: local batches in a pass.
     segments: clips along time.
     views: crops.
@@ -44,6 +45,7 @@ class Pass:
     loader: loading.Loader,
     ledger: ledger_lib.Ledger,
     *,
+    numbers: Int[np.ndarray, 'n'],
     videos: int,
     process_index: int,
     process_count: int,
@@ -51,8 +53,8 @@ class Pass:
     prefetch: int,
   ) -> None:
     source, spec = loader.source, loader.spec
-    self.num_examples = len(source)
-    self.num_batches = -(-len(source) // (videos * process_count))
+    self.num_examples = len(numbers)
+    self.num_batches = -(-len(numbers) // (videos * process_count))
     self.segments, self.views = spec.segments, spec.views
     self.classes = list(source.classes) if source.classes else None
     self.fingerprint = source.fingerprint
@@ -61,7 +63,8 @@ class Pass:
     self.shapes.update(dict.fromkeys(scalars, ()))
     if spec.depth_units:
       self.shapes['depth'] = spec.shape[:3]
-    self._loader, self._ledger, self._videos = loader, ledger, videos
+    self._loader, self._ledger = loader, ledger
+    self._tickets, self._padded = _Tickets(videos, numbers), len(source)
     self._process = process_index, process_count
     self._workers, self._prefetch = workers, prefetch
 
@@ -71,7 +74,7 @@ class Pass:
   def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
     index, count = self._process
     numbers = grain.MapDataset.range(self.num_batches * count)[index::count]
-    tickets = numbers.map(_Tickets(self._videos, self.num_examples))
+    tickets = numbers.map(self._tickets)
     iterator = loading.stream(
       tickets, self._loader, self._workers, self._prefetch
     )
@@ -89,10 +92,10 @@ class Pass:
   ) -> dict[str, np.ndarray]:
     """Adds what only a pass knows to a batch."""
     per = self.segments * self.views
-    rows = _Tickets(self._videos, self.num_examples)(number)[:, 0]
-    rows = np.where(rows < 0, self.num_examples, rows)
+    rows = self._tickets(number)[:, 0]
+    rows = np.where(rows < 0, self._padded, rows)
     batch['index'] = np.repeat(rows, per).astype(np.int32)
-    missing = batch['substituted'] | (batch['index'] == self.num_examples)
+    missing = batch['substituted'] | (batch['index'] == self._padded)
     batch['weight'] = (~missing).astype(np.float32)
     view, segment = np.divmod(batch.pop('repeat'), self.segments)
     batch.update(view=view, segment=segment)
@@ -115,12 +118,14 @@ class Pass:
 class _Tickets(grain.transforms.Map):
   """Numbers of the videos in a batch, PADDING after the last."""
 
-  def __init__(self, videos: int, examples: int) -> None:
-    self._videos, self._examples = videos, examples
+  def __init__(self, videos: int, numbers: Int[np.ndarray, 'n']) -> None:
+    self._videos, self._numbers = videos, numbers
 
   def map(self, element: int) -> np.ndarray:
-    rows = element * self._videos + np.arange(self._videos, dtype=np.int64)
-    rows = np.where(rows < self._examples, rows, loading.PADDING)
+    places = element * self._videos + np.arange(self._videos, dtype=np.int64)
+    rows = np.full(self._videos, loading.PADDING, np.int64)
+    real = places < len(self._numbers)
+    rows[real] = self._numbers[places[real]]
     return np.stack([rows, np.zeros_like(rows)], axis=1)
 
   __call__ = map

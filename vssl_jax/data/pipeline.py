@@ -18,9 +18,10 @@ from typing import Any
 import grain
 import numpy as np
 from absl import flags
+from jaxtyping import Int
 
+from vssl_jax.data import holdout, loading, options, passes, sources
 from vssl_jax.data import ledger as ledger_lib
-from vssl_jax.data import loading, options, passes, sources
 
 _WORDS = 4  # random 32-bit words that seed the clips of an example
 
@@ -34,6 +35,7 @@ class Clips:
 
   Attributes:
     num_examples: videos in all sources, E.
+    num_trained: those of them that are not held out.
     classes: class names by label, or None.
     fingerprint: hash of the list of videos.
     shapes: shape of one clip's entry by name: {'video': (T, H, W, C), ...}.
@@ -52,10 +54,12 @@ class Clips:
     process_count: int,
     workers: int,
     prefetch: int,
+    trained: int,
     distinct: bool,
   ) -> None:
     source, spec = loader.source, loader.spec
     self.num_examples = len(source)
+    self.num_trained = trained
     self.classes = list(source.classes) if source.classes else None
     self.fingerprint = source.fingerprint
     self.shapes = {
@@ -149,8 +153,9 @@ def make(
   local = videos_per_process(batch_size, process_count, spec.repeats)
   policy = options.policy(config, seed)
   loader = loading.Loader(source, spec, policy)
+  kept = holdout.numbers(len(source), config['holdout'])
   tickets, distinct = _order(
-    source, tuple(config['weights']), seed, local * process_count
+    source, kept, tuple(config['weights']), seed, local * process_count
   )
   tickets = tickets.random_map(_Ticket(), seed=_fold(seed, 1))
   ledger = ledger_lib.Ledger(
@@ -167,6 +172,7 @@ def make(
     process_count=process_count,
     workers=config['workers'],
     prefetch=config['prefetch'],
+    trained=len(kept),
     distinct=distinct,
   )
 
@@ -178,6 +184,7 @@ def evaluation(
   segments: int = 1,
   views: int = 1,
   sampling: str = 'spread',
+  held: bool = False,
   process_index: int = 0,
   process_count: int = 1,
   folder: str | None = None,
@@ -193,6 +200,7 @@ def evaluation(
     segments: clips along the time of a video; one is centred.
     views: crops along the longer side; one is centred.
     sampling: 'spread' or 'interleaved'.
+    held: only the videos that `data.holdout` keeps from training.
     process_index: number of this process.
     process_count: processes that share each batch.
     folder: where `bad_files.jsonl` is written, or None.
@@ -216,12 +224,22 @@ def evaluation(
   return passes.Pass(
     loading.Loader(source, spec, policy),
     ledger,
+    numbers=_tested(source, config, held),
     videos=videos_per_process(batch_size, process_count, spec.clips),
     process_index=process_index,
     process_count=process_count,
     workers=config['workers'],
     prefetch=config['prefetch'],
   )
+
+
+def _tested(
+  source: sources.Joined, config: options.Options, held: bool
+) -> Int[np.ndarray, 'n']:
+  """Numbers of the videos of a pass."""
+  if not held:
+    return np.arange(len(source))
+  return holdout.numbers(len(source), config['holdout'], held=True)
 
 
 class _Ticket(grain.transforms.RandomMap):
@@ -234,16 +252,17 @@ class _Ticket(grain.transforms.RandomMap):
 
 def _order(
   source: sources.Joined,
+  kept: Int[np.ndarray, 'n'],
   weights: tuple[int | float, ...],
   seed: int,
   videos: int,
 ) -> tuple[grain.MapDataset, bool]:
   """The endless order of example numbers, and whether batches are distinct."""
   if not weights:
-    numbers = grain.MapDataset.range(len(source)).shuffle(_fold(seed, 0))
-    distinct = len(source) >= videos
+    numbers = _numbers(kept).shuffle(_fold(seed, 0))
+    distinct = len(kept) >= videos
     if distinct:  # after the shuffle: each epoch leaves out other videos
-      numbers = numbers[: len(source) // videos * videos]
+      numbers = numbers[: len(kept) // videos * videos]
     return numbers.repeat(), distinct
   if len(weights) != len(source.parts) or min(weights) <= 0:
     raise ValueError(
@@ -251,7 +270,9 @@ def _order(
       f'{len(source.parts)} in data.source'
     )
   parts = [
-    grain.MapDataset.range(low, high).shuffle(_fold(seed, 2 + i)).repeat()
+    _numbers(kept[(kept >= low) & (kept < high)])
+    .shuffle(_fold(seed, 2 + i))
+    .repeat()
     for i, (low, high) in enumerate(
       zip(source.offsets, source.offsets[1:], strict=False)
     )
@@ -259,6 +280,14 @@ def _order(
   total = sum(weights)
   shares = [weight / total for weight in weights]
   return grain.MapDataset.mix(parts, weights=shares), False
+
+
+def _numbers(kept: Int[np.ndarray, 'n']) -> grain.MapDataset:
+  """Example numbers in order; a range where none is left out."""
+  low, high = int(kept[0]), int(kept[-1]) + 1
+  if len(kept) == high - low:
+    return grain.MapDataset.range(low, high)
+  return grain.MapDataset.source(kept)
 
 
 def _fold(seed: int, salt: int) -> int:

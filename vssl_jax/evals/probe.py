@@ -7,15 +7,17 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from vssl_jax import rngs
+from vssl_jax.data import holdout
 from vssl_jax.evals import features, heads, options, outcome, votes
 
 Rows = Iterable[features.Tokens]
 Log = Callable[[Mapping[str, Any]], None]
 
 default, network = options.default, options.network
+held_out = holdout.held_out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,19 +78,6 @@ class Epochs:
   train: Callable[[int], Rows]
   steps: int
   held: Callable[[], Rows] | None = None
-
-
-def held_out(
-  index: Int[np.ndarray, 'n'], fraction: float
-) -> Bool[np.ndarray, 'n']:
-  """Returns which videos are kept from training, by their numbers alone."""
-  # The finaliser of splitmix64: neighbours in a list sorted by class, or by
-  # anything else, fall apart.
-  x = np.asarray(index).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-  for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-    x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
-  x ^= x >> np.uint64(31)
-  return x.astype(np.float64) / 2**64 < fraction
 
 
 def measure(

@@ -9,7 +9,16 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FLOORS = (
   {'trees', 'rngs', 'sharding', 'cluster'},
-  {'masking', 'mask_specs', 'rectangles', 'losses', 'flops', 'models', 'data'},
+  {
+    'masking',
+    'mask_specs',
+    'rectangles',
+    'losses',
+    'flops',
+    'mixing',
+    'models',
+    'data',
+  },
   {'weights', 'methods'},
   {'config', 'flags', 'encoders', 'train', 'evals', 'show', ''},
   {'main', '__main__', 'demo', 'bench', 'sweep', 'timing'},

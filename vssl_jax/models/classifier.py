@@ -1,0 +1,50 @@
+"""The head of fine-tuning: mean over tokens, layer norm, one linear layer."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from vssl_jax.models import layers
+
+
+class Classifier(nn.Module):
+  """Mean over tokens, a layer norm of its own, dropout, one linear layer.
+
+  Source: the fine-tuning code of VideoMAE and MVD, `run_class_finetuning.py`.
+
+  Attributes:
+    classes: number of logits.
+    dropout: of what the linear layer sees.
+    scale: the linear layer's first weights are multiplied by this.
+    norm_eps: added to the variance in the layer norm.
+  """
+
+  classes: int
+  dropout: float = 0.0
+  scale: float = 0.001
+  norm_eps: float = 1e-6
+
+  @nn.compact
+  def __call__(
+    self, tokens: Float[Array, 'B N D'], deterministic: bool = True
+  ) -> Float[Array, 'B K']:
+    """Returns logits, float32.
+
+    Args:
+      tokens: what the encoder gives, without a final norm.
+      deterministic: no dropout.
+    """
+    x = jnp.mean(tokens.astype(jnp.float32), axis=1)
+    x = layers.layer_norm('norm', self.norm_eps)(x)
+    x = nn.Dropout(self.dropout)(x, deterministic=deterministic)
+    first = layers.kernel_init('vjepa', 'head')
+
+    def kernel(key: Array, shape: tuple[int, ...], dtype: type) -> Array:
+      return self.scale * first(key, shape, dtype)
+
+    return layers.dense(self.classes, 'head', kernel=kernel, dtype='float32')(x)
+
+
+def flops(width: int, classes: int) -> float:
+  """Returns the FLOPs of the linear layer's forward pass for one clip."""
+  return 2.0 * width * classes

@@ -17,7 +17,7 @@ import ml_collections
 
 from vssl_jax import methods
 from vssl_jax.data import options
-from vssl_jax.evals import probe
+from vssl_jax.evals import finetune_options, probe
 from vssl_jax.train import optimizer
 
 
@@ -28,12 +28,12 @@ def default(method: str = 'salt') -> ml_collections.ConfigDict:
     method: whose knobs `config.method` holds.
   """
   c = ml_collections.ConfigDict()
-  c.job = 'train'  # 'probe'
+  c.job = 'train'  # 'probe', 'depth', 'finetune'
   c.seed = 0
   # Everything a run writes; '' is runs/<page>[-<variant>].
   c.workdir = ''
-  # What a 'probe' measures: a run folder, a local folder with published
-  # weights, or a hub id.
+  # What a 'probe' measures and 'finetune' starts from: a run folder, a local
+  # folder with published weights, or a hub id.
   c.encoder = ''
   c.batch_size = 3072  # clips per step over all devices
   c.method = methods.default(method)
@@ -77,6 +77,13 @@ def default(method: str = 'salt') -> ml_collections.ConfigDict:
         'data.prefetch',
         'data.deadline_s',
         'data.memory_limit_mb',
+        'method.source',  # where its copy of the first weights lies
+        'finetune.test',
+        'finetune.test_where',
+        'finetune.test_batch_size',
+        'finetune.sampling',
+        'finetune.clips',
+        'finetune.views',
       ),
     )
   )
@@ -99,6 +106,7 @@ def default(method: str = 'salt') -> ml_collections.ConfigDict:
     )
   )
   c.probe = probe.default()
+  c.finetune = finetune_options.default()
   return c.lock()  # a page that invents a key fails there
 
 

@@ -24,7 +24,7 @@ from absl import logging
 from vssl_jax import cluster, demo
 from vssl_jax import config as config_lib
 from vssl_jax import flags as flags_lib
-from vssl_jax.evals import depth
+from vssl_jax.evals import depth, finetune, plans
 from vssl_jax.evals import run as evaluation
 from vssl_jax.train import plan, precompile, replay, rewind, suggest, trainer
 
@@ -33,7 +33,16 @@ JOBS: dict[str, Job] = {
   'train': suggest.train,
   'probe': evaluation.run,
   'depth': depth.run,
+  'finetune': finetune.run,
   'demo': demo.run,
+}
+Plan = Callable[[ml_collections.ConfigDict, str], str]
+PLANS: dict[str, Plan] = {
+  'train': plan.describe,
+  'probe': plans.probe,
+  'depth': plans.depth,
+  'finetune': finetune.plan,
+  'demo': plan.describe,
 }
 
 
@@ -49,11 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     config = resolve(args.config, assignments, tuple(args.config_root))
     if args.plan:
-      print(plan.describe(config, args.plan))
+      print(PLANS[config.job](config, args.plan))
       return 0
     cluster.join(os.environ)
     job = _job(config, args)
-  except ValueError as error:
+  except (FileNotFoundError, ValueError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
   if jax.process_index() == 0:

@@ -44,12 +44,12 @@ def text(report: Mapping[str, Any]) -> str:
   facts = {
     'encoder': report['encoder'],
     'protocol': f'{report["protocol"]}, frozen; tapped {report["tap"]}',
-    'clips': f'{_shape(report["clip"])}, {report["timing"]}, {_votes(report)}',
+    'clips': f'{shape(report["clip"])}, {report["timing"]}, {_votes(report)}',
     'train': f'{train["videos"]} videos of {train["source"]}, '
     f'{report["held_out"]} of them held out to choose a head',
     'test': f'{test["evaluated"]} videos of {test["source"]}, '
     f'{test["missing"]} missing (unreadable or without a label)',
-    'classes': _classes(report['classes']),
+    'classes': classes(report['classes']),
   }
   width = max(map(len, facts))
   lines = [f'{name.ljust(width)}  {value}' for name, value in facts.items()]
@@ -86,11 +86,12 @@ def _votes(report: Mapping[str, Any]) -> str:
   return f'{along} x {report["views"]} views'
 
 
-def _shape(clip: list[int]) -> str:
+def shape(clip: list[int]) -> str:
+  """Returns frames, height and width as text."""
   return 'x'.join(map(str, clip[:3]))
 
 
-def _classes(names: list[str], shown: int = 8) -> str:
+def classes(names: list[str], shown: int = 8) -> str:
   """Returns the number of classes and the first of them in label order."""
   first = ', '.join(f'{i} {name}' for i, name in enumerate(names[:shown]))
   more = ', ...' if len(names) > shown else ''

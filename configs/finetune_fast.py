@@ -1,0 +1,34 @@
+r"""Fine-tuning in small: trials on a CPU, on your own or generated videos.
+
+Clips of 8x32x32, a small encoder at random initialisation where none is given,
+one augmentation per video and no mixing. To see that videos, labels and folder
+fit together before a large machine is asked for.
+Paper: none. Hardware: a CPU for minutes.
+Command: bash launch/local.sh --config=configs/finetune_fast.py \
+  --config.finetune.train=<folder of class folders> \
+  --config.finetune.test=<folder>
+Labelled videos, where you have none of your own:
+  python -c "from vssl_jax.data import synthetic; \
+    synthetic.write('videos', clips={'train': 400, 'test': 200})"
+Expected: more than chance. Ours: not run.
+"""
+
+from vssl_jax.evals import finetune
+
+
+def get_config(variant=''):
+  if variant:
+    raise ValueError(f'finetune_fast.py: found :{variant}, has no variants')
+  c = finetune.recipe()
+  c.data.update(dict(frames=8, stride=1, size=(32, 32), workers=0))
+  c.data.update(dict(crop='centre', flip=False, auto_augment='', erase=0.0))
+  c.data.repeats = 1
+  c.method.encoder.update(dict(size='Ti', width=64, depth=3, num_heads=4))
+  c.method.encoder.mlp_width = 256
+  c.method.vit.update(dict(patch=(2, 8, 8), dtype='float32'))
+  c.method.update(dict(mixup=0.0, cutmix=0.0, drop_path=0.0))
+  c.optim.update(dict(lr=2e-2, layer_decay=0.75))
+  c.finetune.update(dict(batch_size=16, epochs=20, warmup_epochs=2.0))
+  c.finetune.update(dict(clips=2, views=1))
+  c.log.every = 50
+  return c

@@ -1,0 +1,256 @@
+"""The job `finetune`: trains an encoder and a linear head on labelled videos.
+
+    python -m vssl_jax.main --config=configs/finetune_ucf101.py \
+      --config.encoder=<run folder or hub id> \
+      --config.finetune.train=<train.csv> --config.finetune.test=<test.csv>
+
+Without an encoder the same is supervised training from scratch. The run is
+one of the trainer's: the same command resumes it, a SIGTERM saves it. After
+every epoch it is validated on one centre view of each video; the best
+checkpoint is tested once, in the end, on all views. Writes `report.json` into
+the run's folder and prints it.
+
+Source of the recipe: the released code of VideoMAE (arXiv 2203.12602) and MVD
+(arXiv 2212.04500), `run_class_finetuning.py` and scripts.
+"""
+
+import contextlib
+import json
+import pathlib
+import time
+from typing import Any
+
+import jax
+import ml_collections
+
+from vssl_jax import config as config_lib
+from vssl_jax import encoders, sharding
+from vssl_jax.data import options
+from vssl_jax.evals import (
+  finetune_report,
+  finetune_start,
+  finetune_videos,
+  finetuned,
+  report,
+  statistics,
+  validation,
+)
+from vssl_jax.evals import job as job_lib
+from vssl_jax.train import plan as plan_lib
+from vssl_jax.train import provenance, trainer
+
+
+def recipe() -> ml_collections.ConfigDict:
+  """Returns a config of this job with the recipe of VideoMAE and MVD."""
+  c = config_lib.default('supervised')
+  c.job = 'finetune'
+  c.data.update(dict(frames=16, stride=4, size=(224, 224), workers=8))
+  c.data.update(dict(crop_scale=(0.08, 1.0), crop_aspect=(0.75, 4 / 3)))
+  c.data.update(dict(auto_augment='rand-m7-n4-mstd0.5-inc1', erase=0.25))
+  # Repeated augmentation: two crops of the same frames.
+  c.data.update(dict(repeats=2, repeat_frames='shared'))
+  c.optim.update(dict(lr=5e-4, lr_start=0.0, lr_end=1e-6, layer_decay=0.75))
+  c.optim.update(dict(weight_decay=0.05, weight_decay_end=0.05))
+  c.optim.update(dict(b2=0.999, clip=0.0))
+  # Features of one class are meant to grow alike here.
+  c.health.every = 0.0
+  return c
+
+
+def run(config: ml_collections.ConfigDict) -> int:
+  """Fine-tunes `config.encoder`, writes and prints the report.
+
+  Returns:
+    The exit status: 0, or that of the trainer after a SIGTERM.
+  """
+  status, found = _carry_out(config, None)
+  if found is not None and jax.process_index() == 0:
+    path = pathlib.Path(config.workdir) / 'report.json'
+    print(f'\n{finetune_report.text(found)}\n\n{path}')
+  return status
+
+
+def evaluate(
+  config: ml_collections.ConfigDict,
+  encoder: encoders.Encoder | None = None,
+) -> dict[str, Any]:
+  """Fine-tunes an encoder and tests it.
+
+  Args:
+    config: such as `recipe()`, with `finetune.train` and `finetune.test`.
+    encoder: taken in place of `config.encoder`; without either, training
+      starts at random from the shape in `config.method`.
+
+  Returns:
+    The report: how it was trained, accuracy and interval.
+
+  Raises:
+    ValueError: no labels, or knobs that do not fit.
+    TrainingError: the training was ended before its end.
+  """
+  status, found = _carry_out(config, encoder)
+  if found is None:
+    raise trainer.run_lib.TrainingError(
+      f'fine-tuning ended with status {status} and is saved in '
+      f'{config.workdir}; the same call goes on from there'
+    )
+  return found
+
+
+def _carry_out(
+  config: ml_collections.ConfigDict, encoder: encoders.Encoder | None
+) -> tuple[int, dict[str, Any] | None]:
+  """Trains and tests; returns the trainer's status, and the report if it is 0.
+
+  A run that was tested is not tested again.
+  """
+  start = time.time()
+  videos = finetune_videos.find(config)
+  config = finetune_start.fill(config, videos)
+  finetune_start.write(config, encoder)
+  if jax.process_index() == 0:
+    print(_told(config, videos), flush=True)
+  every = config.method.steps // config.finetune.epochs
+  watcher = validation.Watcher(config, videos, every)
+  with contextlib.closing(watcher):
+    status = trainer.train(config, watchers=[watcher])
+  if status:
+    return status, None
+  found = _tested(config)
+  if found is None:
+    found = _test(config, videos)
+    found['history'] = validation.history(config.workdir, every)
+    found['seconds'] = round(time.time() - start, 1)
+    if jax.process_index() == 0:
+      report.write(found, config.workdir)
+  return 0, found
+
+
+def _told(
+  config: ml_collections.ConfigDict, videos: finetune_videos.Videos
+) -> str:
+  """Returns what is said before the first step."""
+  wanted = config.finetune
+  lines = [
+    f'fine-tuning {config.encoder or "an encoder at random initialisation"} on '
+    f'{videos.count} videos of {finetune_videos.name(videos.train)}, '
+    f'{len(videos.classes)} classes, {wanted.epochs} epochs',
+    finetune_start.describe_lr(config),
+  ]
+  if videos.held:
+    lines.append(
+      f'no finetune.valid is given: {100 * wanted.holdout:g} % of the training '
+      'videos are held out, to choose the best checkpoint by'
+    )
+  elif videos.chosen_by_test:
+    lines.append(
+      'the best checkpoint is chosen on the test videos, as published codes '
+      'do; that flatters'
+    )
+  return '\n'.join(lines)
+
+
+def _tested(config: ml_collections.ConfigDict) -> dict[str, Any] | None:
+  """Returns the report of this run, if it was tested before."""
+  path = pathlib.Path(config.workdir) / 'report.json'
+  with contextlib.suppress(FileNotFoundError, ValueError):
+    found = json.loads(path.read_text())
+    if found.get('finetune') == config_lib.to_json(config)['finetune']:
+      return found
+  return None
+
+
+def _test(
+  config: ml_collections.ConfigDict, videos: finetune_videos.Videos
+) -> dict[str, Any]:
+  """Tests the best checkpoint on all views of the test videos."""
+  wanted = config.finetune
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+  overrides = dict(config.mesh.overrides)
+  model = finetuned.load(config.workdir, mesh, overrides)
+  clips = finetune_videos.all_views(config, videos)
+  with contextlib.closing(clips), jax.set_mesh(mesh):
+    found = finetuned.count(
+      model.phase,
+      model.params,
+      job_lib.voting(clips, 1, wanted.clips),
+      wanted.clips * wanted.views,
+      mesh,
+    )
+  correct = int(found.correct()[0])
+  return {
+    'results': {
+      'best': {
+        'accuracy': correct / found.total,
+        'interval': list(statistics.interval(correct, found.total)),
+        'top5': int(found.correct(5)[0]) / found.total,
+        'step': model.saved.step,
+      }
+    },
+    'valid': {
+      **model.saved.manifest['valid'],
+      'source': finetune_videos.name(videos.valid),
+      'held_out': videos.held,
+      'chosen_by_test': videos.chosen_by_test,
+    },
+    'train': {
+      'source': finetune_videos.name(videos.train),
+      'videos': videos.count,
+    },
+    'test': {
+      'source': finetune_videos.name(videos.test),
+      'videos': clips.num_examples,
+      'fingerprint': clips.fingerprint,
+      'evaluated': found.total,
+      'missing': clips.num_examples - found.total,
+    },
+    'classes': list(videos.classes),
+    'chance': 1 / len(videos.classes),
+    **_facts(config),
+  }
+
+
+def _facts(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Returns how a model was fine-tuned."""
+  data = config.data.to_dict()
+  return {
+    'encoder': config.encoder or 'random initialisation',
+    'protocol': 'fine-tuned',
+    'clip': list(options.spec(data).shape),
+    'timing': job_lib.timing(data),
+    'lr': finetune_start.describe_lr(config),
+    'seed': config.seed,
+    'steps': config.method.steps,
+    **{
+      name: config_lib.to_json(config)[name]
+      for name in ('finetune', 'method', 'optim')
+    },
+    **provenance.describe(config_lib.to_json(config)),
+  }
+
+
+def plan(config: ml_collections.ConfigDict, detail: str = 'shapes') -> str:
+  """Returns what the job will do and need, without starting it.
+
+  Args:
+    config: a resolved config.
+    detail: see `train.plan.describe`.
+
+  Raises:
+    ValueError: an encoder or a list of videos that cannot be read.
+  """
+  c, note = config.copy_and_resolve_references(), ''
+  if any(c.finetune.train) or c.data.source:
+    videos = finetune_videos.find(c)
+    c = finetune_start.fill(c, videos)
+    note = _told(c, videos)
+  else:
+    finetune_start.set_steps(c, 100)
+    c.method.classes = c.method.classes or 400
+    note = (
+      'finetune.train is not set: an epoch is shown as 100 steps, with '
+      f'{c.method.classes} classes\n{finetune_start.describe_lr(c)}'
+    )
+  if c.encoder:
+    finetune_start.set_encoder(c, encoders.module_of(c.encoder))
+  return f'{note}\n{plan_lib.describe(c, detail)}'

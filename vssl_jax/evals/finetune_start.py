@@ -1,0 +1,150 @@
+"""What fine-tuning fills into a config: encoder, classes, steps, rule of lr."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import ml_collections
+from jax.experimental import multihost_utils
+
+from vssl_jax import encoders, trees, weights
+from vssl_jax.data import options
+from vssl_jax.evals import finetune_videos
+from vssl_jax.models import vit
+from vssl_jax.train import manifests, optimizer
+
+# Fields of an encoder that fine-tuning decides and weights do not.
+OURS = ('drop_path', 'remat', 'attention', 'final_norm', 'loops')
+LR_BATCH = 256  # videos that optim.lr is for
+
+
+def fill(
+  config: ml_collections.ConfigDict, videos: finetune_videos.Videos
+) -> ml_collections.ConfigDict:
+  """Returns the config with what follows from the videos.
+
+  Args:
+    config: with `finetune`, `optim`, `data` and `method`.
+    videos: from `finetune_videos.find`.
+
+  Raises:
+    ValueError: a batch larger than the data.
+  """
+  c = config.copy_and_resolve_references()
+  wanted = c.finetune
+  steps = videos.count // wanted.batch_size
+  if not steps:
+    raise ValueError(
+      f'finetune.batch_size: found {wanted.batch_size}, wanted at most the '
+      f'{videos.count} videos to train on'
+    )
+  set_steps(c, steps)
+  c.method.classes = len(videos.classes)
+  c.data.update({n: videos.train[n] for n in ('source', 'where', 'holdout')})
+  c.data.classes = videos.classes
+  return c
+
+
+def set_steps(c: ml_collections.ConfigDict, steps: int) -> None:
+  """Writes what follows from the steps of an epoch into a config."""
+  c.method.steps = c.finetune.epochs * steps
+  c.batch_size = c.finetune.batch_size * c.data.repeats
+  c.optim.warmup = round(c.finetune.warmup_epochs * steps)
+  # Clips of the same video count once: both sides of the rule have them all.
+  c.optim.lr_batch, c.optim.lr_power = LR_BATCH * c.data.repeats, 1.0
+
+
+def describe_lr(config: ml_collections.ConfigDict) -> str:
+  """Returns the learning rate as a formula with its result."""
+  optim, size = config.optim, config.finetune.batch_size
+  peak = optim.lr * optimizer.lr_scale(optim, config.batch_size)
+  text = (
+    f'lr = base * batch / {LR_BATCH} = {optim.lr:g} * {size} / {LR_BATCH} = '
+    f'{peak:g}'
+  )
+  if config.data.repeats > 1:
+    text += (
+      f'; each video is in the batch {config.data.repeats} times, which the '
+      'rule does not count'
+    )
+  if optim.layer_decay != 1:
+    text += (
+      f'; times {optim.layer_decay:g}^(blocks - i) in block i, the head at 1'
+    )
+  return text
+
+
+def set_encoder(c: ml_collections.ConfigDict, module: Any) -> None:
+  """Writes an encoder's shape into a config.
+
+  Raises:
+    ValueError: it is no ViT of ours.
+  """
+  if not isinstance(module, vit.Vit):
+    raise ValueError(
+      f'config.encoder: found a {type(module).__name__}, wanted a Vit'
+    )
+  fields = {
+    f.name: getattr(module, f.name)
+    for f in dataclasses.fields(module)
+    if f.name not in ('parent', 'name', *OURS)
+  }
+  fields['depth'], fields['decoder_blocks'] = module.encoder_depth, 0
+  fields['mlp_width'] = module.mlp_width or 4 * module.width
+  with c.unlocked():
+    c.method.encoder.update({n: fields.pop(n) for n in vit.FIELDS})
+    c.method.vit = ml_collections.ConfigDict(fields)
+
+
+def write(
+  c: ml_collections.ConfigDict, encoder: encoders.Encoder | None
+) -> None:
+  """Puts the encoder's weights where the run starts from, and says so.
+
+  They are written into the run's folder once: without a final norm and
+  without blocks that decode, and with learned positions of the clip's grid.
+  So a run that is started again begins from the same, wherever its source is.
+
+  Args:
+    c: its `encoder` is read, its `method` is filled in.
+    encoder: taken in place of `config.encoder`.
+  """
+  if encoder is None and not c.encoder:
+    return
+  folder = pathlib.Path(c.workdir) / 'start'
+  begun = bool(manifests.listing(c.workdir)) and folder.exists()
+  if begun:
+    module = encoders.module_of(str(folder))
+  else:
+    encoder = encoder or encoders.load(c.encoder)
+    module = _write(encoder, options.spec(c.data.to_dict()).shape, folder)
+  if encoder is not None:
+    c.encoder = encoder.name
+  set_encoder(c, module)
+  c.method.source = str(folder)
+
+
+def _write(
+  encoder: encoders.Encoder, video: tuple[int, ...], folder: pathlib.Path
+) -> vit.Vit:
+  """Writes an encoder's part that is fine-tuned and returns its module."""
+  full = encoder.module
+  if not isinstance(full, vit.Vit):
+    raise ValueError(
+      f'{encoder.name}: found a {type(full).__name__}, wanted a Vit'
+    )
+  module = full.clone(
+    depth=full.encoder_depth, decoder_blocks=0, final_norm=False, loops=()
+  )
+  clip = jax.ShapeDtypeStruct((1, *video), 'uint8')
+  shapes = jax.eval_shape(module.init, jax.random.key(0), clip)['params']
+  found = dict(trees.named_leaves(encoder.at(video).params))
+  params = trees.nest(
+    {name: found[name] for name, _ in trees.named_leaves(shapes)}
+  )
+  if jax.process_index() == 0:
+    weights.export(module, params, folder, video=video, layout='vssl_vit')
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices('weights to start from')
+  return module

@@ -1,0 +1,140 @@
+"""Which videos fine-tuning trains on, chooses by and tests on."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import ml_collections
+
+from vssl_jax.data import holdout, options, passes, pipeline
+
+
+@dataclasses.dataclass(frozen=True)
+class Videos:
+  """Three lists of videos with one order of classes.
+
+  Attributes:
+    train: `config.data` of the training videos, `holdout` among it.
+    valid: of those that the best checkpoint is chosen by.
+    test: of the test videos.
+    classes: names by label.
+    count: videos to train on, those held out aside.
+  """
+
+  train: dict[str, Any]
+  valid: dict[str, Any]
+  test: dict[str, Any]
+  classes: tuple[str, ...]
+  count: int
+
+  @property
+  def held(self) -> bool:
+    """Whether validation takes part of the training videos."""
+    return self.train['holdout'] > 0
+
+  @property
+  def chosen_by_test(self) -> bool:
+    """Whether validation and test are the same videos."""
+    return _same(self.valid, self.test)
+
+
+def find(config: ml_collections.ConfigDict) -> Videos:
+  """Lists the videos and their classes.
+
+  Args:
+    config: with `data` and `finetune`.
+
+  Raises:
+    ValueError: no labels, or training videos that are tested on.
+  """
+  wanted = config.finetune
+  train, test = (_data(config, name) for name in ('train', 'test'))
+  given = any(wanted.valid) or wanted.valid_where
+  valid = _data(config, 'valid') if given else dict(train)
+  pairs = {'train and test': (train, test)}
+  if given:
+    pairs['train and valid'] = (train, valid)
+  for names, pair in pairs.items():
+    if _same(*pair):
+      raise ValueError(
+        f'finetune.{names} name the same videos; a figure on videos that the '
+        'model was trained on says nothing'
+      )
+  if not given:
+    if not 0 < wanted.holdout < 1:
+      raise ValueError(
+        f'finetune.holdout: found {wanted.holdout}, wanted a fraction between '
+        '0 and 1; or give the videos to choose by: --config.finetune.valid'
+      )
+    train['holdout'] = valid['holdout'] = wanted.holdout
+  found = options.find(train)
+  if not found.classes:
+    raise ValueError(
+      f'finetune.train: the videos of {train["source"]} have no labels; give '
+      'class folders or a manifest with a label column'
+    )
+  for data in (train, valid, test):
+    data['classes'] = found.classes
+  count = len(holdout.numbers(len(found), train['holdout']))
+  return Videos(train, valid, test, found.classes, count)
+
+
+def _data(config: ml_collections.ConfigDict, which: str) -> dict[str, Any]:
+  """Returns `config.data` of one of the three lists."""
+  data, wanted = config.data.to_dict(), config.finetune
+  given = tuple(s for s in wanted[which] if s)
+  return data | {
+    'source': ','.join(given) or data['source'],
+    'where': wanted[f'{which}_where'] or data['where'],
+    'holdout': 0.0,
+  }
+
+
+def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+  names = ('source', 'where', 'split', 'holdout')
+  return all(a[name] == b[name] for name in names)
+
+
+def name(data: Mapping[str, Any]) -> str:
+  """Returns what a report calls a list of videos."""
+  return data['source'] + (f' where {data["where"]}' if data['where'] else '')
+
+
+def one_view(config: ml_collections.ConfigDict, videos: Videos) -> passes.Pass:
+  """Opens the validation videos: one centre clip of each."""
+  return _pass(config, videos.valid, 1, 1, held=videos.held)
+
+
+def all_views(config: ml_collections.ConfigDict, videos: Videos) -> passes.Pass:
+  """Opens the test videos with all clips and crops of each."""
+  wanted = config.finetune
+  return _pass(
+    config, videos.test, wanted.clips, wanted.views, sampling=wanted.sampling
+  )
+
+
+def _pass(
+  config: ml_collections.ConfigDict,
+  data: Mapping[str, Any],
+  segments: int,
+  views: int,
+  **more: Any,
+) -> passes.Pass:
+  """Opens a pass of about `test_batch_size` clips, of whole videos."""
+  per = segments * views
+  # The fewest videos that every device gets as many clips of.
+  least = jax.device_count() // math.gcd(per, jax.device_count())
+  least = math.lcm(least, jax.process_count())
+  videos = max(config.finetune.test_batch_size // (per * least), 1) * least
+  return pipeline.evaluation(
+    data,
+    batch_size=videos * per,
+    segments=segments,
+    views=views,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    folder=config.workdir,
+    **more,
+  )

@@ -39,6 +39,9 @@ def get_config(variant='G'):
   m.total = 480_000 if big else 100_000
   m.layout = 'loops' if size in 'HGe' else 'unrolled'
   m.vit.remat = 'full' if size in 'HGe' else 'dots'
+  # Dozens of copies of gigabytes otherwise; add 'lock_.*[05]' to keep some.
+  if size in 'HGe':
+    c.checkpoint.keep_phases = ('pixels',)
   c.optim.update(dict(lr=1e-4 if big else 3e-4, lr_start=0.0, lr_end=1e-6))
   c.optim.update(dict(lr_batch=2048 if big else 1024, clip=1.0))
   c.optim.update(dict(weight_decay=0.05, weight_decay_end=0.05))

@@ -52,7 +52,11 @@ def default(method: str = 'salt') -> ml_collections.ConfigDict:
   c.checkpoint = ml_collections.ConfigDict(
     dict(
       every=1000,  # steps
-      keep=2,  # whole states; the parameters of every phase are kept besides
+      keep=2,  # whole states
+      # Phases whose parameters are saved at their end, and stay: regular
+      # expressions of whole names. The last phase's are in any case, and those
+      # that a later phase needs as its teacher.
+      keep_phases=('.*',),
       # States after a multiple of so many steps are never removed, so that a
       # run can be taken back to them; 0: none.
       keep_every=0,

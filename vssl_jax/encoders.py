@@ -190,7 +190,9 @@ def find(source: str) -> Source:
     raise ValueError(
       f'{source}: no finished checkpoint'
       + (f' of phase {wanted!r}' if wanted else '')
-      + f'; the phases of this run are {names}'
+      + f'; the phases of this run are {names}, those with a checkpoint '
+      + f'{[n for n in parts(folder) if "/" not in n]} '
+      '(checkpoint.keep_phases)'
     )
   phase = next(p for p in phases if p.name == saved.phase)
   if average and average not in phase.ema:

@@ -14,7 +14,7 @@ from tests.methods import layerlock_numpy as reference
 from vssl_jax import config as config_lib
 from vssl_jax import losses, masking, rngs, trees
 from vssl_jax.methods import layerlock_config
-from vssl_jax.train import freezing
+from vssl_jax.train import freezing, keeping
 
 VIDEO, PATCH, GRID = (4, 16, 16, 3), (2, 4, 4), (2, 4, 4)
 TOKENS, DECODING = 32, 1
@@ -517,6 +517,9 @@ def test_4b_has_the_published_size():
   assert method.latent_head.features == 1792
   assert method.pixel_head.features == 2 * 16 * 16 * 3
   assert [p.lock_depth for p in method.phases()] == list(range(38))
+  # 38 copies of the parameters would be half a terabyte.
+  kept = keeping.phases(config.checkpoint.keep_phases, method.phases())
+  assert kept == ('pixels', 'lock_37')
 
 
 def _costs(size, **knobs):

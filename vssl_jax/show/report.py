@@ -116,7 +116,7 @@ def _phase(out: pathlib.Path, shown: Shown, phase: base.Phase) -> page.Section:
   pictures = list(_masks(out, shown, phase))
   title, params = f'Phase {phase.name}', _params(shown.folder, phase)
   if params is None:
-    note = 'This phase has no checkpoint yet.'
+    note = 'No checkpoint: not begun, or not one of checkpoint.keep_phases.'
     return page.Section(title, pictures, note)
   pictures += _reconstructions(out, shown, phase, params)
   pictures += _features(out, shown, phase, params)

@@ -14,7 +14,14 @@ import ml_collections
 from vssl_jax import encoders, methods, sharding, trees
 from vssl_jax.data import options
 from vssl_jax.methods import base
-from vssl_jax.train import ahead, freezing, memory, metrics, optimizer
+from vssl_jax.train import (
+  ahead,
+  freezing,
+  keeping,
+  memory,
+  metrics,
+  optimizer,
+)
 from vssl_jax.train import run as run_lib
 
 GIB = 2**30
@@ -69,6 +76,9 @@ def describe(config: ml_collections.ConfigDict, detail: str = 'shapes') -> str:
   lines = [f'clips {_x(video)}, batch {config.batch_size}, {note}']
   lines += [line for part in told for line in part]
   lines += _totals(config, method, spans, video, examples, data * fsdp, mesh)
+  lines.append(
+    keeping.describe(config, method.phases(), [o.state for o in outlines])
+  )
   first_and_last = list(dict.fromkeys((0, len(outlines) - 1)))
   outlines = [outlines[i] for i in first_and_last]
   lines += memory.fits(config, method, outlines, video)

@@ -20,6 +20,7 @@ from vssl_jax.methods import base
 from vssl_jax.train import (
   checkpoint,
   health,
+  keeping,
   manifests,
   metrics,
   order,
@@ -55,6 +56,7 @@ class Run:
   logger: metrics.Logger
   clock: metrics.Clock
   panel: health.Panel
+  kept_phases: tuple[str, ...]  # whose parameters are saved at their end
   watchers: Sequence[Watcher] = ()
   left_out: order.Ranges = ()  # batches that no step takes
   rewinds: list[dict[str, int]] = dataclasses.field(default_factory=list)
@@ -130,13 +132,13 @@ def open_run(config: ml_collections.ConfigDict, read_only: bool = False) -> Run:
   method = methods.build(
     config.method, tuple(clips.shapes['video']), encoders.module_of
   )
-  if any(p.row_specs for p in method.phases()) and not clips.distinct:
+  phases = method.phases()
+  if any(p.row_specs for p in phases) and not clips.distinct:
     raise ValueError(
       f'{config.method.name} keeps a row per example, and a batch of '
       f'{config.batch_size} may hold one of the {clips.num_examples} videos '
       'twice; lower --config.batch_size, or give one source without weights'
     )
-  total = sum(p.steps for p in method.phases())
   return Run(
     config=config,
     workdir=workdir,
@@ -153,7 +155,8 @@ def open_run(config: ml_collections.ConfigDict, read_only: bool = False) -> Run:
       None if read_only else workdir, config.log.tensorboard
     ),
     clock=clock,
-    panel=health.Panel(config.health, clips, total),
+    panel=health.Panel(config.health, clips, sum(p.steps for p in phases)),
+    kept_phases=keeping.phases(config.checkpoint.keep_phases, phases),
   )
 
 

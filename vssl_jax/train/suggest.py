@@ -71,6 +71,7 @@ def decide(config: ml_collections.ConfigDict) -> tuple[int, dict[str, Any]]:
   trial.workdir = str(pathlib.Path(config.workdir) / 'suggest')
   trial.health.every = 1 / min(LOOKS, steps)
   trial.checkpoint.every = max(steps // 2, 1)
+  trial.checkpoint.keep_phases = ('.*',)  # it has phases of its own
   trial.optim.schedule = 'constant'  # else every block slows down with it
   if config.optim.warmup > 0:
     trial.optim.warmup = max(round(config.optim.warmup * steps / total), 1)

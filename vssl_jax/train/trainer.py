@@ -121,7 +121,7 @@ def _run_phase(
     f'{optimizer.warmup_steps(config.optim, horizon)} steps'
   )
   state = _loop(run, shapes, state, teachers, made, compiler)
-  if not run.preempted:
+  if not run.preempted and phase.name in run.kept_phases:
     kept = {'params': state.params, 'ema': state.ema}
     run.checkpoints.save_params(kept, span.end, phase.name)
   _save(run, span, state)

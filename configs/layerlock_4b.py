@@ -12,7 +12,14 @@ source). Ours: not run.
 from vssl_jax import config as config_lib
 
 
+VARIANTS = ('mae', 'pixels', 'subset', 'control')
+
+
 def get_config(variant=''):
+  if variant not in ('', *VARIANTS):
+    raise ValueError(
+      f'layerlock_4b.py: found :{variant}, wanted one of {VARIANTS} or nothing'
+    )
   size = f'e-{variant}' if variant else 'e'
   _, c = config_lib.load(f'configs/layerlock_2b.py:{size}')
   c.method.total = 488_281

@@ -4,6 +4,7 @@ import ml_collections
 import pytest
 
 from vssl_jax import config as config_lib
+from vssl_jax.models import framewise, vit
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = 'from vssl_jax import config\n\n\ndef get_config(variant=""):\n'
@@ -156,9 +157,24 @@ VARIANTS = {
   'salt.py': ['', 'B', 'L', 'H', 'g', 'G'],
   'vjepa2.py': ['', 'B', 'L', 'H'],
   'videomae_k400.py': ['', 'S', 'B', 'L'],
+  'mvd_k400.py': ['', 'S', 'B', 'L'],
+  'pmd_k400.py': ['', 'S', 'B', 'L', 'B-self'],
+  'pmd_single_gpu.py': ['', 'mvd', 'self'],
   'salt_single_gpu.py': [''],
-  'demo.py': ['', 'salt'],
+  'layerlock_2b.py': ['', 'S', 'B', 'L', 'H', 'G', 'L-mae', 'L-vjepa'],
+  'layerlock_4b.py': [''],
+  'layerlock_single_gpu.py': ['', 'mae', 'subset', 'pixels'],
+  'demo.py': ['', 'salt', 'layerlock', 'pmd'],
 }
+
+
+def _published(source):
+  """Returns encoders as the hub has them under these names."""
+  size = {'base': 'B', 'large': 'L'}[source.rsplit('-', 1)[1]]
+  if source.startswith('facebook/vit-mae'):
+    image = dict(patch=(1, 16, 16), positions='sincos_2d', class_token=True)
+    return framewise.Framewise(vit.make(size, **image))
+  return vit.make(size, positions='sinusoid_1d', qkv_bias='qv')
 
 
 @pytest.mark.parametrize(
@@ -170,7 +186,7 @@ def test_every_page_builds_its_method(spec):
 
   _, config = config_lib.load(f'configs/{spec}')
   clip = options.spec(config.data.to_dict()).shape
-  method = methods.build(config.method, clip, lambda source: None)
+  method = methods.build(config.method, clip, _published)
   assert all(p.steps > 0 for p in method.phases())
   assert method.cost(method.phases()[-1], clip).total > 0
 

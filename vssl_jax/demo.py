@@ -37,7 +37,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
     ValueError: no demo of that name.
   """
   variant = variant or 'salt'
-  methods = {'salt': _salt, 'layerlock': _layerlock}
+  methods = {'salt': _salt, 'layerlock': _layerlock, 'pmd': _pmd}
   if variant not in methods:
     raise ValueError(
       f'demo.py: found :{variant}, wanted one of {list(methods)}'
@@ -122,6 +122,36 @@ def _layerlock(c: ml_collections.ConfigDict) -> None:
   m.decoder_blocks = 2
   m.masks = 'causal:0.5'
   m.total, m.start, m.last = 2000, 0.5, 3.0
+  c.optim.warmup = 200
+
+
+def _pmd(c: ml_collections.ConfigDict) -> None:
+  """Two teachers from nothing, then four phases of rising mask ratio.
+
+  The video teacher's mask is causal, as for SALT's and for the same reason;
+  the image teacher sees single frames and can know nothing of motion. A
+  picture has 16 positions here: the ratios show 8, 6, 4 and 2 of them, where
+  the published ones would show 4, 4, 3 and 2. Memory is looked at once an
+  epoch.
+  """
+  m = c.method
+  m.vit.update(dict(patch=(2, 8, 8), dtype='float32'))
+  shape = dict(size='Ti', width=64, depth=3, num_heads=4, mlp_width=256)
+  head = dict(width=64, depth=1, num_heads=4)
+  for section, steps in ((m.image_teacher, 500), (m.video_teacher, 3000)):
+    section.encoder.update(shape)
+    section.decoder.update(head)
+    section.steps = steps
+  m.video_teacher.masks = 'causal:0.5'
+  m.encoder.update(shape)
+  m.decoder.update(head)
+  m.drop_path = 0.0
+  m.image.update(dict(teacher='@image_teacher', dtype='float32'))
+  m.video.update(dict(teacher='@video_teacher', dtype='float32'))
+  m.previous_dtype = 'float32'
+  m.mask_ratios = (0.5, 0.625, 0.75, 0.875)
+  m.steps = (CLIPS['pretrain'] // 16 * 3,) * 4
+  m.window = CLIPS['pretrain'] // 16
   c.optim.warmup = 200
 
 

@@ -261,6 +261,32 @@ class Method(abc.ABC):
       phase: one of `phases()`.
     """
 
+  def targets(
+    self, teachers: Mapping[str, Any], video: Video, phase: Phase
+  ) -> Mapping[str, Float[Array, 'B ...']]:
+    """Returns what frozen teachers say of clips, whatever the step.
+
+    Neither masks nor trained parameters enter, so it is computed once a clip
+    for all masks and losses, and may be kept: a batch that carries
+    `targets/<name>` needs no teacher for them. (An average moves, so that
+    what it says is not worth keeping.) Arguments as in `loss`.
+    """
+    del teachers, video, phase
+    return {}
+
+  def targets_of(
+    self,
+    teachers: Mapping[str, Any],
+    batch: Mapping[str, Any],
+    phase: Phase,
+  ) -> Mapping[str, Float[Array, 'B ...']]:
+    """Returns the targets that a batch carries, else asks the teachers."""
+    start = 'targets/'
+    given = {
+      k[len(start) :]: x for k, x in batch.items() if k[: len(start)] == start
+    }
+    return given or self.targets(teachers, batch['video'], phase)
+
   @abc.abstractmethod
   def cost(self, phase: Phase, video: tuple[int, ...]) -> Cost:
     """Returns what one clip costs in a train step.

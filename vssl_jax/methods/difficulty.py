@@ -5,6 +5,7 @@ of them this step predicts. Source: PMD (CVPR 2026), secondary; `README.md`
 lists what its text leaves open.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -79,31 +80,32 @@ def evenness(
 
 
 def align(
-  mapped: dict[int, Float[Array, 'B V D']],
-  teacher: tuple[Float[Array, 'B V D'], ...],
-  pairs: tuple[tuple[range, range], ...],
-) -> tuple[Float[Array, ''], Float[Array, '']]:
+  mapped: Mapping[int, Float[Array, 'B V D']],
+  groups: tuple[tuple[range, Float[Array, 'B V D']], ...],
+) -> Float[Array, '']:
   """Returns CLFA's distance of student layers to deeper teacher layers.
 
-  Over all pairs of a group the mean square is that to the group's mean layer,
-  plus the spread of the teacher's layers around it, which has no gradient.
+  Over all pairs of layers the mean square is that to the mean of the teacher's
+  group, which is what this is, plus the spread of `condense`, a constant.
 
   Args:
     mapped: student layer (from 1) -> its tokens in the teacher's width.
-    teacher: its residual stream at these tokens: embedded, then each block.
-    pairs: (student layers, teacher layers) of each group.
-
-  Returns:
-    The distance to the means, and the spread.
+    groups: student layers, and the mean of the teacher layers they follow.
   """
-  distance = spread = jnp.zeros(())
-  for students, layers in pairs:
-    group = jnp.stack([teacher[i].astype(jnp.float32) for i in layers])
-    mean = jnp.mean(group, axis=0)
+  total = jnp.zeros(())
+  for students, mean in groups:
     each = [jnp.mean(jnp.square(mapped[n] - mean)) for n in students]
-    distance += jnp.mean(jnp.stack(each))
-    spread += jnp.mean(jnp.square(group - mean))
-  return distance, jax.lax.stop_gradient(spread)
+    total += jnp.mean(jnp.stack(each))
+  return total
+
+
+def condense(
+  layers: Sequence[Float[Array, 'B N D']],
+) -> tuple[Float[Array, 'B N D'], Float[Array, 'B N']]:
+  """Returns the mean of some layers, and their mean square around it."""
+  stacked = jnp.stack([x.astype(jnp.float32) for x in layers])
+  mean = jnp.mean(stacked, axis=0)
+  return mean, jnp.mean(jnp.square(stacked - mean), axis=(0, 3))
 
 
 def thirds(depth: int) -> tuple[range, range, range]:

@@ -115,6 +115,28 @@ class Pmd(base.Method):
       params[f'align_{name}'] = align.init(key, aligned)['params']
     return params
 
+  def targets(
+    self, teachers: Mapping[str, Any], video: base.Video, phase: base.Phase
+  ) -> Mapping[str, Float[Array, 'B ...']]:
+    """Returns each teacher's last block, and means of its deeper layers."""
+    if isinstance(phase, pixels.PixelTeacher):
+      return {}
+    found, norm = {}, losses.TARGET_NORMS[self.align_norm]
+    for name in phase.student.decoder:
+      layers_of = _teach(phase, name, teachers[name], video)
+      found[name] = losses.TARGET_NORMS[self.target_norm](layers_of[-1])
+      if name not in phase.align:
+        continue
+      _, *groups = difficulty.thirds(len(layers_of) - 1)
+      spread = jnp.zeros(found[name].shape[:2])
+      for group, numbers in zip(('middle', 'deep'), groups, strict=True):
+        found[f'{name}/{group}'], around = difficulty.condense(
+          [norm(layers_of[i]) for i in numbers]
+        )
+        spread += around
+      found[f'{name}/spread'] = spread
+    return found
+
   def loss(
     self,
     params: base.Params,
@@ -126,15 +148,11 @@ class Pmd(base.Method):
     """Returns lambda_base L_base + lambda_pg L_pg + lambda_df L_df + ..."""
     if isinstance(phase, pixels.PixelTeacher):
       return pixels.loss(params, batch, rng, phase)
-    # Neither masks nor losses change what a teacher says: once per clip.
-    features = {
-      name: _teach(phase, name, teachers[name], batch['video'])
-      for name in phase.student.decoder
-    }
+    targets = self.targets_of(teachers, batch, phase)
     metrics, parts, seen = {}, {}, []
     for i, spec in enumerate(phase.masks):
       under, found, told = self._under(
-        params, teachers, batch, rng, phase, i, features
+        params, teachers, batch, rng, phase, i, targets
       )
       seen.append(under)
       metrics |= {f'mask/{spec.name}/{n}': x for n, x in told.items()}
@@ -160,8 +178,8 @@ class Pmd(base.Method):
     )
     for name in phase.align:  # the printed loss is over all pairs of layers
       means[f'loss/alignment/{name}'] += means.pop(f'spread/{name}')
-    for name, layers_of in features.items():
-      metrics[f'target/std/{name}'] = jnp.std(layers_of[-1].astype(jnp.float32))
+    for name in phase.student.decoder:
+      metrics[f'target/std/{name}'] = jnp.std(targets[name])
     return total, base.Aux(metrics | means, rows)
 
   def _under(
@@ -172,7 +190,7 @@ class Pmd(base.Method):
     rng: rngs.Rng,
     phase: Distil,
     index: int,
-    features: Mapping[str, tuple[Array, ...]],
+    targets: Mapping[str, Array],
   ) -> tuple[_Seen, dict[str, Array], Mapping[str, Array]]:
     """Returns what the student does under one mask, and its loss terms."""
     video, spec = batch['video'], phase.masks[index]
@@ -186,13 +204,9 @@ class Pmd(base.Method):
       rngs={'dropout': rng.stream(f'dropout/{spec.name}')},
     )
     terms, per_patch = {}, {}
-    for name, layers_of in features.items():
-      target = losses.TARGET_NORMS[self.target_norm](layers_of[-1])
-      per_patch[name] = losses.per_token(
-        out.predicted[name],
-        masking.gather(target, mask.masked),
-        self.feature_loss,
-      )
+    for name, predicted in out.predicted.items():
+      wanted = masking.gather(targets[name], mask.masked)
+      per_patch[name] = losses.per_token(predicted, wanted, self.feature_loss)
       terms[f'loss/base/{name}'] = jnp.mean(per_patch[name])
     if phase.previous_masks:
       before, _ = phase.previous_masks[index].draw(rng, batch, grid)
@@ -200,7 +214,7 @@ class Pmd(base.Method):
         teachers['previous'], video, before, at=mask.masked
       )
       terms |= self._progressive(out.predicted, guide.predicted, mask, before)
-    terms |= self._alignment(params, phase, out.features, features, mask)
+    terms |= self._alignment(params, phase, out.features, targets, mask)
     return _Seen(mask, per_patch, out.features), terms, told
 
   def _progressive(
@@ -234,28 +248,27 @@ class Pmd(base.Method):
     params: base.Params,
     phase: Distil,
     features: tuple[Array, ...],
-    teachers: Mapping[str, tuple[Array, ...]],
+    targets: Mapping[str, Array],
     mask: masking.Mask,
   ) -> dict[str, Array]:
     """Returns CLFA's distances, on the visible tokens."""
     norm = losses.TARGET_NORMS[self.align_norm]
+    shallow, middle, _ = difficulty.thirds(len(features) - 1)
     terms = {}
     for name, module in phase.align.items():
-      shallow, middle, _ = difficulty.thirds(len(features) - 1)
-      _, to_middle, to_deep = difficulty.thirds(len(teachers[name]) - 1)
       mapped = module.apply(
         {'params': params[f'align_{name}']},
         {n: norm(features[n]) for n in (*shallow, *middle)},
       )
-      wanted = {
-        n: norm(masking.gather(teachers[name][n], mask.visible))
-        for n in (*to_middle, *to_deep)
-      }
-      terms[f'loss/alignment/{name}'], terms[f'spread/{name}'] = (
-        difficulty.align(
-          mapped, wanted, ((shallow, to_middle), (middle, to_deep))
-        )
+      wanted = [
+        masking.gather(targets[f'{name}/{group}'], mask.visible)
+        for group in ('middle', 'deep')
+      ]
+      terms[f'loss/alignment/{name}'] = difficulty.align(
+        mapped, ((shallow, wanted[0]), (middle, wanted[1]))
       )
+      spread = masking.gather(targets[f'{name}/spread'], mask.visible)
+      terms[f'spread/{name}'] = jnp.mean(spread)
     return terms
 
   def _difficulty(

@@ -284,8 +284,6 @@ def _still(module: nn.Module) -> nn.Module:
       encoder=_still(module.encoder),
       decoder={name: _still(x) for name, x in module.decoder.items()},
     )
-  if isinstance(module, framewise.Framewise):
-    return module.clone(image=_still(module.image))
   return module.clone(drop_path=0.0)
 
 

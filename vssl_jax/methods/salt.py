@@ -72,6 +72,16 @@ class Salt(base.Method):
       'predictor': pixels.init_head(rng, video, phase, 'predictor', head),
     }
 
+  def targets(
+    self, teachers: Mapping[str, Any], video: base.Video, phase: base.Phase
+  ) -> Mapping[str, Float[Array, 'B ...']]:
+    """Returns the teacher's tokens, before they are normed."""
+    if isinstance(phase, pixels.PixelTeacher):
+      return {}
+    part = {} if phase.target_layer is None else {'upto': phase.target_layer}
+    teach = phase.teachers['target']
+    return {'target': teach(teachers['target'], video, **part)}
+
   def loss(
     self,
     params: base.Params,
@@ -85,9 +95,8 @@ class Salt(base.Method):
       return pixels.loss(params, batch, rng, phase)
     video = batch['video']
     grid = layers.grid_of(video.shape, phase.encoder.patch)
-    # Targets do not depend on the mask: one teacher pass serves all masks.
-    part = {} if phase.target_layer is None else {'upto': phase.target_layer}
-    raw = phase.teachers['target'](teachers['target'], video, **part)
+    # One pass of the teacher serves all masks.
+    raw = self.targets_of(teachers, batch, phase)['target']
     _check_grid(raw, grid, phase)
     targets = losses.TARGET_NORMS[phase.target_norm](raw)
     distance = losses.DISTANCES[phase.latent_loss]

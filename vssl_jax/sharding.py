@@ -11,6 +11,7 @@ layer. So models say that a weight is gathered where it is used, in the type
 that it is used in; activations then stay with their clips.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -24,6 +25,9 @@ from vssl_jax import trees
 # Leaves under this many scalars are replicated: gathering them costs more in
 # latency than holding them costs in memory.
 MIN_SHARDED_SIZE = 2**14
+
+# Leaves under this name have a training example in each place of axis 0.
+EXAMPLES = 'rows/'
 
 # The compiler decides where intermediate values live.
 AUTO = (AxisType.Auto,) * 2
@@ -66,17 +70,24 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def spec(
   name: str,
   shape: tuple[int, ...],
-  fsdp: int,
+  sizes: Mapping[str, int],
   overrides: Mapping[str, tuple[str | None, ...]] | None = None,
 ) -> PartitionSpec:
   """Returns where one leaf is split: its largest axis that `fsdp` divides.
 
+  The memory of training examples is split over them, by every device that
+  there is, however small it is.
+
   Args:
     name: the leaf, for `overrides`.
     shape: its shape.
-    fsdp: size of the `fsdp` axis.
-    overrides: regular expression of a name -> partition spec as a tuple.
+    sizes: of the mesh's axes, by name.
+    overrides: regular expression of a name -> partition spec as a tuple; none
+      changes where examples live.
   """
+  if name.startswith(EXAMPLES):
+    return PartitionSpec(example_axes(shape[0], sizes) or None)
+  fsdp = sizes['fsdp']
   for pattern, axes in (overrides or {}).items():
     if re.match(pattern, name):
       return PartitionSpec(*axes)
@@ -91,6 +102,19 @@ def spec(
   )
 
 
+def example_axes(examples: int, sizes: Mapping[str, int]) -> tuple[str, ...]:
+  """Returns the axes that split the training examples: the most that divide.
+
+  Args:
+    examples: places for them.
+    sizes: of the mesh's axes, by name.
+  """
+  for axes in (('data', 'fsdp'), ('fsdp',), ('data',)):
+    if examples % math.prod(sizes[axis] for axis in axes) == 0:
+      return axes
+  return ()
+
+
 def shardings(
   tree: Any,
   mesh: Mesh,
@@ -101,14 +125,14 @@ def shardings(
   The rule looks at the last names too: optimizer moments carry the name and
   the shape of their parameter, so they land where it does.
   """
-  fsdp = mesh.shape['fsdp']
+  sizes = mesh.shape
   return trees.map_named(
-    lambda name, x: NamedSharding(mesh, spec(name, x.shape, fsdp, overrides)),
+    lambda name, x: NamedSharding(mesh, spec(name, x.shape, sizes, overrides)),
     tree,
   )
 
 
-def _mesh_of_step() -> Any:
+def mesh_of_step() -> Any:
   """Returns the mesh of the step that is being traced; None without one."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.size == 1 or mesh.axis_names != ('data', 'fsdp'):
@@ -122,7 +146,7 @@ def gathered(weight: jax.Array) -> jax.Array:
 
   Its gradient goes back to the devices that hold the weight.
   """
-  if _mesh_of_step() is None:
+  if mesh_of_step() is None:
     return weight
   return jax.lax.with_sharding_constraint(weight, PartitionSpec())
 
@@ -132,10 +156,10 @@ def _gathered_forward(weight: jax.Array) -> tuple[jax.Array, None]:
 
 
 def _gathered_backward(_: None, gradient: jax.Array) -> tuple[jax.Array]:
-  mesh = _mesh_of_step()
+  mesh = mesh_of_step()
   if mesh is None:
     return (gradient,)
-  at = spec('', gradient.shape, mesh.shape['fsdp'])
+  at = spec('', gradient.shape, mesh.shape)
   return (jax.lax.with_sharding_constraint(gradient, at),)
 
 

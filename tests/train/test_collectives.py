@@ -60,11 +60,11 @@ def _sides(shape):
 def _split(shapes, block):
   """Returns the sides of a block's weights that devices share out."""
   tree = trees.subtree(shapes.state.params, block)
-  size = jax.device_count()
+  sizes = {'data': 1, 'fsdp': jax.device_count()}
   return collections.Counter(
     _sides(x.shape)
     for name, x in trees.named_leaves(tree)
-    if sharding.spec(name, x.shape, size)
+    if sharding.spec(name, x.shape, sizes)
   )
 
 

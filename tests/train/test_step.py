@@ -9,7 +9,6 @@ from tests.train import toy
 from vssl_jax import sharding, trees
 from vssl_jax.methods import base
 from vssl_jax.train import freezing, optimizer, step
-from vssl_jax.train import rows as rows_lib
 
 VIDEO, EXAMPLES = (2, 4, 4, 3), 16
 
@@ -38,7 +37,14 @@ def _make(phase=None, rows=None, lr=0.1, **kwargs):
   )
   state = step.init_state(method, phase, tx, key, VIDEO, EXAMPLES)
   update = step.make_update(
-    method, phase, tx, labels, key=key, start=0, **kwargs
+    method,
+    phase,
+    tx,
+    labels,
+    key=key,
+    start=0,
+    num_examples=EXAMPLES,
+    **kwargs,
   )
   return state, jax.jit(update)
 
@@ -60,11 +66,18 @@ def test_loss_falls_and_steps_are_counted():
   assert state.step == 30
 
 
+def _own_rows(shape):
+  """A value of its own for every cell."""
+  return np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+
+
 @pytest.mark.parametrize('micro', [2, 4])
 def test_accumulation_gives_the_step_of_the_whole_batch(micro):
-  rows = {'seen': base.RowSpec((), fill=0.0)}
+  rows = {'seen': base.RowSpec((2,), window=5)}
   state, whole = _make(rows=rows)
   _, parts = _make(rows=rows, accumulate=micro)
+  kept = jax.tree.map(lambda x: x + _own_rows(x.shape), state.rows)
+  state = dataclasses.replace(state, rows=kept)
   a, va = whole(state, {}, _batch())
   b, vb = parts(state, {}, _batch())
   for name, x in trees.named_leaves((a, va)):
@@ -93,39 +106,15 @@ def test_a_step_that_is_not_finite_keeps_every_bit(bad):
 def test_a_spike_is_reported_and_skipped_if_asked():
   ones = np.ones(8, np.float32)
   for factor, taken in ((0.0, True), (5.0, False)):
-    state, update = _make(lr=1e-4, skip_spike=factor)
+    rows = {'seen': base.RowSpec(())}
+    state, update = _make(lr=1e-4, skip_spike=factor, rows=rows)
     for _ in range(5):
       state, _ = update(state, {}, _batch(weight=ones))
     after, values = update(state, {}, _batch(weight=ones * 100))
     assert values['spike'] > 10
     assert _same(state.params, after.params) != taken
+    assert _same(state.rows, after.rows) != taken
     assert after.guard['skipped'] == (0 if taken else 1)
-
-
-@pytest.mark.parametrize('sharded', [False, True])
-def test_rows_are_gathered_and_scattered(sharded):
-  rows = {'seen': base.RowSpec((), fill=0.0, window=3)}
-  state, update = _make(rows=rows)
-  if sharded:
-    mesh = sharding.make_mesh(1, -1)
-    at = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('fsdp'))
-    state = dataclasses.replace(state, rows=jax.device_put(state.rows, at))
-  counts = np.zeros(EXAMPLES)
-  for i in range(4):
-    batch = _batch(i)
-    batch['index'][:2] = EXAMPLES  # substituted: must be written nowhere
-    counts[batch['index'][2:]] += 1
-    state, _ = update(state, {}, batch)
-    if i == 2:
-      at_window = counts.copy()
-  np.testing.assert_array_equal(state.rows['seen'], counts)
-  np.testing.assert_array_equal(state.rows['seen@window'], at_window)
-
-
-def test_rows_must_be_those_declared():
-  specs = {'seen': base.RowSpec(())}
-  with pytest.raises(ValueError, match=r"\['seen'\]"):
-    rows_lib.scatter(specs, rows_lib.init(specs, 4), _batch(), {}, 1)
 
 
 def test_ema_hand_numbers():
@@ -185,7 +174,9 @@ def _make_for(method, phase):
   )
   state = step.init_state(method, phase, tx, key, VIDEO, EXAMPLES)
   return state, jax.jit(
-    step.make_update(method, phase, tx, labels, key=key, start=0)
+    step.make_update(
+      method, phase, tx, labels, key=key, start=0, num_examples=EXAMPLES
+    )
   )
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Num
 from vssl_jax import masking, rngs, trees
 
 Params = Mapping[str, Any]  # role -> tree: {'encoder': ..., 'predictor': ...}
-ROW_DTYPES = ('float32', 'bfloat16', 'float16')
+ROW_DTYPES = ('float32', 'float16')
 # uint8, or float in [0, 1].
 Video = Num[Array | np.ndarray, 'B T H W C']
 

@@ -42,6 +42,7 @@ class Outline:
     tx: the optimizer.
     labels: `freezing.labels` of the parameters.
     schedules: `lr` and `wd` by the step of the run.
+    examples: training examples that rows have room for.
   """
 
   span: run_lib.Span
@@ -51,6 +52,7 @@ class Outline:
   tx: optax.GradientTransformationExtraArgs
   labels: Any
   schedules: dict[str, optimizer.Schedule]
+  examples: int
 
 
 def outline(
@@ -67,7 +69,7 @@ def outline(
     method: its method.
     span: one of `run.spans(method)`.
     video: (T, H, W, C) of a clip.
-    examples: rows to make room for.
+    examples: training examples, for phases that remember them.
 
   Raises:
     ValueError: the schedules do not fit the phase.
@@ -92,7 +94,7 @@ def outline(
     if not teacher.source.startswith('@ema/')
   }
   schedules = {'lr': lr, 'wd': decay}
-  return Outline(span, fresh, state, teachers, tx, labels, schedules)
+  return Outline(span, fresh, state, teachers, tx, labels, schedules, examples)
 
 
 def teacher_shapes(teacher: base.Teacher, video: tuple[int, ...]) -> Any:
@@ -127,6 +129,7 @@ def jitted(
     shapes.labels,
     key=jax.random.key(config.seed),
     start=shapes.span.start,
+    num_examples=shapes.examples,
     accumulate=config.optim.accumulate,
     skip_spike=config.optim.skip_spike,
   )

@@ -57,7 +57,7 @@ def per_device(
     return math.fsum(
       math.prod(x.shape)
       * x.dtype.itemsize
-      / _pieces(sharding.spec(name, x.shape, fsdp, overrides), axes)
+      / _pieces(sharding.spec(name, x.shape, axes, overrides), axes)
       for name, x in named
     )
 

@@ -22,6 +22,7 @@ from vssl_jax.train import (
   provenance,
 )
 from vssl_jax.train import run as run_lib
+from vssl_jax.train import step as step_lib
 from vssl_jax.train.run import Run, TrainingError, on_device, spans
 
 # What each part of a record tells, when it alone or first differs.
@@ -129,6 +130,7 @@ def _take(
     if done == record['step'] - 1:
       before = probes.sums(state)  # it waits for the steps before
     state, _ = compiled(state, teachers, batch)
+    state = step_lib.end_windows(state, span.phase, done + 1 - span.start)
   return {
     'before': before,
     'after': probes.sums(state),

@@ -133,12 +133,8 @@ def open_run(config: ml_collections.ConfigDict, read_only: bool = False) -> Run:
     config.method, tuple(clips.shapes['video']), encoders.module_of
   )
   phases = method.phases()
-  if any(p.row_specs for p in phases) and not clips.distinct:
-    raise ValueError(
-      f'{config.method.name} keeps a row per example, and a batch of '
-      f'{config.batch_size} may hold one of the {clips.num_examples} videos '
-      'twice; lower --config.batch_size, or give one source without weights'
-    )
+  if any(phase.row_specs for phase in phases):
+    _check_distinct(config, clips)
   return Run(
     config=config,
     workdir=workdir,
@@ -168,6 +164,28 @@ def _check_batch(
     raise ValueError(
       f'batch_size: found {config.batch_size}, wanted a multiple of {pieces} '
       f'({mesh.size} devices x {config.optim.accumulate} micro-batches)'
+    )
+
+
+def _check_distinct(
+  config: ml_collections.ConfigDict, clips: pipeline.Clips
+) -> None:
+  """Refuses batches that may hold an example twice: which row would stay?"""
+  data, size = config.data, config.batch_size
+  why = ''
+  if data.repeats > 1:
+    why = f'data.repeats={data.repeats}; set --config.data.repeats=1'
+  elif data.weights:
+    why = f'data.weights={data.weights}; set --config.data.weights=()'
+  elif not clips.distinct:
+    why = (
+      f'batch_size={size} of {clips.num_examples} videos; lower '
+      '--config.batch_size to as many at most'
+    )
+  if why:
+    raise ValueError(
+      f'{config.method.name} remembers every training example, and a batch may '
+      f'not hold one twice, as it may with {why}'
     )
 
 

@@ -28,7 +28,7 @@ class TrainState:
       `frozen_dtype`.
     opt: the optimizer's state.
     ema: name -> averaged tree, float32.
-    rows: name -> memory of every training example, `[num_examples, ...]`.
+    rows: name -> memory of every training example, see `rows`.
     guard: `skipped` int32 and `streak` int32 (steps without an update, in all
       and in a row), `history` float32 [HISTORY] of accepted losses (NaN:
       empty).
@@ -68,7 +68,7 @@ def init_state(
     tx: its optimizer.
     key: the run's key; the phase's name is folded in.
     video: (T, H, W, C) of a clip.
-    num_examples: rows to make room for.
+    num_examples: training examples, for phases that remember them.
     start: first step of the phase, counted over the run.
   """
   clip = jnp.zeros((1, *video), jnp.uint8)
@@ -98,6 +98,7 @@ def make_update(
   *,
   key: jax.Array,
   start: int,
+  num_examples: int,
   accumulate: int = 1,
   skip_spike: float = 0.0,
 ) -> Callable[[TrainState, Any, Mapping[str, Any]], tuple[TrainState, Any]]:
@@ -110,6 +111,7 @@ def make_update(
     labels: `freezing.labels`.
     key: the run's key.
     start: first step of the phase, counted over the run.
+    num_examples: training examples; indices from there on are substitutes.
     accumulate: micro-batches per step.
     skip_spike: skip a loss over this multiple of the running median; 0: never.
   """
@@ -119,7 +121,8 @@ def make_update(
   ) -> tuple[TrainState, Any]:
     rng = rngs.Rng(key, state.step)
     targets = dict(teachers) | _ema_teachers(phase, state.ema)
-    batch = dict(batch) | rows.gather(phase.row_specs, state.rows, batch)
+    specs, index = phase.row_specs, batch['index']
+    batch = dict(batch) | rows.gather(specs, state.rows, index, num_examples)
 
     trained, frozen = freezing.split(state.params, labels)
 
@@ -137,17 +140,16 @@ def make_update(
     updates, _ = freezing.split(updates, labels)
     params = freezing.join(optax.apply_updates(trained, updates), frozen)
     ema = _average(phase, state.ema, params, state.step - start)
-    new_rows = rows.scatter(
-      phase.row_specs, state.rows, batch, aux.rows, state.step + 1 - start
-    )
     kept = jax.tree.map(
       lambda new, old: jnp.where(ok, new, old),
-      (params, opt, ema, new_rows),
-      (state.params, state.opt, state.ema, state.rows),
+      (params, opt, ema),
+      (state.params, state.opt, state.ema),
     )
-    new_state = TrainState(
-      state.step + 1, *kept, _advance_guard(state.guard, value, ok, state.step)
-    )
+    # A step that is not taken writes as a batch of substitutes does: nowhere.
+    index = jnp.where(ok, index, num_examples)
+    new_rows = rows.scatter(specs, state.rows, index, aux.rows, num_examples)
+    guard = _advance_guard(state.guard, value, ok, state.step)
+    new_state = TrainState(state.step + 1, *kept, new_rows, guard)
     metrics = dict(aux.metrics) | {
       'loss': value,
       'grad_norm': norm,
@@ -184,6 +186,18 @@ def jit_update(
     out_shardings=(state_at, sharding.replicated(mesh)),
     donate_argnums=0,
   )
+
+
+def end_windows(state: TrainState, phase: base.Phase, done: int) -> TrainState:
+  """Returns the state after what is due between two steps of a phase.
+
+  Args:
+    state: after a step; its copies of rows are donated where they are due.
+    phase: the phase.
+    done: steps of the phase that the state has seen.
+  """
+  kept = rows.end_windows(phase.row_specs, state.rows, done)
+  return dataclasses.replace(state, rows=kept)
 
 
 def _ema_teachers(phase: base.Phase, ema: Mapping[str, Any]) -> dict[str, Any]:

@@ -154,6 +154,7 @@ def _loop(
     with run.clock('step'):
       probe.before(done, state, batch)
       state, values = compiled(state, teachers, batch)
+      state = step.end_windows(state, span.phase, done + 1 - span.start)
       probe.after(state)
       # Waits for the step before, so the device always has one in hand.
       recorder.add(done, local, values, state)

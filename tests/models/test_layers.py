@@ -75,6 +75,16 @@ def test_videomae_start():
   assert largest == pytest.approx(1536**-0.5, rel=1e-3)
 
 
+def test_mae_start():
+  glorot = (6 / (768 + 64)) ** 0.5  # of the embedding too
+  assert deviation('mae', 'embed', (768, 64))[1] == pytest.approx(
+    glorot, rel=1e-3
+  )
+  for role in ('qkv', 'out', 'fc1'):
+    shape = (256, 256)
+    assert deviation('mae', role, shape) == deviation('videomae', role, shape)
+
+
 def test_unknown_family():
-  with pytest.raises(ValueError, match="'mae'"):
-    layers.kernel_init('mae', 'qkv')
+  with pytest.raises(ValueError, match="'moco'"):
+    layers.kernel_init('moco', 'qkv')

@@ -1,6 +1,7 @@
 """Moves numbers between published layouts and ours, and reports every key."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 
 from vssl_jax import trees
-from vssl_jax.weights import read, tables
+from vssl_jax.weights import pairs, read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,17 @@ def _conv_to_ours(x: np.ndarray) -> np.ndarray:
   return x.transpose(2, 3, 4, 1, 0).reshape(-1, x.shape[0])
 
 
+def _grid_rows(x: np.ndarray) -> np.ndarray:
+  """Returns the rows [1, 1 + side * side, D] of a square as [1, h, w, D]."""
+  side = math.isqrt(x.shape[1] - 1)
+  if x.shape[:2] != (1, 1 + side * side) or not side:
+    raise read.WeightsError(
+      f'a position table of shape {x.shape} is not that of a class token and '
+      'a square of patches, [1, 1 + side * side, D]'
+    )
+  return x[:, 1:].reshape(1, side, side, x.shape[2])
+
+
 def _conv_to_theirs(x: np.ndarray, patch: tuple[int, ...]) -> np.ndarray:
   return x.reshape(*patch, -1, x.shape[-1]).transpose(4, 3, 0, 1, 2)
 
@@ -63,20 +75,32 @@ FORMS: dict[str, Form] = {
   'same': lambda x: x,
   'dense': lambda x: x.T,
   'conv': _conv_to_ours,
+  'image_conv': lambda x: _conv_to_ours(x[:, :, None]),
   'token': lambda x: x.reshape(1, -1),
+  'class_row': lambda x: x[0, :1],
+  'grid_rows': _grid_rows,
   # Flax keeps axes of their own for heads and for the pixels of a patch.
   'patches': lambda x: x.reshape(-1, x.shape[-1]),
   'heads': lambda x: x.reshape(x.shape[0], -1),
   'head_bias': lambda x: x.reshape(-1),
   'from_heads': lambda x: x.reshape(-1, x.shape[-1]),
 }
-AXES = {'dense': 2, 'conv': 5, 'patches': 5, 'heads': 3, 'head_bias': 2,
-        'from_heads': 3}  # fmt: skip
+AXES = {
+  'dense': 2,
+  'conv': 5,
+  'image_conv': 4,
+  'patches': 5,
+  'heads': 3,
+  'head_bias': 2,
+  'from_heads': 3,
+  'class_row': 3,
+  'grid_rows': 3,
+}
 
 
 def to_ours(
   tensors: Mapping[str, read.Tensor],
-  rows: Iterable[tables.Row],
+  rows: Iterable[pairs.Row],
   shapes: Any,
   *,
   source: str = 'weights',
@@ -112,7 +136,7 @@ def to_ours(
       missing.append(f'{name} ({row.theirs if row else "not in the table"})')
       continue
     used.add(row.theirs)
-    x = _piece(np.asarray(tensors[row.theirs]), row, source)
+    x = piece(np.asarray(tensors[row.theirs]), row, source)
     if x.shape != shape.shape and _is_table(name, x, shape.shape):
       resized.append(f'{name} {x.shape} -> {shape.shape}')
       x = resize(x, shape.shape)
@@ -136,8 +160,12 @@ def to_ours(
   return trees.nest(leaves), report
 
 
-def _piece(x: np.ndarray, row: tables.Row, source: str) -> np.ndarray:
-  """Returns a row's part of a tensor in our layout."""
+def piece(x: np.ndarray, row: pairs.Row, source: str) -> np.ndarray:
+  """Returns a row's part of a tensor in our layout.
+
+  Raises:
+    WeightsError: the tensor has another shape than the row says.
+  """
   dimensions = AXES.get(row.form, x.ndim)
   if x.ndim != dimensions or len(x) % row.parts:
     raise read.WeightsError(
@@ -147,7 +175,10 @@ def _piece(x: np.ndarray, row: tables.Row, source: str) -> np.ndarray:
   size = len(x) // row.parts
   if row.parts > 1:
     x = x[row.part * size : (row.part + 1) * size]
-  return FORMS[row.form](x)
+  try:
+    return FORMS[row.form](x)
+  except read.WeightsError as e:
+    raise read.WeightsError(f'{source}: {row.theirs}: {e}') from e
 
 
 def _is_table(name: str, x: np.ndarray, shape: tuple[int, ...]) -> bool:
@@ -177,7 +208,7 @@ def _refuse(
 
 def to_theirs(
   params: Any,
-  rows: Iterable[tables.Row],
+  rows: Iterable[pairs.Row],
   patch: tuple[int, int, int] = (1, 1, 1),
 ) -> dict[str, np.ndarray]:
   """Returns published tensors from our tree.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vssl_jax import trees
-from vssl_jax.models import vit
+from vssl_jax.models import framewise, vit
 from vssl_jax.weights import convert, modules, read, tables
 from vssl_jax.weights import source as source_lib
 
@@ -18,7 +18,7 @@ LAYOUTS = ('auto', 'vjepa2', 'videomae', source_lib.OURS)
 
 
 def export(
-  encoder: vit.Vit,
+  encoder: vit.Vit | framewise.Framewise,
   params: Any,
   folder: str | os.PathLike[str],
   *,
@@ -69,9 +69,14 @@ def export(
   return layout
 
 
-def _obstacle(encoder: vit.Vit, layout: str, video: Sequence[int]) -> str:
+def _obstacle(
+  encoder: vit.Vit | framewise.Framewise, layout: str, video: Sequence[int]
+) -> str:
   """Returns the first field that a published layout cannot express."""
+  if isinstance(encoder, framewise.Framewise):
+    return 'an encoder of single frames'
   wanted = dict(modules.FIELDS[layout], gelu=('exact', 'tanh'))
+  wanted |= {'class_token': False, 'layer_scale': False}
   del wanted['init_family']
   if layout == 'vjepa2':
     wanted['final_norm'] = True
@@ -87,8 +92,11 @@ def _obstacle(encoder: vit.Vit, layout: str, video: Sequence[int]) -> str:
 
 
 def _config(
-  encoder: vit.Vit, layout: str, video: Sequence[int]
+  encoder: vit.Vit | framewise.Framewise, layout: str, video: Sequence[int]
 ) -> dict[str, Any]:
+  if isinstance(encoder, framewise.Framewise):
+    frames = {'every': encoder.every}
+    return _config(encoder.image, layout, video) | frames
   if layout == source_lib.OURS:
     fields = {
       f.name: getattr(encoder, f.name)

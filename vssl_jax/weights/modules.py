@@ -4,14 +4,17 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vssl_jax.models import decoder, predictor, vit
-from vssl_jax.weights import read, tables
+import numpy as np
+
+from vssl_jax.models import decoder, framewise, positions, predictor, vit
+from vssl_jax.weights import convert, pairs, read
 from vssl_jax.weights import source as source_lib
 
 # Attention heads by width, for files that come without a config.
 HEADS = {
   'vjepa2': {1024: 16, 1280: 16, 1408: 22, 384: 12},
   'videomae': {384: 6, 768: 12, 1024: 16, 1280: 16, 192: 3, 512: 8, 640: 8},
+  'image': {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16},
 }
 FIELDS = {
   'vjepa2': {
@@ -35,7 +38,10 @@ FIELDS = {
     'mean': (0.0,) * 3,  # pixels in [0, 1] as they are
     'std': (1.0,) * 3,
   },
+  'image': {'class_token': True, 'qkv_bias': 'full', 'init_family': 'mae'},
 }
+# Between a table as it is stored, perhaps in 16 bits, and its formula.
+SAME_TABLE = 1e-3
 # The released demos read 4DS here: after 10 blocks of 12, and after 52 of 56,
 # where the encoder ends and the blocks begin that served as its decoder.
 SCALING4D_TAP = 0.95
@@ -61,7 +67,9 @@ def build(found: source_lib.Found, part: str, num_heads: int | None) -> Any:
         f'{found.source}: weights of layout {source_lib.OURS} are encoders and '
         'need the config.json that was written beside them'
       )
-    return vit.make(found.config['vit'])
+    encoder = vit.make(found.config['vit'])
+    every = found.config.get('every')
+    return framewise.Framewise(encoder, every) if every else encoder
   if part not in found.layout.parts:
     raise read.WeightsError(
       f'{found.source}: {found.layout.name} has no {part}; wanted one of '
@@ -75,17 +83,14 @@ def build(found: source_lib.Found, part: str, num_heads: int | None) -> Any:
   with _says_what_is_missing(found.source):
     common = _common(found, table, part, shapes, num_heads)
     if part == 'encoder':
-      embed = next(r for r in table.rows(0) if r.form == 'conv').theirs
+      embed = {r.ours: r.theirs for r in table.rows(0)}['embed/kernel']
       # Fine-tuned VideoMAE has none: its norm comes after the mean.
       norm = {r.ours: r.theirs for r in table.rows(0)}['norm/scale'] in shapes
-      colours = _colours(found.config)
-      return vit.Vit(
-        **common,
-        **FIELDS[found.layout.family],
-        patch=tuple(shapes[embed][2:]),
-        final_norm=norm or found.layout.family == 'vjepa2',
-        **colours,
-      )
+      fields = common | FIELDS[found.layout.family] | _colours(found.config)
+      fields['final_norm'] = norm or found.layout.family == 'vjepa2'
+      if found.layout.family == 'image':
+        return _image(found, table, fields)
+      return vit.Vit(**fields, patch=tuple(shapes[embed][2:]))
     last = next(r.theirs for r in table.rows(0) if r.ours == 'head/kernel')
     common['out_width'] = shapes[last][0]
     if found.layout.family == 'videomae':
@@ -99,9 +104,44 @@ def build(found: source_lib.Found, part: str, num_heads: int | None) -> Any:
     )
 
 
+def _image(
+  found: source_lib.Found, table: pairs.Part, fields: Mapping[str, Any]
+) -> framewise.Framewise:
+  """Returns an image encoder on every second frame.
+
+  MAE's positions are a formula, which fits every grid, and are recognised by
+  their numbers; other tables were learned.
+  """
+  rows = {r.ours: r for r in table.rows(1)}
+  tensors = found.tensors('encoder')
+
+  def read_piece(ours: str) -> np.ndarray:
+    stored = np.asarray(tensors[rows[ours].theirs][1], np.float32)
+    return convert.piece(stored, rows[ours], found.source)
+
+  fixed = _is_formula(read_piece('positions'), read_piece('class_position'))
+  kernel = tensors[rows['embed/kernel'].theirs][1].shape
+  image = vit.Vit(
+    **fields,
+    patch=(1, *kernel[2:]),
+    positions='sincos_2d' if fixed else 'learned',
+    layer_scale='block_00/gain_1' in rows,
+  )
+  return framewise.Framewise(image)
+
+
+def _is_formula(of_grid: np.ndarray, of_class: np.ndarray) -> bool:
+  """Returns whether a table [1, h, w, D] and a class row are MAE's."""
+  width = of_grid.shape[3]
+  if width % 4 or np.abs(of_class).max() > SAME_TABLE:
+    return False
+  formula = positions.sincos_2d(of_grid.shape[:3], width)
+  return bool(np.abs(of_grid.reshape(-1, width) - formula).max() < SAME_TABLE)
+
+
 def _scaling4d(
   source: str,
-  table: tables.Part,
+  table: pairs.Part,
   shapes: Mapping[str, tuple[int, ...]],
   num_heads: int | None,
 ) -> vit.Vit:
@@ -144,7 +184,7 @@ def _says_what_is_missing(source: str) -> Iterator[None]:
 
 def _common(
   found: source_lib.Found,
-  table: tables.Part,
+  table: pairs.Part,
   part: str,
   shapes: Mapping[str, tuple[int, ...]],
   num_heads: int | None,

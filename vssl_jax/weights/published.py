@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -12,13 +13,18 @@ import jax
 import jax.numpy as jnp
 
 from vssl_jax import masking
-from vssl_jax.models import layers, vit
-from vssl_jax.weights import convert, modules, read, tables
+from vssl_jax.models import framewise, layers, positions, vit
+from vssl_jax.weights import convert, modules, pairs, read
 from vssl_jax.weights import source as source_lib
 
 
-def describe(source: str | os.PathLike[str]) -> vit.Vit:
-  """Returns the encoder of a source without reading its numbers."""
+def describe(
+  source: str | os.PathLike[str],
+) -> vit.Vit | framewise.Framewise:
+  """Returns the encoder of a source without reading its parameters.
+
+  Image models come as `framewise.Framewise`, on every second frame.
+  """
   found = source_lib.open_source(source)
   return modules.build(found, 'encoder', None)
 
@@ -27,7 +33,8 @@ def clip_shape(source: str | os.PathLike[str]) -> tuple[int, int, int, int]:
   """Returns (T, H, W, C) of the clips that the encoder was trained on.
 
   Files without a config tell it by their learned positions; those without
-  these give VideoMAE's 16 frames of 224 x 224.
+  these give VideoMAE's 16 frames of 224 x 224. Image models are taken to see
+  16 frames of the images that they were trained on.
   """
   found = source_lib.open_source(source)
   config, grid = found.config, _grid(found)
@@ -35,9 +42,9 @@ def clip_shape(source: str | os.PathLike[str]) -> tuple[int, int, int, int]:
     t, h, w, c = config['video']
     return t, h, w, c
   if grid is not None:
-    patch = modules.build(found, 'encoder', None).patch
-    t, h, w = (n * p for n, p in zip(grid, patch, strict=True))
-    return t, h, w, 3
+    module = modules.build(found, 'encoder', None)
+    t, h, w = (n * p for n, p in zip(grid, module.patch, strict=True))
+    return 16 if isinstance(module, framewise.Framewise) else t, h, w, 3
   frames = config.get('frames_per_clip', config.get('num_frames', 16))
   side = config.get('crop_size', config.get('image_size', 224))
   if isinstance(side, dict):  # of an image processor
@@ -65,11 +72,12 @@ def load_published(
     num_heads: attention heads, for a file without a config whose width says
       nothing about them.
     grid: tokens (t, h, w) to resize learned positions to; None for the
-      file's own.
+      file's own. Image models have one table for all frames.
     allow_missing: patterns of our names that may stay unfilled.
     allow_unused: patterns of their keys that may fill nothing, beside other
       parts of the published model.
-    **fields: replace fields of the module, such as `dtype` and `remat`.
+    **fields: replace fields of the module, such as `dtype` and `remat`, or,
+      of image models, `every`.
 
   Returns:
     The module, its float32 parameters, and what became of every key.
@@ -103,10 +111,10 @@ def load_published(
 
 def _rows(
   found: source_lib.Found, part: str, module: Any, named: Mapping[str, Any]
-) -> tuple[tuple[tables.Row, ...], tuple[str, ...]]:
+) -> tuple[tuple[pairs.Row, ...], tuple[str, ...]]:
   """Returns the table, and patterns of keys that belong elsewhere."""
   if found.layout is None:
-    return tuple(tables.Row(n, n) for n in named), ()
+    return tuple(pairs.Row(n, n) for n in named), ()
   tokens = getattr(module, 'num_mask_tokens', 1)
   rows = found.layout.parts[part].rows(module.depth, tokens)
   others = list(found.layout.others)
@@ -116,6 +124,10 @@ def _rows(
         f'{re.escape(row.theirs)}$'
         for row in other.rows(other.depth(named), tokens)
       ]
+  image = getattr(module, 'image', None)
+  if image is not None and image.positions in positions.TABLES:
+    # Computed again, so that it fits every grid.
+    others += [f'{r.theirs}$' for r in rows if r.ours == 'positions']
   return rows, tuple(others)
 
 
@@ -128,6 +140,9 @@ def _grid(found: source_lib.Found) -> layers.Grid | None:
   _, table = found.tensors('encoder').get(name, ('', None))
   if table is None:
     return None
+  if len(table.shape) == 3:  # a square, after the row of a class token
+    side = math.isqrt(table.shape[1] - 1)
+    return 1, side, side
   t, h, w, _ = table.shape
   return t, h, w
 
@@ -137,6 +152,8 @@ def _shapes(
 ) -> Any:
   """Returns the module's parameters as shapes."""
   key = jax.random.key(0)
+  if isinstance(module, framewise.Framewise):
+    module, grid = module.image, (1, *(grid or (1, 1, 1))[1:])
   if isinstance(module, vit.Vit):
     sizes = zip(grid or (1, 1, 1), module.patch, strict=True)
     size = [n * p for n, p in sizes]

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from vssl_jax.weights import npz, read, tables, unpickle
+from vssl_jax.weights import npz, pairs, read, tables, unpickle
 
 OURS = 'vssl_vit'  # model_type of the layout that fits every Vit
 HUB_ID = re.compile(r'^[\w-][\w.-]*/[\w-][\w.-]*$')
@@ -29,7 +29,7 @@ class Found:
   source: str
   config: Mapping[str, Any]
   groups: Mapping[str, Mapping[str, read.Tensor]]
-  layout: tables.Layout | None
+  layout: pairs.Layout | None
 
   def tensors(self, part: str) -> dict[str, tuple[str, read.Tensor]]:
     """Returns the table's name -> (their key, tensor) of one part."""
@@ -47,7 +47,7 @@ class Found:
     }
 
 
-def _renamed(key: str, layout: tables.Layout) -> str:
+def _renamed(key: str, layout: pairs.Layout) -> str:
   for pattern, replacement in layout.renames:
     key = re.sub(pattern, replacement, key)
   return key
@@ -156,7 +156,7 @@ def _groups(payload: Any) -> dict[str, dict[str, read.Tensor]]:
 
 def _recognise(
   source: str, groups: Mapping[str, Mapping[str, Any]]
-) -> tables.Layout | None:
+) -> pairs.Layout | None:
   """Returns the layout by its names, None for ours."""
   if 'embed/kernel' in groups.get('', {}):
     return None

@@ -1,0 +1,177 @@
+"""Image models: the numbers and gradients of `transformers`, on frames."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.weights import test_parity as parity
+from vssl_jax import trees, weights
+from vssl_jax.models import framewise
+from vssl_jax.weights import read
+
+try:
+  import torch
+  import transformers
+except ImportError:
+  torch = None
+
+pytestmark = [pytest.mark.slow, parity.needs_parity]
+
+CLIP = (2, 4, 48, 48, 3)  # frames 0 and 2 are looked at
+SMALL = dict(
+  image_size=48, patch_size=16, hidden_size=48, num_hidden_layers=3,
+  num_attention_heads=2, attn_implementation='eager',
+)  # fmt: skip
+
+
+def mae(cls='ViTMAEModel', **overrides):
+  config = transformers.ViTMAEConfig(
+    **SMALL, intermediate_size=96, decoder_hidden_size=32,
+    decoder_num_hidden_layers=2, decoder_num_attention_heads=2,
+    decoder_intermediate_size=64, **{'mask_ratio': 0.0, **overrides},
+  )  # fmt: skip
+  model = getattr(transformers, cls)(config)
+  # transformers leaves the table of sines to the file; this fills it.
+  embeddings = getattr(model, 'vit', model).embeddings
+  for part in (
+    embeddings.position_embeddings,
+    embeddings.patch_embeddings.projection,
+  ):
+    part._is_hf_initialized = False
+  embeddings.initialize_weights()
+  return randomised(model)
+
+
+def dino():
+  config = transformers.ViTConfig(**SMALL, intermediate_size=96)
+  return randomised(transformers.ViTModel(config))
+
+
+def dinov2():
+  config = transformers.Dinov2Config(
+    **{**SMALL, 'patch_size': 12, 'mlp_ratio': 2}
+  )
+  return randomised(transformers.Dinov2Model(config))
+
+
+def randomised(model):
+  """Large random parameters, but for a table that nobody trains."""
+  kept = {
+    n: p.clone() for n, p in model.named_parameters() if not p.requires_grad
+  }
+  model = parity.randomised(model)
+  with torch.no_grad():
+    for name, p in model.named_parameters():
+      if name in kept:
+        p.copy_(kept[name])
+  return model
+
+
+def as_frames(video):
+  """Normalised [B * t, C, H, W] of every second frame, for torch."""
+  pixels = parity.as_pixels(video[:, ::2])
+  return pixels.reshape(-1, *pixels.shape[2:])
+
+
+def load(model, folder):
+  model.save_pretrained(folder)
+  return weights.load_published(folder, dtype='float32')
+
+
+def close(found, wanted, tolerance=1e-5):
+  found, wanted = np.asarray(found), np.asarray(wanted)
+  scale = max(float(np.abs(wanted).max()), 1.0)
+  np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance * scale)
+
+
+@pytest.fixture(scope='module')
+def video():
+  return np.random.default_rng(0).random(CLIP, np.float32)
+
+
+def in_order(model, frames):
+  """MAE's encoder shuffles its tokens unless the noise ascends."""
+  if not hasattr(model.config, 'mask_ratio'):
+    return {}
+  count = (48 // model.config.patch_size) ** 2
+  noise = torch.linspace(0, 1, count)[None].expand(len(frames), -1)
+  return {'noise': noise}
+
+
+@pytest.mark.parametrize(
+  ('make', 'positions'),
+  [(mae, 'sincos_2d'), (dino, 'learned'), (dinov2, 'learned')],
+)
+def test_hidden_states_and_gradients(tmp_path, video, make, positions):
+  model, frames = make(), as_frames(video)
+  out = model(frames, output_hidden_states=True, **in_order(model, frames))
+  # Without the class token; frames of a clip in a row.
+  states = [*out.hidden_states, out.last_hidden_state]
+  states = [x[:, 1:].reshape(2, -1, 48) for x in states]
+  module, params, _ = load(model, tmp_path / 'weights')
+  assert module.image.positions == positions
+  assert (module.every, module.image.layer_scale) == (2, make is dinov2)
+
+  def apply(params):
+    features = module.apply({'params': params}, video, features=True)
+    return (*features, module.apply({'params': params}, video))
+
+  found = jax.jit(apply)(params)
+  assert len(found) == len(states) == 5
+  for a, b in zip(found, states, strict=True):
+    close(a, b.detach().numpy())
+
+  directions = [parity.weight_of(tuple(x.shape)) for x in states]
+  sum(
+    (x * torch.tensor(d)).sum() for x, d in zip(states, directions, strict=True)
+  ).backward()
+
+  def loss(params):
+    return sum(
+      jnp.sum(x * d) for x, d in zip(apply(params), directions, strict=True)
+    )
+
+  grads = jax.jit(jax.grad(loss))(params)
+  with torch.no_grad():
+    for p in model.parameters():
+      if p.requires_grad:
+        p.copy_(torch.zeros_like(p) if p.grad is None else p.grad)
+  _, wanted, _ = load(model, tmp_path / 'gradients')
+  assert not trees.difference(grads, wanted)
+  largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(wanted))
+  for (name, a), (_, b) in zip(
+    trees.named_leaves(grads), trees.named_leaves(wanted), strict=True
+  ):
+    # Biases of keys have no gradient but for the rounding of what is summed.
+    scale = max(float(np.abs(b).max()), 0.01 * largest)
+    assert np.abs(a - b).max() <= 1e-5 * scale, name
+
+
+def test_mae_on_visible_patches(tmp_path, video):
+  model = mae(mask_ratio=0.7)
+  frames = as_frames(video)
+  # Of every frame two of nine patches, ascending, those of the lowest noise.
+  visible = np.array([[0, 7, 9, 13], [3, 4, 10, 17]], np.int32)
+  noise = np.ones((4, 9), np.float32)
+  noise[np.arange(4)[:, None], visible.reshape(4, 2) % 9] = [0.1, 0.2]
+  out = model(frames, noise=torch.tensor(noise)).last_hidden_state
+  module, params, _ = load(model, tmp_path)
+  found = jax.jit(module.apply)({'params': params}, video, visible)
+  close(found, out[:, 1:].reshape(2, 4, 48).detach().numpy())
+
+
+def test_a_folder_of_a_whole_mae(tmp_path, video):
+  """The decoder beside the encoder is told as unused."""
+  model, frames = mae('ViTMAEForPreTraining'), as_frames(video)
+  out = model.vit(frames, **in_order(model, frames)).last_hidden_state
+  module, params, report = load(model, tmp_path)
+  found = jax.jit(module.apply)({'params': params}, video)
+  close(found, out[:, 1:].reshape(2, 18, 48).detach().numpy())
+  on_disk = set(read.safetensors(tmp_path / 'model.safetensors'))
+  assert set(report.loaded) | set(report.unused) == on_disk
+  unused = {n for n in on_disk if n.startswith('decoder.')}
+  table = 'vit.embeddings.position_embeddings'
+  assert set(report.unused) == unused | {table}
+  assert weights.clip_shape(tmp_path) == (16, 48, 48, 3)
+  assert isinstance(weights.describe(tmp_path), framewise.Framewise)

@@ -1,0 +1,105 @@
+"""Names of published weights of image models and of ours.
+
+All are a ViT with a class token: MAE (arXiv 2111.06377), DINO (arXiv
+2104.14294) and DINOv2 (arXiv 2304.07193), as their authors released them and
+as `transformers` writes them. MAE and DINO have the same names; their position
+tables tell them apart, see `modules`.
+"""
+
+from vssl_jax.weights import pairs
+
+_MLP = (('mlp/fc1', 'mlp.fc1', 'dense'), ('mlp/fc2', 'mlp.fc2', 'dense'))
+_BLOCK = (
+  ('norm_1', 'norm1', 'norm'),
+  ('attn', 'attn.qkv', 'qkv'),
+  ('attn', 'attn.qkv', 'qkv_bias'),
+  ('attn/out', 'attn.proj', 'dense'),
+  ('norm_2', 'norm2', 'norm'),
+  *_MLP,
+)
+_GAINS = (('gain_1', 'ls1.gamma', 'table'), ('gain_2', 'ls2.gamma', 'table'))
+_ATTENTION = (
+  ('attn/q', 'attention.attention.query', 'dense'),
+  ('attn/k', 'attention.attention.key', 'dense'),
+  ('attn/v', 'attention.attention.value', 'dense'),
+  ('attn/out', 'attention.output.dense', 'dense'),
+)
+_TRANSFORMERS_BLOCK = (
+  ('norm_1', 'layernorm_before', 'norm'),
+  *_ATTENTION,
+  ('norm_2', 'layernorm_after', 'norm'),
+  ('mlp/fc1', 'intermediate.dense', 'dense'),
+  ('mlp/fc2', 'output.dense', 'dense'),
+)
+_TRANSFORMERS_DINOV2_BLOCK = (
+  ('norm_1', 'norm1', 'norm'),
+  *_ATTENTION,
+  ('gain_1', 'layer_scale1.lambda1', 'table'),
+  ('norm_2', 'norm2', 'norm'),
+  *_MLP,
+  ('gain_2', 'layer_scale2.lambda1', 'table'),
+)
+_ENDS = (
+  ('embed', 'patch_embed.proj', 'image_conv'),
+  ('class_token', 'cls_token', 'token'),
+  ('', 'pos_embed', 'class_table'),
+  ('norm', 'norm', 'norm'),
+)
+_TRANSFORMERS_ENDS = (
+  ('embed', 'embeddings.patch_embeddings.projection', 'image_conv'),
+  ('class_token', 'embeddings.cls_token', 'token'),
+  ('', 'embeddings.position_embeddings', 'class_table'),
+  ('norm', 'layernorm', 'norm'),
+)
+# DINO keeps the average, its teacher, beside the network that it trained.
+_GROUPS = ('teacher', 'model', 'student', '')
+_MARKS = ('cls_token', 'pos_embed', 'blocks.0.attn.qkv.bias')
+_PREFIX = ((r'^(module\.)?(backbone\.)?', ''),)
+_TRANSFORMERS_MARKS = (
+  'embeddings.cls_token',
+  'embeddings.position_embeddings',
+)
+
+LAYOUTS = (
+  pairs.Layout(
+    'DINOv2 (original)',
+    {'encoder': pairs.Part(_ENDS, (*_BLOCK, *_GAINS), 'blocks.{i}', _GROUPS)},
+    (*_MARKS, 'blocks.0.ls1.gamma'),
+    _PREFIX,
+    (r'mask_token$', r'(dino_|ibot_)?head\.'),
+    'image',
+  ),
+  pairs.Layout(
+    'MAE or DINO (original)',
+    {'encoder': pairs.Part(_ENDS, _BLOCK, 'blocks.{i}', _GROUPS)},
+    _MARKS,
+    _PREFIX,
+    # MAE's decoder, DINO's head, and those of classifiers.
+    (r'mask_token$', r'decoder_', r'head\.', r'fc_norm\.'),
+    'image',
+  ),
+  pairs.Layout(
+    'DINOv2 (transformers)',
+    {
+      'encoder': pairs.Part(
+        _TRANSFORMERS_ENDS, _TRANSFORMERS_DINOV2_BLOCK, 'encoder.layer.{i}'
+      )
+    },
+    (*_TRANSFORMERS_MARKS, 'encoder.layer.0.layer_scale1.lambda1'),
+    ((r'^dinov2\.', ''),),
+    (r'embeddings\.mask_token$', r'classifier\.'),
+    'image',
+  ),
+  pairs.Layout(
+    'MAE or DINO (transformers)',
+    {
+      'encoder': pairs.Part(
+        _TRANSFORMERS_ENDS, _TRANSFORMERS_BLOCK, 'encoder.layer.{i}'
+      )
+    },
+    (*_TRANSFORMERS_MARKS, 'encoder.layer.0.layernorm_before.weight'),
+    ((r'^vit\.', ''),),
+    (r'embeddings\.mask_token$', r'decoder\.', r'pooler\.', r'classifier\.'),
+    'image',
+  ),
+)

@@ -34,7 +34,8 @@ def found():
   mesh = jax.sharding.Mesh(one, ('data', 'fsdp'), axis_types=sharding.AUTO)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sharding, 'make_mesh', lambda *_: mesh)
-    return sweep.phases(_config(), steps=3, say=lines.append), lines
+    compared = sweep.entries(_config())
+    return sweep.phases(compared, steps=3, say=lines.append), lines
 
 
 def test_ratios_fall_with_every_lock(found):
@@ -70,13 +71,13 @@ def test_the_table_has_a_line_for_each_phase(found):
 def test_phases_that_do_not_fit_beside_each_other_run_alone(found, monkeypatch):
   groups, rows = [], iter(found[0]['results'])
 
-  def timed(config, method, group, *_):
-    groups.append([span.phase.name for span in group])
+  def timed(group, *_):
+    groups.append([entry.span.phase.name for entry in group])
     return [dict(next(rows)) for _ in group]
 
   monkeypatch.setattr(sweep, '_timed', timed)
   monkeypatch.setattr(sweep, '_fit_together', lambda *_: False)
-  result = sweep.phases(_config(), steps=1, say=lambda _: None)
+  result = sweep.phases(sweep.entries(_config()), steps=1, say=lambda _: None)
   assert groups == [['pixels'], ['lock_01']]
   assert not result['taking_turns'] and len(result['results']) == 2
 
@@ -84,8 +85,10 @@ def test_phases_that_do_not_fit_beside_each_other_run_alone(found, monkeypatch):
 def test_the_program_compares_phases(tmp_path, monkeypatch):
   asked = []
 
-  def answer(config, *, steps):
-    asked.append((config.method.total, steps))
+  def answer(compared, *, steps):
+    first = compared[0]
+    names = (first.label, compared[-1].label)
+    asked.append((first.config.method.total, steps, *names))
     return {'results': []}
 
   monkeypatch.setattr(sweep, 'phases', answer)
@@ -93,7 +96,21 @@ def test_the_program_compares_phases(tmp_path, monkeypatch):
   flags = ['--sweep=phases', '--steps=7', f'--out={out}']
   page = f'--config={PAGE}:L'
   assert bench.run([page, '--config.method.total=9000', *flags]) == 0
-  assert asked == [(9000, 7)] and json.loads(out.read_text()) == {'results': []}
+  assert json.loads(out.read_text()) == {'results': []}
+  against = f'--against={PAGE}:L-mae'
+  mae = f'--config={PAGE}:L-mae'
+  flags = [mae, against, '--config.batch_size=8', *flags]
+  assert bench.run(flags) == 0
+  assert asked == [
+    (9000, 7, 'pixels', 'lock_16'),
+    (100_000, 7, 'against: pixels', 'pixels'),
+  ]
+
+
+def test_another_page_is_what_phases_are_compared_with(capsys):
+  with pytest.raises(SystemExit):
+    bench.parse([f'--config={PAGE}', f'--against={PAGE}'])
+  assert '--against: wanted beside --sweep=phases' in capsys.readouterr().err
 
 
 def test_one_phase_cannot_be_compared(capsys):

@@ -203,7 +203,7 @@ def measure(
     'utilisation': rate / limit.flops_per_s,
     'utilisation_of': limit.name,
     'of_matrix_product': rate / limit.matrix_product,
-    **_teacher_share(span.phase, prepared, state, cost, median, steps),
+    **_teacher_share(method, span.phase, prepared, state, cost, median, steps),
   }
 
 
@@ -230,6 +230,7 @@ def _memory(compiled: Any) -> dict[str, Any]:
 
 
 def _teacher_share(
+  method: base.Method,
   phase: base.Phase,
   prepared: timing.Prepared,
   state: step.TrainState,
@@ -237,15 +238,18 @@ def _teacher_share(
   seconds: float,
   steps: int,
 ) -> dict[str, float]:
-  """Returns the teachers' part of the step by FLOPs and by the clock."""
-  total = 0.0
-  for name, teacher in phase.teachers.items():
-    average = teacher.source.removeprefix('@ema/')
-    params = prepared.teachers.get(name, state.ema.get(average))
-    video = prepared.batch['video']
-    forward = jax.jit(teacher).lower(params, video).compile()
-    times = timing.times(functools.partial(forward, params, video), steps)
-    total += float(np.median(times))
+  """Returns the teachers' part of the step by FLOPs and by the clock.
+
+  The clock counts `Method.targets`: not a teacher whose answer depends on the
+  mask.
+  """
+  total, video = 0.0, prepared.batch['video']
+  if phase.teachers:
+    teachers = dict(prepared.teachers) | step.ema_teachers(phase, state.ema)
+    ask = jax.jit(lambda t, v: method.targets(t, v, phase))
+    forward = ask.lower(teachers, video).compile()
+    times = timing.times(functools.partial(forward, teachers, video), steps)
+    total = float(np.median(times))
   return {
     'teacher_share_flops': cost.frozen / cost.total,
     'teacher_share_seconds': total / seconds,
@@ -285,12 +289,20 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     default='',
     help='batch sizes, separated by commas; or "phases" to compare them',
   )
+  add(
+    '--against',
+    default='',
+    help='with --sweep=phases: a page whose first phase is what all are '
+    'compared with; the keys that are set hold for both',
+  )
   add('--out', default='', help='file for the result, as JSON')
   args, assignments = flags.parse(parser, argv)
   if args.sweep == PHASES:
     if args.phase:
       parser.error('--phase: --sweep=phases compares all of them')
     return args, assignments
+  if args.against:
+    parser.error('--against: wanted beside --sweep=phases only')
   try:
     args.sweep = tuple(int(x) for x in args.sweep.split(',') if x)
   except ValueError:
@@ -306,7 +318,11 @@ def run(argv: Sequence[str] | None = None) -> int:
   try:
     config = main.resolve(args.config, assignments, tuple(args.config_root))
     if args.sweep == PHASES:
-      found = sweep.phases(config, steps=args.steps)
+      compared = sweep.entries(config)
+      if args.against:
+        other = main.resolve(args.against, assignments, tuple(args.config_root))
+        compared = sweep.entries(other, 'against: ') + compared
+      found = sweep.phases(compared, steps=args.steps)
     else:
       found = bench(
         config, phase=args.phase, steps=args.steps, sizes=args.sweep

@@ -1,14 +1,17 @@
-"""The phases of one run side by side: what freezing saves, as ratios.
+"""The phases of runs side by side: what each saves or costs, as ratios.
 
     python -m vssl_jax.bench --config=configs/layerlock_2b.py:L --sweep=phases \
       --config.method.schedule='((0, 1), (6, 1), (12, 1), (18, 1))' \
       --config.method.total=4 --out=locks.json
+    python -m vssl_jax.bench --config=configs/pmd_k400.py:B --sweep=phases \
+      --against=configs/mvd_k400.py:B
 
 Where the states of all phases fit beside each other, the phases take turns
 step by step, so that a neighbour on the machine slows all of them alike. Wall
 time is what counts; on a busy CPU processor time says more.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -38,16 +41,55 @@ RATIOS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """One phase of one run.
+
+  Attributes:
+    label: what its row is called.
+    config: of the run.
+    method: of the run.
+    span: the phase.
+    video: (T, H, W, C) of a clip.
+  """
+
+  label: str
+  config: ml_collections.ConfigDict
+  method: base.Method
+  span: run_lib.Span
+  video: tuple[int, ...]
+
+  def outline(self) -> ahead.Outline:
+    """Returns the phase in shapes."""
+    return ahead.outline(self.config, self.method, self.span, self.video)
+
+
+def entries(config: ml_collections.ConfigDict, label: str = '') -> list[Entry]:
+  """Returns every phase of a run.
+
+  Args:
+    config: a resolved config.
+    label: put before the phases' names.
+  """
+  video = options.spec(config.data.to_dict()).shape
+  method = methods.build(config.method, video, encoders.module_of)
+  return [
+    Entry(f'{label}{span.phase.name}', config, method, span, video)
+    for span in run_lib.spans(method)
+  ]
+
+
 def phases(
-  config: ml_collections.ConfigDict,
+  compared: Sequence[Entry],
   *,
   steps: int = 30,
   say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-  """Measures every phase of a run at the config's batch size.
+  """Measures phases at the batch size of their config.
 
   Args:
-    config: a resolved config.
+    compared: of `entries`, of one config or of several with the same mesh and
+      batch size.
     steps: timed steps of each phase.
     say: takes the table, line by line.
 
@@ -55,20 +97,14 @@ def phases(
     What `--out` writes; `results` has one entry per phase, with `ratios` to
     the first.
   """
-  video = options.spec(config.data.to_dict()).shape
-  method = methods.build(config.method, video, encoders.module_of)
+  config = compared[0].config
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-  spans = run_lib.spans(method)
-  outlines = [ahead.outline(config, method, s, video) for s in spans]
+  outlines = [entry.outline() for entry in compared]
   together = _fit_together(outlines, mesh)
-  groups = [list(spans)] if together else [[span] for span in spans]
-  rows = [
-    row
-    for group in groups
-    for row in _timed(config, method, group, video, mesh, steps)
-  ]
-  for row, shapes in zip(rows, outlines, strict=True):
-    row.update(_counted(config, method, shapes, video, mesh))
+  groups = [list(compared)] if together else [[entry] for entry in compared]
+  rows = [row for group in groups for row in _timed(group, mesh, steps)]
+  for row, entry, shapes in zip(rows, compared, outlines, strict=True):
+    row.update(_counted(entry, shapes, mesh))
     row['ratios'] = {
       name: row[key] / rows[0][key] if rows[0][key] else float('nan')
       for name, key in RATIOS.items()
@@ -78,7 +114,7 @@ def phases(
   return {
     'devices': mesh.size,
     'batch_size': config.batch_size,
-    'video': list(video),
+    'video': list(compared[0].video),
     'steps': steps,
     'taking_turns': together,
     'results': rows,
@@ -97,18 +133,14 @@ def _fit_together(
 
 
 def _timed(
-  config: ml_collections.ConfigDict,
-  method: base.Method,
-  group: Sequence[run_lib.Span],
-  video: tuple[int, ...],
-  mesh: jax.sharding.Mesh,
-  steps: int,
+  group: Sequence[Entry], mesh: jax.sharding.Mesh, steps: int
 ) -> list[dict[str, Any]]:
   """Returns times and the compiler's figures of phases that take turns."""
-  size = config.batch_size
+  size = group[0].config.batch_size
   with jax.set_mesh(mesh):
     prepared = [
-      timing.prepare(config, method, span, size, video, mesh) for span in group
+      timing.prepare(e.config, e.method, e.span, size, e.video, mesh)
+      for e in group
     ]
   states = [p.state for p in prepared]
   wall = np.zeros((steps, len(prepared)))
@@ -143,20 +175,17 @@ def _timed(
 
 
 def _counted(
-  config: ml_collections.ConfigDict,
-  method: base.Method,
-  shapes: ahead.Outline,
-  video: tuple[int, ...],
-  mesh: jax.sharding.Mesh,
+  entry: Entry, shapes: ahead.Outline, mesh: jax.sharding.Mesh
 ) -> dict[str, Any]:
   """Returns what follows from shapes and closed forms."""
+  config, method, video = entry.config, entry.method, entry.video
   _, frozen = freezing.split(shapes.state.params, shapes.labels)
   cost = method.cost(shapes.span.phase, video)
   need = memory.per_device(
     config, method, shapes, video, mesh.shape['data'], mesh.shape['fsdp']
   )
   return {
-    'phase': shapes.span.phase.name,
+    'phase': entry.label,
     'frozen_parameters': trees.count(frozen),
     'parameters': trees.count(shapes.state.params),
     'flops_per_clip': cost.total,

@@ -120,7 +120,7 @@ def make_update(
     state: TrainState, teachers: Any, batch: Mapping[str, Any]
   ) -> tuple[TrainState, Any]:
     rng = rngs.Rng(key, state.step)
-    targets = dict(teachers) | _ema_teachers(phase, state.ema)
+    targets = dict(teachers) | ema_teachers(phase, state.ema)
     specs, index = phase.row_specs, batch['index']
     batch = dict(batch) | rows.gather(specs, state.rows, index, num_examples)
 
@@ -200,7 +200,7 @@ def end_windows(state: TrainState, phase: base.Phase, done: int) -> TrainState:
   return dataclasses.replace(state, rows=kept)
 
 
-def _ema_teachers(phase: base.Phase, ema: Mapping[str, Any]) -> dict[str, Any]:
+def ema_teachers(phase: base.Phase, ema: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the averages that teachers of this phase read."""
   prefix = '@ema/'
   return {

@@ -1,0 +1,160 @@
+"""PMD's parts on real video, small; one line per run.
+
+    python tests/benchmarks/real_pmd.py --data=<folder> --out=<file.jsonl>
+    python tests/benchmarks/real_pmd.py --out=<file.jsonl> --table
+
+The folder and the probes are those of `real_video.py`. An image and a video
+teacher are trained once for each seed, on the same videos; every run then has
+the same steps and clips under these teachers. Finished cells are not run
+again. Each cell is a process of its own.
+"""
+
+import json
+import pathlib
+import tempfile
+import time
+
+import real_video
+
+STEPS, TEACHER_STEPS = 600, 500
+# A picture has 16 positions: 8, 6, 4 and 2 of them are visible.
+RATIOS = (0.5, 0.625, 0.75, 0.875)
+WINDOW = 30  # steps, two epochs
+NONE = dict(lambda_pg=0.0, lambda_df=0.0, lambda_al=0.0)
+FIRST = ('base', 'all')  # of three seeds; the others of one
+METHODS = {
+  'base': NONE,
+  '+PSD': NONE | dict(lambda_pg=0.05),
+  '+DARE, smoothing only': NONE | dict(lambda_df=1.0, dare='smooth'),
+  '+DARE, weights only': NONE | dict(lambda_df=1.0, dare='weights'),
+  '+DARE': NONE | dict(lambda_df=1.0),
+  '+CLFA': NONE | dict(lambda_al=1.0),
+  'all': {},
+  'all, image teacher': dict(teachers=('image',)),
+  'all, video teacher': dict(teachers=('video',)),
+  'all, one phase': dict(mask_ratios=(0.875,)),
+  'all, two phases': dict(mask_ratios=(0.5, 0.875)),
+  'all, three phases': dict(mask_ratios=(0.5, 0.75, 0.875)),
+  'MVD (one phase, smooth L1)': NONE
+  | dict(mask_ratios=(0.875,), feature_loss='smooth_l1'),
+}
+SEEDS = (0, 1, 2)
+
+
+def cells():
+  """Yields (name, seed) of every run, the comparison first."""
+  yield from ((name, seed) for seed in SEEDS for name in FIRST)
+  yield from ((name, 0) for name in METHODS if name not in FIRST)
+
+
+def config(seed, data, workdir):
+  """Returns the config of a run that trains its teachers first."""
+  from vssl_jax import config as config_lib
+
+  c = config_lib.default('pmd')
+  c.seed, c.workdir, c.batch_size = seed, str(workdir), real_video.BATCH
+  c.data.source = str(data)
+  c.data.update(dict(frames=real_video.FRAMES, stride=2, flip=False))
+  c.data.size = (real_video.SIZE,) * 2
+  c.data.crop = 'multi_scale'
+  c.data.isolate = False  # shards of our own making
+  c.optim.update(dict(lr=1e-3, lr_start=0.0, lr_end=1e-5, clip=1.0))
+  c.optim.update(dict(lr_batch=real_video.BATCH, warmup=TEACHER_STEPS // 10))
+  c.optim.update(dict(weight_decay=0.05, weight_decay_end=0.05))
+  c.checkpoint.every, c.log.every = 10_000, 200
+  m = c.method
+  m.vit.update(dict(patch=(2, 16, 16), dtype='float32'))
+  shape = dict(size='Ti', width=96, depth=6, num_heads=4, mlp_width=384)
+  head = dict(width=64, depth=1, num_heads=4)
+  for name in ('image', 'video'):
+    section = m[f'{name}_teacher']
+    section.steps = TEACHER_STEPS
+    section.encoder.update(shape)
+    section.decoder.update(head)
+    m[name].update(dict(teacher=f'@{name}_teacher', dtype='float32'))
+  m.video_teacher.masks = 'tube:0.75'
+  m.encoder.update(shape)
+  m.decoder.update(head)
+  m.drop_path, m.previous_dtype, m.window = 0.0, 'float32', WINDOW
+  m.mask_ratios = RATIOS
+  return c
+
+
+def teachers(seed, shards):
+  """Returns the folder of the run that trained the teachers of a seed."""
+  from vssl_jax.train import trainer
+
+  folder = shards.with_name(f'{shards.name}-teachers-{seed}')
+  c = config(seed, shards, folder)
+  # The step that follows makes a run of it that has an end.
+  c.method.update(NONE | dict(mask_ratios=(0.5,), steps=(1,)))
+  c.optim.warmup = 0
+  assert trainer.train(c) == 0
+  return folder
+
+
+def run_cell(name, seed, data, shards):
+  """Trains one cell under the seed's teachers and probes it."""
+  from vssl_jax import encoders, methods
+  from vssl_jax.train import provenance, trainer
+
+  made_by = teachers(seed, shards)
+  start = time.time()
+  with tempfile.TemporaryDirectory() as folder:
+    c = config(seed, shards, folder)
+    for teacher in ('image', 'video'):
+      c.method[teacher].teacher = f'{made_by}@{teacher}_teacher'
+    c.method.update(METHODS[name])
+    ratios = c.method.mask_ratios
+    c.method.steps = (STEPS // len(ratios),) * len(ratios)
+    c.optim.warmup = STEPS // 10
+    assert trainer.train(c) == 0
+    trained = time.time()
+    clip = (real_video.FRAMES, real_video.SIZE, real_video.SIZE, 3)
+    method = methods.build(c.method, clip, encoders.module_of)
+    flops = sum(
+      method.cost(p, clip).total * p.steps * c.batch_size
+      for p in method.phases()
+    )
+    log = pathlib.Path(folder, 'metrics.jsonl').read_text().splitlines()
+    last = json.loads(
+      [x for x in log if '"loss/base/video"' in x or '"loss/base/image"' in x][
+        -1
+      ]
+    )
+    encode = encoders.load(folder)
+    sets = {
+      s: real_video.probe(encode, data / s, stride)
+      for s, stride in real_video.SETS.items()
+    }
+  return {
+    'cell': name,
+    'seed': seed,
+    'sets': sets,
+    'flops': flops,
+    'last': {k: x for k, x in last.items() if '/' in k},
+    'steps': STEPS,
+    'clips': STEPS * real_video.BATCH,
+    'train_seconds': round(trained - start, 1),
+    'cpu_seconds': round(time.process_time(), 1),
+    **provenance.describe(),
+  }
+
+
+def table(out):
+  """Returns the lines of a Markdown table; cells not reached say so."""
+  lines = [json.loads(x) for x in out.read_text().splitlines()]
+  heads = [*real_video.SETS, 'TFLOP']
+  rows = ['| run | ' + ' | '.join(heads) + ' |', '|---' * 4 + '|']
+  for name in METHODS:
+    found = [x for x in lines if x['cell'] == name]
+    shown = [
+      real_video._cell([x['sets'][s] for x in found]) for s in real_video.SETS
+    ]
+    shown.append(f'{found[0]["flops"] / 1e12:.1f}' if found else 'not run')
+    rows.append(f'| {name} | ' + ' | '.join(shown) + ' |')
+  return '\n'.join(rows)
+
+
+if __name__ == '__main__':
+  real_video.main(__doc__, cells, run_cell, table)

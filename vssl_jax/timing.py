@@ -89,11 +89,16 @@ def _random_batch(
   )
   clips = jax.jit(draw, out_shardings=split)(jax.random.key(1))
   count = jnp.arange(size, dtype=jnp.int32)
+  none = jnp.zeros_like(count, bool)
+  whole = jnp.zeros((size, 4)).at[:, 2:].set(1.0)
   return {
     'video': clips,
     'index': jax.device_put(count, split),
+    'label': jax.device_put(jnp.zeros_like(count), split),
     'repeat': jax.device_put(jnp.zeros_like(count), split),
-    'substituted': jax.device_put(jnp.zeros_like(count, bool), split),
+    'substituted': jax.device_put(none, split),
+    'crop': jax.device_put(whole, split),
+    'flip': jax.device_put(none, split),
     'progress': jax.device_put(jnp.float32(0), sharding.replicated(mesh)),
   }
 

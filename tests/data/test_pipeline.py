@@ -106,6 +106,7 @@ def test_batches_look_as_promised(data_config):
     'substituted': ((8,), 'bool'),
     'label': ((8,), 'int32'),
     'crop': ((8, 4), 'float32'),
+    'flip': ((8,), 'bool'),
   }
   assert {k: v.shape[1:] for k, v in batch.items()} == clips.shapes
   assert clips.classes == ['left', 'right'] and clips.num_examples == 10
@@ -132,6 +133,47 @@ def test_every_epoch_is_a_new_order_of_other_videos(data_config):
   assert counts.min() > 8  # of 20; no video is left out for good
   assert pipeline.make(data_config, batch_size=4, seed=0).distinct
   assert not pipeline.make(data_config, batch_size=12, seed=0).distinct
+
+
+@pytest.mark.slow
+def test_no_batch_holds_a_video_twice(tmp_path, data_config):
+  """As rows need it: 50 videos, 1,000 batches of 16, which is 333 epochs."""
+  for number in range(50):
+    (tmp_path / f'{number}.mp4').touch()
+  data_config.source = str(tmp_path)
+  order, distinct = pipeline._order(
+    pipeline.find(data_config), np.arange(50), (), 0, 16
+  )
+  batches = order.batch(16)
+  seen = np.zeros(50, int)
+  for step in range(1000):
+    index = batches[step]
+    assert len(index) == 16 and len(set(index.tolist())) == 16
+    seen[index] += 1
+  assert distinct and seen.min() > 280  # of 320
+
+
+def test_box_and_flip_say_where_pixels_come_from(tmp_path, film, data_config):
+  for number in range(16):
+    film(
+      tmp_path / f'{number}.mkv', frames=4, codec='ffv1', pix_fmt='bgr0',
+      picture=_columns,
+    )  # fmt: skip
+  data_config.source, data_config.flip = str(tmp_path), True
+  (batch,) = take(data_config, 1, size=16)
+  assert 0 < batch['flip'].sum() < 16
+  x = (np.arange(16) + 0.5) / 16
+  for video, box, flip in zip(
+    batch['video'], batch['crop'], batch['flip'], strict=True
+  ):
+    columns = box[1] + (box[3] - box[1]) * (1 - x if flip else x)
+    found = (video[0, :, :, 0].mean(axis=0) / 3 + 0.5) / 64
+    np.testing.assert_allclose(found[1:-1], columns[1:-1], atol=0.02)
+
+
+def _columns(number, height, width):
+  row = 3 * np.arange(width, dtype=np.uint8)
+  return np.broadcast_to(row[None, :, None], (height, width, 3)).copy()
 
 
 def test_repeats_stay_together(data_config):

@@ -136,6 +136,7 @@ class Loader:
     batch = {name: np.repeat(rows, per) for name, rows in batch.items()}
     batch['repeat'] = np.tile(np.arange(per, dtype=np.int32), len(tickets))
     batch['crop'] = np.concatenate([_crops(f, per) for f in found])
+    batch['flip'] = np.concatenate([_flips(f, per) for f in found])
     if self.spec.depth_units:
       video, batch['depth'] = rgbd.split(video, self.spec)
     batch['video'] = video
@@ -200,6 +201,10 @@ def _label(found: _Found) -> int:
 
 def _crops(found: _Found, per: int) -> np.ndarray:
   return found.clips.crop if found.clips else np.zeros((per, 4), np.float32)
+
+
+def _flips(found: _Found, per: int) -> np.ndarray:
+  return found.clips.flipped if found.clips else np.zeros(per, bool)
 
 
 def _notes(found: list[_Found]) -> np.ndarray:

@@ -59,7 +59,7 @@ class Pass:
     self.classes = list(source.classes) if source.classes else None
     self.fingerprint = source.fingerprint
     scalars = ('index', 'label', 'view', 'segment', 'weight', 'substituted')
-    self.shapes = {'video': spec.shape, 'crop': (4,)}
+    self.shapes = {'video': spec.shape, 'crop': (4,), 'flip': ()}
     self.shapes.update(dict.fromkeys(scalars, ()))
     if spec.depth_units:
       self.shapes['depth'] = spec.shape[:3]

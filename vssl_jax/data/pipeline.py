@@ -69,6 +69,7 @@ class Clips:
       'substituted': (),
       'label': (),
       'crop': (4,),
+      'flip': (),
     }
     if spec.depth_units:
       self.shapes['depth'] = spec.shape[:3]
@@ -145,7 +146,9 @@ def make(
     Clips, whose local batches hold batch_size / process_count clips:
     {'video': uint8 [B, T, H, W, C], 'index': int32 [B] (the number of videos
     where `substituted`), 'repeat': int32 [B], 'substituted': bool [B],
-    'label': int32 [B] (-1 unknown), 'crop': float32 [B, 4]}.
+    'label': int32 [B] (-1 unknown), 'crop': float32 [B, 4], the box that was
+    cut: top, left, bottom, right as fractions of the upright picture, 'flip':
+    bool [B], whether left and right changed places inside that box}.
   """
   parse_flags()
   source = options.find(config)

@@ -176,6 +176,8 @@ def _batch(
     'label': shape(np.int32),
     'repeat': shape(np.int32),
     'substituted': shape(np.bool_),
+    'crop': shape(np.float32, 4),
+    'flip': shape(np.bool_),
     'progress': jax.ShapeDtypeStruct((), np.float32, sharding=whole),
   }
 

@@ -129,11 +129,42 @@ def test_it_reads_as_an_encoder():
   assert other.image == image(final_norm=False, dtype='bfloat16', drop_path=0.1)
 
 
-@pytest.mark.parametrize(('patch', 'every'), [((2, 4, 4), 2), ((1, 4, 4), 0)])
-def test_it_takes_encoders_of_one_frame(video, patch, every):
-  module = framewise.Framewise(image(patch=patch), every)
+@pytest.mark.parametrize(
+  ('patch', 'every', 'cell'),
+  [((2, 4, 4), 2, None), ((1, 4, 4), 0, None), ((1, 4, 4), 2, 0)],
+)
+def test_it_takes_encoders_of_one_frame(video, patch, every, cell):
+  module = framewise.Framewise(image(patch=patch), every, cell)
   with pytest.raises(ValueError, match=r'such as patch \(1, 4, 4\)'):
     module.init(KEY, video)
+
+
+@pytest.mark.parametrize(('cell', 'side'), [(2, 4), (4, 2)])
+def test_frames_are_resized_to_the_cells(video, cell, side):
+  """8 x 12 pixels become 4 x 6 or 2 x 3 patches of 3 x 3 pixels."""
+  module = framewise.Framewise(image(patch=(1, 3, 3)), cell=cell)
+  assert module.patch == (2, cell, cell)
+  params = start(module, video)
+  found = call(module, params, video)
+  assert found.shape == (2, 3 * side * side * 3 // 2, 24)
+  weights = [resizing(n, 3 * n // cell) for n in (8, 12)]
+  smaller = np.einsum('bthwc,yh,xw->btyxc', video[:, ::2], *weights)
+  wanted = call(framewise.Framewise(module.image, 1), params, smaller)
+  np.testing.assert_allclose(found, wanted, atol=1e-4)
+  # Bytes are as good as numbers in [0, 1].
+  codes = np.round(255 * video).astype(np.uint8)
+  again = call(module, params, codes)
+  wanted = call(module, params, codes.astype(np.float32) / 255)
+  np.testing.assert_allclose(again, wanted, atol=1e-4)
+
+
+def resizing(old, new):
+  """Triangles as wide as two of the coarser pixels, each row summing to 1."""
+  width = max(old / new, 1)
+  centres = (np.arange(new) + 0.5) * old / new - 0.5
+  gaps = np.abs(centres[:, None] - np.arange(old)[None]) / width
+  found = np.maximum(1 - gaps, 0)
+  return (found / found.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
 def test_a_decoder_decodes_each_frame_alone():

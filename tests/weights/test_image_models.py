@@ -202,7 +202,7 @@ def test_tables_are_resized_for_another_grid(tmp_path):
 
 @pytest.mark.parametrize('image', [MAE, IMAGE.clone(layer_scale=True)])
 def test_what_is_exported_comes_back(tmp_path, image):
-  module, params = framewise.Framewise(image, every=4), start(image)
+  module, params = framewise.Framewise(image, every=4, cell=3), start(image)
   layout = weights.export(module, params, tmp_path, video=VIDEO)
   assert layout == 'vssl_vit'
   again, found, _ = weights.load_published(tmp_path)

@@ -8,6 +8,7 @@ the same names. Frames are batched, so nothing passes from one to another.
 from typing import Any
 
 import flax.linen as nn
+import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, Num, Shaped
 
@@ -24,22 +25,30 @@ class Framewise(nn.Module):
   Attributes:
     image: the image encoder; its patches last one frame.
     every: frames from one that is looked at to the next.
+    cell: side in pixels of the part of a frame that becomes one token; frames
+      are resized so that the encoder's patches cover these. A model with
+      patches of 14 gets frames of 196 instead of 224 by cell=16. None: the
+      encoder's patches, and frames as they are.
   """
 
   image: vit.Vit
   every: int = 2
+  cell: int | None = None
 
   def setup(self) -> None:
     """Names the parameters as the image encoder does.
 
     Raises:
-      ValueError: patches of several frames, or fewer than one frame apart.
+      ValueError: patches of several frames, fewer than one frame apart, or
+        cells without pixels.
     """
-    if self.image.patch[0] != 1 or self.every < 1:
+    cell = 1 if self.cell is None else self.cell
+    if self.image.patch[0] != 1 or self.every < 1 or cell < 1:
       raise ValueError(
-        f'framewise: found image patches {self.image.patch} and every '
-        f'{self.every}; wanted an encoder of one frame, such as patch '
-        f'{(1, *self.image.patch[1:])}, and every of at least 1'
+        f'framewise: found image patches {self.image.patch}, every '
+        f'{self.every} and cell {self.cell}; wanted an encoder of one frame, '
+        f'such as patch {(1, *self.image.patch[1:])}, every of at least 1, and '
+        'cells of at least one pixel or None'
       )
     nn.share_scope(self, self.image)
 
@@ -55,7 +64,9 @@ class Framewise(nn.Module):
   @property
   def patch(self) -> layers.Grid:
     """Frames and pixels that one token stands for."""
-    return (self.every, *self.image.patch[1:])
+    if self.cell is None:
+      return (self.every, *self.image.patch[1:])
+    return (self.every, self.cell, self.cell)
 
   @property
   def width(self) -> int:
@@ -108,6 +119,8 @@ class Framewise(nn.Module):
       visible = _within(visible, grid)
     frames = video[:, :: self.every]
     frames = frames.reshape(-1, 1, *frames.shape[2:])
+    if self.patch[1:] != self.image.patch[1:]:
+      frames = _resized(frames, grid, self.image.patch)
     found = self.image(frames, visible, **options)
     if isinstance(found, tuple):
       return tuple(_together(x, grid[0]) for x in found)
@@ -176,6 +189,19 @@ class FramewiseDecoder(nn.Module):
     z = z.reshape(-1, z.shape[1] // t, z.shape[2])
     found = self.decoder(z, mask, (1, h, w), token, **options)
     return _together(found, t)
+
+
+def _resized(
+  frames: Num[Array | np.ndarray, 'Bt 1 H W C'],
+  grid: layers.Grid,
+  patch: layers.Grid,
+) -> Float[Array, 'Bt 1 y x C']:
+  """Returns frames of as many patches as the grid has, bilinear."""
+  batch, channels = frames.shape[0], frames.shape[-1]
+  size = (grid[1] * patch[1], grid[2] * patch[2])
+  return jax.image.resize(
+    layers.to_unit(frames), (batch, 1, *size, channels), 'linear'
+  )
 
 
 def _within(index: Int[Array, 'B K'], grid: layers.Grid) -> Int[Array, 'Bt k']:

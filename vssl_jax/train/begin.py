@@ -134,7 +134,10 @@ def _teacher_params(run: Run, teacher: base.Teacher) -> Any:
     if teacher.source.startswith('@'):
       params = _kept_params(run, teacher)
     else:
-      params = jax.device_get(encoders.load(teacher.source).params)
+      loaded = encoders.load(teacher.source)
+      # The module says which grid the clips have for the teacher.
+      loaded = dataclasses.replace(loaded, module=teacher.module)
+      params = jax.device_get(loaded.at(run.video).params)
     at = sharding.shardings(params, run.mesh, dict(run.config.mesh.overrides))
     params = jax.device_put(params, at)
     return jax.jit(lambda p: trees.cast(p, teacher.dtype), out_shardings=at)(

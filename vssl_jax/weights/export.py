@@ -95,8 +95,8 @@ def _config(
   encoder: vit.Vit | framewise.Framewise, layout: str, video: Sequence[int]
 ) -> dict[str, Any]:
   if isinstance(encoder, framewise.Framewise):
-    frames = {'every': encoder.every}
-    return _config(encoder.image, layout, video) | frames
+    frames = {'every': encoder.every, 'cell': encoder.cell}
+    return _config(encoder.image, layout, video) | {'framewise': frames}
   if layout == source_lib.OURS:
     fields = {
       f.name: getattr(encoder, f.name)

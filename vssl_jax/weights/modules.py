@@ -68,8 +68,9 @@ def build(found: source_lib.Found, part: str, num_heads: int | None) -> Any:
         'need the config.json that was written beside them'
       )
     encoder = vit.make(found.config['vit'])
-    every = found.config.get('every')
-    return framewise.Framewise(encoder, every) if every else encoder
+    if 'framewise' in found.config:
+      return framewise.Framewise(encoder, **found.config['framewise'])
+    return encoder
   if part not in found.layout.parts:
     raise read.WeightsError(
       f'{found.source}: {found.layout.name} has no {part}; wanted one of '

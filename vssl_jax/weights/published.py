@@ -77,7 +77,7 @@ def load_published(
     allow_unused: patterns of their keys that may fill nothing, beside other
       parts of the published model.
     **fields: replace fields of the module, such as `dtype` and `remat`, or,
-      of image models, `every`.
+      of image models, `every` and `cell`.
 
   Returns:
     The module, its float32 parameters, and what became of every key.

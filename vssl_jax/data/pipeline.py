@@ -248,7 +248,9 @@ def _tested(
 class _Ticket(grain.transforms.RandomMap):
   """Adds seeds to an example's number."""
 
-  def random_map(self, element: int, rng: np.random.Generator) -> np.ndarray:
+  def random_map(
+    self, element: int | np.integer, rng: np.random.Generator
+  ) -> np.ndarray:
     words = rng.integers(0, 2**32, _WORDS, dtype=np.int64)
     return np.concatenate([np.asarray([element], np.int64), words])
 

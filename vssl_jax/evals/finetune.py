@@ -51,7 +51,7 @@ def recipe() -> ml_collections.ConfigDict:
   c.data.update(dict(repeats=2, repeat_frames='shared'))
   c.optim.update(dict(lr=5e-4, lr_start=0.0, lr_end=1e-6, layer_decay=0.75))
   c.optim.update(dict(weight_decay=0.05, weight_decay_end=0.05))
-  c.optim.update(dict(b2=0.999, clip=0.0))
+  c.optim.update(dict(b2=0.999, clip=0.0, decay_tokens=False))
   # Features of one class are meant to grow alike here.
   c.health.every = 0.0
   return c
@@ -105,6 +105,10 @@ def _carry_out(
   A run that was tested is not tested again.
   """
   start = time.time()
+  if not config.workdir:
+    raise ValueError(
+      'config.workdir is empty; wanted a folder for checkpoints and report'
+    )
   videos = finetune_videos.find(config)
   config = finetune_start.fill(config, videos)
   finetune_start.write(config, encoder)

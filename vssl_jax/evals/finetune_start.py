@@ -113,7 +113,7 @@ def write(
   if encoder is None and not c.encoder:
     return
   folder = pathlib.Path(c.workdir) / 'start'
-  begun = bool(manifests.listing(c.workdir)) and folder.exists()
+  begun = folder.exists() and manifests.listing(c.workdir, ('checkpoints',))
   if begun:
     module = encoders.module_of(str(folder))
   else:

@@ -103,7 +103,7 @@ def _rank(found: dict[str, Any] | None) -> tuple[float, float]:
   return (found['correct'] / found['total'], -found['loss'])
 
 
-def history(workdir: str, every: int) -> list[dict[str, float]]:
+def history(workdir: str, every: int) -> list[dict[str, Any]]:
   """Returns epoch, accuracy and loss of every validation that was logged.
 
   Args:

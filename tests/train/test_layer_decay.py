@@ -1,0 +1,81 @@
+"""Layer-wise decay: the factors, and one step of AdamW in numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vssl_jax import trees
+from vssl_jax.models import classifier, vit
+from vssl_jax.train import freezing, layer_decay, optimizer
+
+
+def params_of(size, **fields):
+  """Shapes of an encoder and a head."""
+  encoder = vit.make(size, **fields)
+  video = jax.ShapeDtypeStruct((1, 2, 32, 32, 3), np.uint8)
+  key = jax.random.key(0)
+  tokens = jax.ShapeDtypeStruct((1, 4, encoder.width), np.float32)
+  return {
+    'encoder': jax.eval_shape(encoder.init, key, video)['params'],
+    'head': jax.eval_shape(classifier.Classifier(5).init, key, tokens)[
+      'params'
+    ],
+  }
+
+
+def test_the_factors_of_b():
+  found = params_of('B', positions='learned', final_norm=False)
+  by_name = dict(trees.named_leaves(layer_decay.scales(found, 0.75)))
+  wanted = {
+    'encoder/embed/kernel': 0.02376,
+    'encoder/positions': 0.02376,
+    'encoder/block_00/mlp/fc1/kernel': 0.03168,
+    'encoder/block_11/norm_1/scale': 0.75,
+    'head/norm/scale': 1.0,
+    'head/head/kernel': 1.0,
+  }
+  for name, value in wanted.items():
+    np.testing.assert_allclose(by_name[name], value, rtol=2e-4)
+  assert len(set(by_name.values())) == 14
+
+
+def test_one_step_is_adamw_with_those_factors():
+  rng = np.random.default_rng(0)
+  shapes = params_of(
+    {'width': 8, 'depth': 2, 'num_heads': 2}, patch=(2, 16, 16)
+  )
+  params, grads = (
+    jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), shapes)
+    for _ in range(2)
+  )
+  optim = optimizer.default()
+  optim.update(dict(b2=0.999, clip=0.0, layer_decay=0.7))
+  tx = optimizer.make(
+    optim,
+    freezing.labels(params, ()),
+    lambda step: jnp.float32(0.01),
+    lambda step: jnp.float32(0.05),
+  )
+  updates, _ = tx.update(grads, tx.init(params), params, step=jnp.int32(0))
+  g, p = (dict(trees.named_leaves(x)) for x in (grads, params))
+  for name, update in trees.named_leaves(updates):
+    factor = 1.0  # the head, and the norm behind the blocks
+    if name.startswith('encoder/embed'):
+      factor = 0.7**3
+    elif 'block_' in name:
+      factor = {'0': 0.7**2, '1': 0.7}[name.split('block_0')[1][0]]
+    grad, value = np.asarray(g[name], np.float64), np.asarray(p[name])
+    # The first step of Adam: both moments are corrected to the gradient.
+    direction = grad / (np.abs(grad) + 1e-8)
+    if value.ndim >= 2:
+      direction = direction + 0.05 * value
+    np.testing.assert_allclose(update, -0.01 * factor * direction, rtol=2e-5)
+
+
+def test_an_encoder_without_blocks_and_a_wrong_decay_are_named():
+  with pytest.raises(ValueError, match='no leaves named block_00'):
+    layer_decay.scales({'encoder': {'kernel': jnp.ones(3)}}, 0.75)
+  for decay in (0.0, 1.5):
+    with pytest.raises(ValueError, match=rf'layer_decay: found {decay}'):
+      layer_decay.scale(decay)

@@ -27,6 +27,7 @@ def get_config(variant=''):
     raise ValueError(f'mvd_k400.py: found :{variant}, wanted {list(BATCH)}')
   c = config_lib.default('pmd')
   c.batch_size = BATCH[size]
+  c.data.examples = K400
   c.data.frames, c.data.stride, c.data.size = 16, 4, (224, 224)
   c.data.crop, c.data.flip = 'multi_scale', False
   c.data.workers = 8

@@ -12,7 +12,8 @@ Expected: not published at this size. Ours: not run.
 
 from vssl_jax import config as config_lib
 
-EPOCH = 50_000 // 256
+CLIPS = 50_000
+EPOCH = CLIPS // 256
 
 
 def get_config(variant=''):
@@ -24,7 +25,7 @@ def get_config(variant=''):
   own = '-self' if variant == 'self' else ''
   _, c = config_lib.load(f'configs/{page}.py:S{own}')
   c.batch_size = 256
-  c.data.workers = 4
+  c.data.workers, c.data.examples = 4, CLIPS
   c.optim.warmup = 4 * EPOCH
   m = c.method
   m.window = 3 * EPOCH

@@ -75,6 +75,7 @@ def default(method: str = 'salt') -> ml_collections.ConfigDict:
         'checkpoint',
         'log',
         'health',
+        'data.examples',
         'data.workers',
         'data.decode_processes',
         'data.isolate',

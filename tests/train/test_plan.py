@@ -1,5 +1,6 @@
 """`--plan` against what a real state and a real step hold."""
 
+import dataclasses
 import importlib.util
 import re
 
@@ -9,6 +10,7 @@ import pytest
 
 from tests.train import conftest, toy
 from vssl_jax import encoders, methods, sharding, trees
+from vssl_jax.methods import base
 from vssl_jax.train import ahead, memory, metrics, plan
 from vssl_jax.train import run as run_lib
 
@@ -56,6 +58,60 @@ def test_exact_bytes_are_those_of_real_arrays(tmp_path):
   assert found['parameters'] < trees.nbytes(state['params'])  # some are split
 
 
+SPECS = {
+  'image': base.RowSpec((1568,), window=7500),
+  'video': base.RowSpec((1568,), window=7500),
+}
+
+
+def test_rows_are_counted_to_the_byte(tmp_path, monkeypatch):
+  """K400's 240,000 clips: 6.0 GB, 3.0 in half; and as real arrays hold them."""
+  half = {k: dataclasses.replace(s, dtype='float16') for k, s in SPECS.items()}
+  one = {'one': base.RowSpec((), 'float16')}
+  phases = [
+    toy.phase(name=name, row_specs=specs)
+    for name, specs in (('a', SPECS), ('b', half), ('c', one), ('d', {}))
+  ]
+  monkeypatch.setattr(methods, 'build', lambda *_: toy.Toy(tuple(phases)))
+  config = _config(tmp_path)
+  config.optim.warmup, config.data.examples = 1, 240_000
+  text = plan.describe(config)
+  assert 'nowhere is not at hand, 240,000 videos by data.examples' in text
+  lines = [line for line in text.splitlines() if line.startswith('  rows')]
+  room = 235 * 1024
+  twice = '1568 float32 twice (windows of 7500 steps)'
+  for line, kept, each in zip(
+    lines,
+    (f'image {twice}, video {twice}', 'image 1568 float16', 'one 1 float16'),
+    (4 * 1568 * 4, 4 * 1568 * 2, 2),
+    strict=True,
+  ):
+    assert line.startswith(f'  rows: {kept}')
+    assert line.endswith(
+      f': {each:,} bytes per example; for 240,000 examples (room for 240,640) '
+      f'{each * room:,} bytes, {each * room // 8:,} per device of 8'
+    )
+  assert '6,037,176,320 bytes' in lines[0] and '3,018,588,160' in lines[1]
+  config.data.examples = 0
+  (first, *_) = re.findall('  rows: .*', plan.describe(config))
+  assert first.endswith('--config.data.examples says how many to count')
+
+
+@pytest.mark.parametrize(('data', 'fsdp'), [(1, 8), (2, 4)])
+def test_a_device_holds_its_share_of_the_rows(tmp_path, data, fsdp):
+  config = _config(tmp_path)
+  specs = {'image': base.RowSpec((6,), 'float16', window=2)}
+  method = toy.Toy((toy.phase(row_specs=specs),))
+  (span,) = run_lib.spans(method)
+  config.optim.warmup = 1
+  shapes = ahead.outline(config, method, span, VIDEO, 1500)
+  needs = memory.per_device(config, method, shapes, VIDEO, data, fsdp)
+  at = sharding.shardings(shapes.state, sharding.make_mesh(data, fsdp))
+  state = jax.jit(shapes.fresh, out_shardings=at)()
+  held = [x.addressable_shards[0].data for x in state.rows.values()]
+  assert needs['rows'] == sum(x.nbytes for x in held) == 2 * 2048 * 6 * 2 / 8
+
+
 def test_frozen_leaves_have_no_gradient_and_their_own_type(tmp_path):
   config = _config(tmp_path)
   method, (shapes, _) = _outlines(config)
@@ -64,9 +120,7 @@ def test_frozen_leaves_have_no_gradient_and_their_own_type(tmp_path):
   fields = dict(frozen=(frozen,), frozen_dtype='bfloat16')
   span = run_lib.spans(method)[0]
   phase = type(span.phase)(**vars(span.phase) | fields)
-  span = run_lib.Span(
-    phase, span.start, span.end, span.total, span.covers
-  )
+  span = run_lib.Span(phase, span.start, span.end, span.total, span.covers)
   shapes = ahead.outline(config, method, span, VIDEO)
   locked = memory.per_device(config, method, shapes, VIDEO, 1, 1)
   block = trees.subtree(shapes.state.params, frozen)

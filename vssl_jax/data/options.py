@@ -21,6 +21,7 @@ def default() -> ml_collections.ConfigDict:
       # space separated, jsonl), ArrayRecord shards, a TFDS directory; or
       # several of these, separated by commas.
       source='',
+      examples=0,  # videos that --plan counts with where the source is not
       weights=(),  # shares of the sources in each batch; (): by their sizes
       # Rows of a manifest: 'fold=0,1' or 'fold!=3'; of frames with depth those
       # of these numbers: 'frames=0-699'.

@@ -6,7 +6,8 @@ optimizer, averages, teachers and rows are exact; activations are an estimate.
 """
 
 import contextlib
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import jax
 import ml_collections
@@ -21,6 +22,7 @@ from vssl_jax.train import (
   memory,
   metrics,
   optimizer,
+  rows,
 )
 from vssl_jax.train import run as run_lib
 
@@ -70,7 +72,14 @@ def describe(config: ml_collections.ConfigDict, detail: str = 'shapes') -> str:
     ahead.outline(config, method, span, video, examples or 1) for span in ends
   ]
   data, fsdp = _mesh_sizes(config, mesh)
-  told = [_phase(config, method, o, video, data, fsdp) for o in outlines]
+  sizes = {'data': data, 'fsdp': fsdp}
+  told = [
+    [
+      *_phase(config, method, o, video, data, fsdp),
+      *_rows(o.span.phase, examples, sizes),
+    ]
+    for o in outlines
+  ]
   if len(spans) > SHOWN:
     told.insert(1, _between(config, method, spans[1:-1], video, detail))
   lines = [f'clips {_x(video)}, batch {config.batch_size}, {note}']
@@ -119,12 +128,14 @@ def _mesh_sizes(
 
 def _examples(config: ml_collections.ConfigDict) -> tuple[int, str]:
   """Returns how many videos there are, 0 if they are not at hand."""
-  if not config.data.source:
-    return 0, 'data.source is not set'
-  with contextlib.suppress(OSError, ValueError):
-    found = len(options.find(config.data.to_dict()))
-    return found, f'{found:,} videos'
-  return 0, f'{config.data.source} is not at hand'
+  note = 'data.source is not set'
+  if config.data.source:
+    with contextlib.suppress(OSError, ValueError):
+      found = len(options.find(config.data.to_dict()))
+      return found, f'{found:,} videos'
+    note = f'{config.data.source} is not at hand'
+  told = config.data.examples
+  return told, note + (f', {told:,} videos by data.examples' if told else '')
 
 
 def _phase(
@@ -162,6 +173,31 @@ def _phase(
   ]
 
 
+def _rows(
+  phase: base.Phase, examples: int, sizes: Mapping[str, int]
+) -> list[str]:
+  """Returns what a phase remembers of every example, exactly, if anything."""
+  if not phase.row_specs:
+    return []
+  each = rows.bytes_per_example(phase.row_specs)
+  kept = ', '.join(
+    f'{name} {_x(spec.shape) or 1} {spec.dtype}'
+    + (f' twice (windows of {spec.window} steps)' if spec.window else '')
+    for name, spec in phase.row_specs.items()
+  )
+  line = f'  rows: {kept}: {each:,} bytes per example'
+  if not examples:
+    return [f'{line}; --config.data.examples says how many to count']
+  room = rows.places(examples)
+  axes = sharding.example_axes(room, sizes)
+  share = each * room // math.prod(sizes[axis] for axis in axes)
+  devices = math.prod(sizes.values())
+  return [
+    f'{line}; for {examples:,} examples (room for {room:,}) {each * room:,} '
+    f'bytes, {share:,} per device of {devices}'
+  ]
+
+
 def _sizes(shapes: ahead.Outline) -> str:
   """Returns the millions of parameters by role, and how many are frozen."""
   sizes = [
@@ -186,6 +222,11 @@ def _flops(cost: base.Cost) -> str:
   return f'{cost.total / 1e12:.3f}'
 
 
+def _per_example(phase: base.Phase) -> str:
+  each = rows.bytes_per_example(phase.row_specs)
+  return f', rows {each:,} bytes per example' if each else ''
+
+
 def _between(
   config: ml_collections.ConfigDict,
   method: base.Method,
@@ -200,6 +241,7 @@ def _between(
       f'phase {span.phase.name}: steps {span.start} to {span.end}, '
       f'{_flops(cost)} TF per clip ({cost.frozen / 1e12:.3f} of it for '
       f'targets), activations {cost.activations / GIB:.3f} GiB per clip'
+      + _per_example(span.phase)
       for span, cost in zip(spans, costs, strict=True)
     ]
   steps = sorted(span.phase.steps for span in spans)

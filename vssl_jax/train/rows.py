@@ -10,6 +10,7 @@ value and write nowhere. So does a whole batch whose step is not taken.
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,6 +33,16 @@ ALL = ('data', 'fsdp')
 def places(num_examples: int) -> int:
   """Returns for how many examples there is room, E."""
   return -(-num_examples // ROUND) * ROUND
+
+
+def bytes_per_example(specs: Mapping[str, base.RowSpec]) -> int:
+  """Returns what the memory of one example takes, window copies included."""
+  return sum(
+    math.prod(spec.shape)
+    * jnp.dtype(spec.dtype).itemsize
+    * (2 if spec.window else 1)
+    for spec in specs.values()
+  )
 
 
 def init(

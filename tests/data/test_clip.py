@@ -1,11 +1,12 @@
 """Clips: the right frames, the right pixels, a pure function."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
 
-from vssl_jax.data import clip, decode
+from vssl_jax.data import clip, decode, options, pipeline
 
 SPEC = clip.Spec(
   frames=4, stride=3, height=24, width=32, crop='centre', flip=False
@@ -175,3 +176,43 @@ def test_settings_that_make_no_sense_are_named():
     clip.Spec(fps=8.0, stride=4)
   with pytest.raises(ValueError, match=r'data\.frames is 0'):
     clip.Spec(frames=0)
+
+
+# What takes each of `options.FIXED` away.
+LOOSE = {
+  'sampling': 'window',
+  'crop': 'multi_scale',
+  'flip': True,
+  'auto_augment': 'rand-m7-n4-mstd0.5-inc1',
+  'erase': 1.0,
+  'repeats': 2,
+}
+
+
+def test_a_video_gives_one_clip_where_nothing_is_left_to_chance(
+  tmp_path, film, grey, numbered
+):
+  def moving(number, height, width):
+    return np.roll(ramp(number, height, width), number, 1)
+
+  film(tmp_path / 'x.mkv', codec='ffv1', pix_fmt='bgr0', picture=moving)
+  config = options.default()
+  config.update(options.FIXED | dict(frames=4, stride=3, size=(24, 32)))
+  config.update(dict(source=str(tmp_path), isolate=False, decode_processes=1))
+  middle = numbered(clip.read(grey, options.spec(config), [1]).video[0])
+  assert middle.tolist() == [19, 22, 25, 28]
+
+  def seen():
+    """Clips of the first four epochs."""
+    clips = pipeline.make(config, batch_size=config.repeats, seed=0)
+    found = [x['video'] for x in itertools.islice(clips.iterator(), 4)]
+    clips.close()
+    return {video.tobytes() for x in found for video in x}
+
+  assert options.unfixed(config) == {} and len(seen()) == 1
+  assert options.FIXED.keys() == LOOSE.keys()
+  for key, value in LOOSE.items():
+    config.update({**options.FIXED, key: value})
+    assert options.unfixed(config) == {key: (value, options.FIXED[key])}
+    # Repeats give an example two clips, here the same.
+    assert (len(seen()) > 1) == (key != 'repeats'), key

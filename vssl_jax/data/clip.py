@@ -14,7 +14,14 @@ from vssl_jax.data import augment, decode, transforms
 CROPS = ('random_resized', 'multi_scale', 'centre')
 # With full chroma: without it pictures come out almost 2 of 255 too dark.
 SCALING = int(Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT)
-SAMPLINGS = ('window', 'parts', 'scattered', 'spread', 'interleaved')
+SAMPLINGS = (
+  'window',
+  'middle',
+  'parts',
+  'scattered',
+  'spread',
+  'interleaved',
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +221,11 @@ def _row(
     return transforms.part(
       count, spec.frames, spec.stride, rng.random(), which, own
     )
-  return transforms.window(count, spec.frames, spec.stride, rng.random())
+  # Chance is drawn even where the middle is taken: crops stay what they are.
+  chance = rng.random()
+  if spec.sampling == 'middle':
+    chance = 0.5
+  return transforms.window(count, spec.frames, spec.stride, chance)
 
 
 def places(rows: np.ndarray) -> dict[int, list[tuple[int, int]]]:

@@ -11,6 +11,16 @@ from vssl_jax.data import loading, scenes, sources
 
 Options = Mapping[str, Any] | ml_collections.ConfigDict
 
+# With these a video always gives the same clip.
+FIXED = {
+  'sampling': 'middle',
+  'crop': 'centre',
+  'flip': False,
+  'auto_augment': '',
+  'erase': 0.0,
+  'repeats': 1,
+}
+
 
 def default() -> ml_collections.ConfigDict:
   """Every key of `config.data`."""
@@ -46,8 +56,9 @@ def default() -> ml_collections.ConfigDict:
       fps=0.0,  # frames per second instead, by time stamps (then stride=1)
       size=(224, 224),  # height, width in pixels
       channels=3,  # 1: grey
-      # 'window': T neighbours anywhere; 'parts': the same, but repeat r in the
-      # r-th of `repeats` equal parts; 'scattered': a frame from each of T parts
+      # 'window': T neighbours anywhere; 'middle': those in the middle, always;
+      # 'parts': anywhere, but repeat r in the r-th of `repeats` equal parts;
+      # 'scattered': a frame from each of T parts
       sampling='window',
       min_frames=1,  # videos with fewer are bad; others repeat the last frame
       # --- how it is augmented
@@ -105,6 +116,15 @@ def spec(config: Options, **overrides: Any) -> clip_lib.Spec:
   for name in ('crop_scale', 'crop_aspect', 'depth_range'):
     values[name] = tuple(values[name])
   return clip_lib.Spec(**{**values, **overrides})
+
+
+def unfixed(config: Options) -> dict[str, tuple[Any, Any]]:
+  """Returns key -> (found, wanted) of what lets the clips of a video differ."""
+  return {
+    key: (config[key], wanted)
+    for key, wanted in FIXED.items()
+    if config[key] != wanted
+  }
 
 
 def policy(config: Options, seed: int, **overrides: Any) -> loading.Policy:

@@ -3,10 +3,11 @@
     python tests/benchmarks/real_pmd.py --data=<folder> --out=<file.jsonl>
     python tests/benchmarks/real_pmd.py --out=<file.jsonl> --table
 
-The folder and the probes are those of `real_video.py`. An image and a video
-teacher are trained once for each seed, on the same videos; every run then has
-the same steps and clips under these teachers. Finished cells are not run
-again. Each cell is a process of its own.
+The folder and the probes are those of `real_video.py`; the comparison is
+fine-tuned besides, on some persons' clips, and tested on others'. An image and
+a video teacher are trained once for each seed, on the same videos; every run
+then has the same steps and clips under these teachers. Finished cells are not
+run again. Each cell is a process of its own.
 """
 
 import json
@@ -20,8 +21,13 @@ STEPS, TEACHER_STEPS = 600, 500
 # A picture has 16 positions: 8, 6, 4 and 2 of them are visible.
 RATIOS = (0.5, 0.625, 0.75, 0.875)
 WINDOW = 30  # steps, two epochs
+PATCH = (2, 16, 16)
+SHAPE = dict(size='Ti', width=96, depth=6, num_heads=4, mlp_width=384)
 NONE = dict(lambda_pg=0.0, lambda_df=0.0, lambda_al=0.0)
-FIRST = ('base', 'all')  # of three seeds; the others of one
+FIRST = ('base', 'all')  # of three seeds and fine-tuned; the others of one
+TUNED, SPLIT = 'weizmann4_64', {'train': 'fold!=0,1,2', 'test': 'fold=0,1,2'}
+SCRATCH = 'from scratch'
+TERM = 'loss/base/'  # in every line that the log has of a student
 METHODS = {
   'base': NONE,
   '+PSD': NONE | dict(lambda_pg=0.05),
@@ -43,7 +49,7 @@ SEEDS = (0, 1, 2)
 
 def cells():
   """Yields (name, seed) of every run, the comparison first."""
-  yield from ((name, seed) for seed in SEEDS for name in FIRST)
+  yield from ((n, seed) for seed in SEEDS for n in (*FIRST, SCRATCH))
   yield from ((name, 0) for name in METHODS if name not in FIRST)
 
 
@@ -63,17 +69,16 @@ def config(seed, data, workdir):
   c.optim.update(dict(weight_decay=0.05, weight_decay_end=0.05))
   c.checkpoint.every, c.log.every = 10_000, 200
   m = c.method
-  m.vit.update(dict(patch=(2, 16, 16), dtype='float32'))
-  shape = dict(size='Ti', width=96, depth=6, num_heads=4, mlp_width=384)
+  m.vit.update(dict(patch=PATCH, dtype='float32'))
   head = dict(width=64, depth=1, num_heads=4)
   for name in ('image', 'video'):
     section = m[f'{name}_teacher']
     section.steps = TEACHER_STEPS
-    section.encoder.update(shape)
+    section.encoder.update(SHAPE)
     section.decoder.update(head)
     m[name].update(dict(teacher=f'@{name}_teacher', dtype='float32'))
   m.video_teacher.masks = 'tube:0.75'
-  m.encoder.update(shape)
+  m.encoder.update(SHAPE)
   m.decoder.update(head)
   m.drop_path, m.previous_dtype, m.window = 0.0, 'float32', WINDOW
   m.mask_ratios = RATIOS
@@ -93,10 +98,39 @@ def teachers(seed, shards):
   return folder
 
 
+def tune(encode, data, seed, folder):
+  """Returns right answers and clips of a fine-tuned encoder's test."""
+  from vssl_jax import config as config_lib
+  from vssl_jax.evals import finetune
+
+  _, c = config_lib.load('configs/finetune_fast.py')
+  c.seed, c.workdir = seed, str(folder)
+  c.data.update(dict(stride=2, size=(real_video.SIZE,) * 2))
+  c.data.update(dict(label_column='label', isolate=False))
+  c.method.encoder.update(SHAPE)
+  c.method.vit.update(dict(patch=PATCH, positions='sincos_3d_mvd'))
+  labels = (str(data / TUNED / 'labels.csv'),)
+  c.finetune.update(dict(train=labels, valid=labels, test=labels))
+  c.finetune.train_where = SPLIT['train']
+  c.finetune.valid_where = c.finetune.test_where = SPLIT['test']
+  c.finetune.update(dict(batch_size=8, epochs=40, clips=1))
+  found = finetune.evaluate(c, encode)
+  # The last epoch's: with so few clips nothing is chosen by them.
+  last, total = found['history'][-1], found['test']['evaluated']
+  return {'right': round(last['accuracy'] * total), 'count': total}
+
+
 def run_cell(name, seed, data, shards):
-  """Trains one cell under the seed's teachers and probes it."""
+  """Trains one cell under the seed's teachers, probes and fine-tunes it."""
+  from vssl_jax.train import provenance
+
+  if name == SCRATCH:
+    with tempfile.TemporaryDirectory() as folder:
+      tuned = tune(None, data, seed, folder)
+    line = {'cell': name, 'seed': seed, 'tuned': tuned}
+    return line | provenance.describe()
   from vssl_jax import encoders, methods
-  from vssl_jax.train import provenance, trainer
+  from vssl_jax.train import trainer
 
   made_by = teachers(seed, shards)
   start = time.time()
@@ -117,12 +151,12 @@ def run_cell(name, seed, data, shards):
       for p in method.phases()
     )
     log = pathlib.Path(folder, 'metrics.jsonl').read_text().splitlines()
-    last = json.loads(
-      [x for x in log if '"loss/base/video"' in x or '"loss/base/image"' in x][
-        -1
-      ]
-    )
+    logged = [x for x in map(json.loads, log) if TERM in ' '.join(x)]
     encode = encoders.load(folder)
+    tuned = None
+    if name in FIRST:
+      with tempfile.TemporaryDirectory() as other:
+        tuned = tune(encode, data, seed, other)
     sets = {
       s: real_video.probe(encode, data / s, stride)
       for s, stride in real_video.SETS.items()
@@ -131,8 +165,9 @@ def run_cell(name, seed, data, shards):
     'cell': name,
     'seed': seed,
     'sets': sets,
+    'tuned': tuned,
     'flops': flops,
-    'last': {k: x for k, x in last.items() if '/' in k},
+    'last': {k: x for k, x in logged[-1].items() if '/' in k},
     'steps': STEPS,
     'clips': STEPS * real_video.BATCH,
     'train_seconds': round(trained - start, 1),
@@ -144,14 +179,17 @@ def run_cell(name, seed, data, shards):
 def table(out):
   """Returns the lines of a Markdown table; cells not reached say so."""
   lines = [json.loads(x) for x in out.read_text().splitlines()]
-  heads = [*real_video.SETS, 'TFLOP']
-  rows = ['| run | ' + ' | '.join(heads) + ' |', '|---' * 4 + '|']
-  for name in METHODS:
+  heads = [*real_video.SETS, 'fine-tuned', 'TFLOP']
+  rows = ['| run | ' + ' | '.join(heads) + ' |', '|---' * 5 + '|']
+  for name in (*METHODS, SCRATCH):
     found = [x for x in lines if x['cell'] == name]
-    shown = [
-      real_video._cell([x['sets'][s] for x in found]) for s in real_video.SETS
-    ]
-    shown.append(f'{found[0]["flops"] / 1e12:.1f}' if found else 'not run')
+    probed = [x['sets'] for x in found if 'sets' in x]
+    shown = [real_video._cell([x[s] for x in probed]) for s in real_video.SETS]
+    tuned = [x['tuned'] for x in found if x['tuned']]
+    right, count = (sum(x[k] for x in tuned) for k in ('right', 'count'))
+    shown.append(f'{right} of {count}' if tuned else 'not run')
+    flops = [x['flops'] for x in found if 'flops' in x]
+    shown.append(f'{flops[0] / 1e12:.1f}' if flops else 'not run')
     rows.append(f'| {name} | ' + ' | '.join(shown) + ' |')
   return '\n'.join(rows)
 

@@ -9,6 +9,7 @@ with, on the same machine, alternating:
     python -m vssl_jax.bench --config=configs/videomae_k400.py ...
 
 `videomae` is the whole pretraining step of `VideoMAEForPreTraining`.
+`mvd` is MVD's step with its teachers, to be compared with mvd_k400.py.
 `vjepa2_encoder` is forward and backward of V-JEPA 2's encoder over the whole
 clip: transformers has no pretraining step of it (it drops masked tokens after
 the encoder, not before). bf16 by autocast, scaled dot product attention,
@@ -29,7 +30,7 @@ import torch
 import transformers
 
 from vssl_jax import flops, masking
-from vssl_jax.models import decoder, vit
+from vssl_jax.models import decoder, framewise, vit
 from vssl_jax.train import metrics, provenance
 
 WARM_UP = 3
@@ -42,18 +43,13 @@ def videomae(args, grid):
   ours = vit.make(args.size)
   shape = decoder.SIZES[args.size]
   patch_values = int(np.prod(ours.patch)) * 3
-  config = transformers.VideoMAEConfig(
-    image_size=args.side,
-    num_frames=args.frames,
-    hidden_size=ours.width,
-    num_hidden_layers=ours.depth,
-    num_attention_heads=ours.num_heads,
-    intermediate_size=ours.mlp_width or 4 * ours.width,
+  config = _videomae_config(
+    args,
+    args.size,
     decoder_hidden_size=shape['width'],
     decoder_num_hidden_layers=shape['depth'],
     decoder_num_attention_heads=shape['num_heads'],
     decoder_intermediate_size=4 * shape['width'],
-    attn_implementation='sdpa',
   )
   per_frame = grid[1] * grid[2]
   shown, hidden = masking.counts(per_frame, MASK_RATIO, 'masked_floor')
@@ -98,7 +94,112 @@ def vjepa2_encoder(args, grid):
   )
 
 
-MODELS = {'videomae': videomae, 'vjepa2_encoder': vjepa2_encoder}
+def _videomae_config(args, size, **fields):
+  ours = vit.make(size)
+  return transformers.VideoMAEConfig(
+    image_size=args.side,
+    num_frames=args.frames,
+    hidden_size=ours.width,
+    num_hidden_layers=ours.depth,
+    num_attention_heads=ours.num_heads,
+    intermediate_size=ours.mlp_width or 4 * ours.width,
+    attn_implementation='sdpa',
+    **fields,
+  )
+
+
+class Mvd(torch.nn.Module):
+  """Two frozen teachers, a student and a decoder for each of them."""
+
+  def __init__(self, args, teachers, shape):
+    super().__init__()
+    config = _videomae_config(
+      args,
+      args.size,
+      decoder_hidden_size=shape['width'],
+      decoder_num_hidden_layers=shape['depth'],
+      decoder_num_attention_heads=shape['num_heads'],
+      decoder_intermediate_size=4 * shape['width'],
+    )
+    video = _videomae_config(args, teachers)
+    image = transformers.ViTConfig(
+      image_size=args.side,
+      hidden_size=video.hidden_size,
+      num_hidden_layers=video.num_hidden_layers,
+      num_attention_heads=video.num_attention_heads,
+      intermediate_size=video.intermediate_size,
+      attn_implementation='sdpa',
+    )
+    self.student = transformers.VideoMAEModel(config)
+    self.video = transformers.VideoMAEModel(video).requires_grad_(False)
+    self.image = transformers.ViTModel(image, add_pooling_layer=False)
+    self.image.requires_grad_(False)
+    module = transformers.models.videomae.modeling_videomae
+    tokens = self.student.embeddings.num_patches
+    table = module.get_sinusoid_encoding_table(tokens, shape['width'])
+    self.register_buffer('table', torch.as_tensor(table).float())
+    self.embed, self.decoder = torch.nn.ModuleList(), torch.nn.ModuleList()
+    self.mask_token = torch.nn.Parameter(torch.zeros(2, shape['width']))
+    for _ in range(2):
+      self.embed.append(torch.nn.Linear(config.hidden_size, shape['width']))
+      decoder = module.VideoMAEDecoder(config)
+      decoder.head = torch.nn.Linear(shape['width'], video.hidden_size)
+      self.decoder.append(decoder)
+
+  def forward(self, video, bool_masked_pos):
+    """Returns the loss of clips [B, T, C, H, W]."""
+    batch = len(video)
+    with torch.no_grad():
+      frames = video[:, ::2].flatten(0, 1)
+      image = self.image(frames).last_hidden_state[:, 1:]
+      image = image.reshape(batch, -1, image.shape[-1])
+      targets = (image, self.video(video).last_hidden_state)
+    hidden = self.student(
+      video, bool_masked_pos=bool_masked_pos
+    ).last_hidden_state
+    table = self.table.expand(batch, -1, -1)
+    seen, gone = (
+      table[where].reshape(batch, -1, table.shape[-1])
+      for where in (~bool_masked_pos, bool_masked_pos)
+    )
+    loss = 0.0
+    for i, target in enumerate(targets):
+      x = torch.cat(
+        [self.embed[i](hidden) + seen, self.mask_token[i] + gone], 1
+      )
+      found = self.decoder[i](x, gone.shape[1])
+      logits = found if torch.is_tensor(found) else found.logits
+      wanted = target[bool_masked_pos].reshape(logits.shape)
+      loss = loss + torch.nn.functional.smooth_l1_loss(logits, wanted)
+    return loss
+
+
+def mvd(args, grid):
+  """Returns MVD's whole step: teachers of size B, for L of size L."""
+  size = 'L' if args.size == 'L' else 'B'
+  shape = decoder.MVD_SIZES[args.size]
+  ours, video = vit.make(args.size), vit.make(size)
+  image = vit.make(
+    size, patch=(1, 16, 16), positions='sincos_2d', class_token=True
+  )
+  per_frame = grid[1] * grid[2]
+  shown, hidden = masking.counts(per_frame, MASK_RATIO, 'masked_floor')
+  head = decoder.VideoMaeDecoder(video.width, **shape, **decoder.MVD)
+  cost = flops.train(ours, grid, shown * grid[0])
+  cost += 2 * flops.train(
+    head, grid, (shown * grid[0], hidden * grid[0]), in_width=ours.width
+  )
+  cost += flops.forward(video, grid)
+  cost += flops.forward(framewise.Framewise(image), grid)
+
+  def extra(batch, device):
+    order = torch.rand(batch, per_frame, device=device).argsort(1)
+    return {'bool_masked_pos': (order < hidden).repeat(1, grid[0])}
+
+  return Mvd(args, size, shape), extra, lambda loss: loss, cost
+
+
+MODELS = {'videomae': videomae, 'vjepa2_encoder': vjepa2_encoder, 'mvd': mvd}
 
 
 def finish(device):

@@ -99,6 +99,9 @@ def test_knobs_of_the_plan():
   many = changed(masks='random', masks_per_clip=2)[1]
   assert [s.name for s in many.masks] == ['random_1', 'random_2']
   assert [s.name for s in many.previous_masks] == ['random_1', 'random_2']
+  # MVD rounds what is masked down: 1,411.2 of 1,568.
+  last = changed(masks='random')[-1].masks[0]
+  assert last.counts(GRID) == (157, 1411)
   half = changed(mask_ratios=(0.5, 0.625), steps=(3, 5))
   assert [(p.name, p.steps) for p in half] == [('mask_50', 3), ('mask_62.5', 5)]
   assert changed(previous_dtype='bfloat16')[1].teachers['previous'].dtype == (

@@ -104,8 +104,8 @@ def condense(
 ) -> tuple[Float[Array, 'B N D'], Float[Array, 'B N']]:
   """Returns the mean of some layers, and their mean square around it."""
   stacked = jnp.stack([x.astype(jnp.float32) for x in layers])
-  mean = jnp.mean(stacked, axis=0)
-  return mean, jnp.mean(jnp.square(stacked - mean), axis=(0, 3))
+  mean = jnp.mean(stacked, axis=0, keepdims=True)
+  return mean[0], jnp.mean(jnp.square(stacked - mean), axis=(0, 3))
 
 
 def thirds(depth: int) -> tuple[range, range, range]:

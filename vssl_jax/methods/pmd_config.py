@@ -1,5 +1,6 @@
 """PMD's knobs, and the method that they describe; MVD is one of its cases."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -267,7 +268,9 @@ def _masks(
   # A mask of the same name has the same random order at every ratio: what a
   # higher one shows, the lower one shows too.
   kind, count = config.masks, config.masks_per_clip
-  return mask_specs.parse('+'.join([f'{kind}:{ratio:g}'] * count))
+  specs = mask_specs.parse('+'.join([f'{kind}:{ratio:g}'] * count))
+  # MVD's code rounds both kinds so.
+  return tuple(dataclasses.replace(s, rule='masked_floor') for s in specs)
 
 
 def _row_shape(

@@ -79,7 +79,7 @@ def test_features_of_a_clip_are_those_of_its_frames_in_a_batch(video, params):
     np.testing.assert_allclose(a, b.reshape(2, 18, 24), atol=1e-5)
 
 
-@pytest.mark.parametrize('options', [{'upto': 1}, {'depth': 0.5}, {}])
+@pytest.mark.parametrize('options', [{'upto': 1}, {'depth': 0.5}])
 def test_options_reach_the_image_encoder(video, params, options):
   found = call(framewise.Framewise(image()), params, video, **options)
   frames = video[:, ::2].reshape(6, 1, 8, 12, 3)

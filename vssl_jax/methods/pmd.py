@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from vssl_jax import flops, losses, mask_specs, masking, rngs
-from vssl_jax.methods import base, difficulty, pixels, row_frame
+from vssl_jax.methods import base, difficulty, pixel_phase, row_frame
 from vssl_jax.models import layers
 from vssl_jax.models import student as student_lib
 
@@ -76,7 +76,7 @@ class Pmd(base.Method):
       picture that it was cut from (`crop`).
   """
 
-  plan: tuple[pixels.PixelTeacher | Distil, ...]
+  plan: tuple[pixel_phase.PixelTeacher | Distil, ...]
   lambda_base: float = 1.0
   lambda_pg: float = 0.05
   lambda_df: float = 1.0
@@ -100,14 +100,14 @@ class Pmd(base.Method):
     self, rng: Array, video: base.Video, phase: base.Phase
   ) -> base.Params:
     """Returns random parameters of encoder, decoders and alignment."""
-    if isinstance(phase, pixels.PixelTeacher):
-      return pixels.init(rng, video, phase)
+    if isinstance(phase, pixel_phase.PixelTeacher):
+      return pixel_phase.init(rng, video, phase)
     encoder = phase.student.encoder
     key = rngs.stream(rng, 'init/encoder')
     params = {'encoder': encoder.init(key, video)['params']}
     for name, head in phase.student.decoder.items():
       role = f'decoder_{name}'
-      params[role] = pixels.init_head(rng, video, phase, role, head)
+      params[role] = pixel_phase.init_head(rng, video, phase, role, head)
     for name, align in phase.align.items():
       key = rngs.stream(rng, f'init/align_{name}')
       tokens = jnp.zeros((1, 1, encoder.width))
@@ -119,7 +119,7 @@ class Pmd(base.Method):
     self, teachers: Mapping[str, Any], video: base.Video, phase: base.Phase
   ) -> Mapping[str, Float[Array, 'B ...']]:
     """Returns each teacher's last block, and means of its deeper layers."""
-    if isinstance(phase, pixels.PixelTeacher):
+    if isinstance(phase, pixel_phase.PixelTeacher):
       return {}
     found, norm = {}, losses.TARGET_NORMS[self.align_norm]
     for name in phase.student.decoder:
@@ -146,8 +146,8 @@ class Pmd(base.Method):
     phase: base.Phase,
   ) -> tuple[Float[Array, ''], base.Aux]:
     """Returns lambda_base L_base + lambda_pg L_pg + lambda_df L_df + ..."""
-    if isinstance(phase, pixels.PixelTeacher):
-      return pixels.loss(params, batch, rng, phase)
+    if isinstance(phase, pixel_phase.PixelTeacher):
+      return pixel_phase.loss(params, batch, rng, phase)
     targets = self.targets_of(teachers, batch, phase)
     metrics, parts, seen = {}, {}, []
     for i, spec in enumerate(phase.masks):
@@ -357,14 +357,14 @@ class Pmd(base.Method):
     phase: base.Phase,
   ) -> Mapping[str, base.Reconstruction]:
     """Returns what the decoder of a teacher's own phase predicts, by mask."""
-    if not isinstance(phase, pixels.PixelTeacher):
+    if not isinstance(phase, pixel_phase.PixelTeacher):
       return {}
-    return pixels.reconstruct(params, batch, rng, phase)
+    return pixel_phase.reconstruct(params, batch, rng, phase)
 
   def cost(self, phase: base.Phase, video: tuple[int, ...]) -> base.Cost:
     """Returns FLOPs per clip from true token counts."""
-    if isinstance(phase, pixels.PixelTeacher):
-      return pixels.cost(phase, video)
+    if isinstance(phase, pixel_phase.PixelTeacher):
+      return pixel_phase.cost(phase, video)
     student, grid = (
       phase.student,
       layers.grid_of((1, *video), phase.encoder.patch),

@@ -8,7 +8,7 @@ import flax.linen as nn
 import ml_collections
 
 from vssl_jax import losses, mask_specs
-from vssl_jax.methods import base, difficulty, pixels, pmd, salt_config
+from vssl_jax.methods import base, difficulty, pixel_phase, pmd, salt_config
 from vssl_jax.models import decoder as decoder_lib
 from vssl_jax.models import framewise, layers, vit
 from vssl_jax.models import student as student_lib
@@ -292,7 +292,7 @@ def _still(module: nn.Module) -> nn.Module:
 
 def _image_teacher(
   name: str, config: ml_collections.ConfigDict, video: tuple[int, ...]
-) -> pixels.PixelTeacher:
+) -> pixel_phase.PixelTeacher:
   """Returns MAE's phase, on the first frame of every tubelet."""
   section, shared = config[name], dict(config.vit)
   every, py, px = shared['patch']
@@ -311,7 +311,7 @@ def _image_teacher(
 
 def _video_teacher(
   name: str, config: ml_collections.ConfigDict, video: tuple[int, ...]
-) -> pixels.PixelTeacher:
+) -> pixel_phase.PixelTeacher:
   """Returns VideoMAE's phase."""
   section = config[name]
   encoder = salt_config.make_encoder(
@@ -347,8 +347,8 @@ def _pixel_phase(
   section: ml_collections.ConfigDict,
   encoder: nn.Module,
   decoder: nn.Module,
-) -> pixels.PixelTeacher:
-  return pixels.PixelTeacher(
+) -> pixel_phase.PixelTeacher:
+  return pixel_phase.PixelTeacher(
     name=name,
     steps=section.steps,
     encoder=encoder,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vssl_jax import flops, losses, masking, rngs
-from vssl_jax.methods import base, pixels
+from vssl_jax.methods import base, pixel_phase
 from vssl_jax.models import layers
 
 
@@ -53,7 +53,7 @@ class Salt(base.Method):
     plan: pixel and latent phases in the order they run.
   """
 
-  plan: tuple[pixels.PixelTeacher | LatentStudent, ...]
+  plan: tuple[pixel_phase.PixelTeacher | LatentStudent, ...]
 
   def phases(self) -> tuple[base.Phase, ...]:
     """Returns the plan, checked."""
@@ -63,20 +63,20 @@ class Salt(base.Method):
     self, rng: Array, video: base.Video, phase: base.Phase
   ) -> base.Params:
     """Returns random encoder and predictor (or decoder) parameters."""
-    if isinstance(phase, pixels.PixelTeacher):
-      return pixels.init(rng, video, phase)
+    if isinstance(phase, pixel_phase.PixelTeacher):
+      return pixel_phase.init(rng, video, phase)
     key = rngs.stream(rng, 'init/encoder')
     head = phase.predictor
     return {
       'encoder': phase.encoder.init(key, video)['params'],
-      'predictor': pixels.init_head(rng, video, phase, 'predictor', head),
+      'predictor': pixel_phase.init_head(rng, video, phase, 'predictor', head),
     }
 
   def targets(
     self, teachers: Mapping[str, Any], video: base.Video, phase: base.Phase
   ) -> Mapping[str, Float[Array, 'B ...']]:
     """Returns the teacher's tokens, before they are normed."""
-    if isinstance(phase, pixels.PixelTeacher):
+    if isinstance(phase, pixel_phase.PixelTeacher):
       return {}
     part = {} if phase.target_layer is None else {'upto': phase.target_layer}
     teach = phase.teachers['target']
@@ -91,8 +91,8 @@ class Salt(base.Method):
     phase: base.Phase,
   ) -> tuple[Float[Array, ''], base.Aux]:
     """Returns the mean of the phase's loss over its masks."""
-    if isinstance(phase, pixels.PixelTeacher):
-      return pixels.loss(params, batch, rng, phase)
+    if isinstance(phase, pixel_phase.PixelTeacher):
+      return pixel_phase.loss(params, batch, rng, phase)
     video = batch['video']
     grid = layers.grid_of(video.shape, phase.encoder.patch)
     # One pass of the teacher serves all masks.
@@ -128,16 +128,16 @@ class Salt(base.Method):
     phase: base.Phase,
   ) -> Mapping[str, base.Reconstruction]:
     """Returns what the pixel teacher's decoder predicts, by mask."""
-    if not isinstance(phase, pixels.PixelTeacher):
+    if not isinstance(phase, pixel_phase.PixelTeacher):
       return {}
-    return pixels.reconstruct(params, batch, rng, phase)
+    return pixel_phase.reconstruct(params, batch, rng, phase)
 
   def cost(self, phase: base.Phase, video: tuple[int, ...]) -> base.Cost:
     """Returns FLOPs per clip from true token counts."""
-    if isinstance(phase, pixels.PixelTeacher):
-      return pixels.cost(phase, video)
+    if isinstance(phase, pixel_phase.PixelTeacher):
+      return pixel_phase.cost(phase, video)
     grid = layers.grid_of((1, *video), phase.encoder.patch)
-    trained = pixels.masked_cost(
+    trained = pixel_phase.masked_cost(
       phase.encoder, phase.predictor, phase.masks, grid, phase.frozen_depth
     )
     frozen = sum(

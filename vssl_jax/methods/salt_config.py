@@ -7,7 +7,7 @@ import flax.linen as nn
 import ml_collections
 
 from vssl_jax import losses, mask_specs
-from vssl_jax.methods import base, pixels, salt
+from vssl_jax.methods import base, pixel_phase, salt
 from vssl_jax.models import decoder as decoder_lib
 from vssl_jax.models import layers, vit
 from vssl_jax.models import predictor as predictor_lib
@@ -172,7 +172,7 @@ def _pixel_phase(
   encoder: vit.Vit,
   video: tuple[int, ...],
   common: dict[str, Any],
-) -> pixels.PixelTeacher:
+) -> pixel_phase.PixelTeacher:
   pt, py, px = encoder.patch
   shape = dict(section.decoder)
   kind = shape.pop('kind')
@@ -188,7 +188,7 @@ def _pixel_phase(
       f'method.{common["name"]}.decoder.kind: found {kind!r}, wanted '
       "'predictor' or 'videomae'"
     )
-  return pixels.PixelTeacher(
+  return pixel_phase.PixelTeacher(
     **common,
     decoder=decoder,
     pixel_norm=known('pixel_norm', section.pixel_norm, losses.PIXEL_NORMS),

@@ -122,6 +122,7 @@ class Vit(nn.Module):
     depth: float | None = None,
     upto: int | None = None,
     features: bool = False,
+    normed: bool = False,
     latents: Float[Array, 'N D'] | None = None,
     deterministic: bool = True,
   ) -> Float[Array, 'B K D'] | tuple[Float[Array, 'B K D'], ...]:
@@ -134,6 +135,7 @@ class Vit(nn.Module):
         norm belongs to the last block and is left out.
       upto: the same, as a number of blocks.
       features: return the tokens at every depth.
+      normed: and, as a last entry, what is returned without `features`.
       latents: decode with these; one for each position.
       deterministic: no drop path.
 
@@ -184,11 +186,13 @@ class Vit(nn.Module):
       count = latents.shape[0]
       outputs = self._blocks(x, visible, grid, upto, None, deterministic)
       return outputs[-1][:, -count:].astype(jnp.float32)
-    if features:
+    if features and not normed:
       return outputs
     if partly or not self.final_norm:
-      return outputs[-1].astype(jnp.float32)
-    return layers.layer_norm('norm', self.norm_eps)(outputs[-1])
+      last = outputs[-1].astype(jnp.float32)
+    else:
+      last = layers.layer_norm('norm', self.norm_eps)(outputs[-1])
+    return (*outputs, last) if features else last
 
   def _blocks(
     self,

@@ -143,7 +143,7 @@ def build(
         f'@{phase} to train it first. Without one it would be a random model'
       )
     else:
-      modules[name] = resolve(source)
+      modules[name] = _fitted(resolve(source), config.vit.patch)
   student = _student(config, modules)
   # Fields of the method and keys of its config have the same names.
   taken = set(pmd.Pmd.__dataclass_fields__) & set(config)
@@ -271,6 +271,19 @@ def _masks(
   specs = mask_specs.parse('+'.join([f'{kind}:{ratio:g}'] * count))
   # MVD's code rounds both kinds so.
   return tuple(dataclasses.replace(s, rule='masked_floor') for s in specs)
+
+
+def _fitted(module: nn.Module, patch: layers.Grid) -> nn.Module:
+  """Returns a teacher that cuts a clip as the student does, if it is of images.
+
+  It then looks at the first frame of each of the student's patches, resized
+  where its own patches have another side.
+  """
+  if not isinstance(module, framewise.Framewise):
+    return module
+  every, side, _ = patch
+  cell = None if side == module.image.patch[1] else side
+  return module.clone(every=every, cell=cell)
 
 
 def _row_shape(

@@ -38,6 +38,7 @@ def test_a_small_demo_runs_and_reports(tmp_path, monkeypatch, capsys):
   report = json.loads((tmp_path / 'run' / 'demo.json').read_text())
   accuracy = {name: row['accuracy'] for name, row in report['accuracy'].items()}
   assert list(accuracy) == ROWS
+  assert (tmp_path / 'run' / 'drift.png').exists()
   assert report['chance'] == 0.1
   # Eight steps teach nothing; that labels and features belong together can
   # be seen from what needs no training.

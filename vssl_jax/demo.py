@@ -20,6 +20,7 @@ from vssl_jax import config as config_lib
 from vssl_jax import encoders
 from vssl_jax.data import pipeline, synthetic
 from vssl_jax.evals import features, knn, linear, probe
+from vssl_jax.show import drift
 from vssl_jax.train import provenance, rewind, trainer
 
 # Videos to pretrain on, to train the probe on, and to test it on.
@@ -171,6 +172,7 @@ def run(
     synthetic.write(videos, clips=CLIPS, seed=config.seed, **SCENE)
   config.data.source = str(videos / 'pretrain')
   status = trainer.train(config, back)
+  drift.save_in(config.workdir)
   if status:
     return status
   report = measure(config, videos)

@@ -16,6 +16,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import ml_collections
@@ -26,11 +27,20 @@ from vssl_jax import config as config_lib
 from vssl_jax import flags as flags_lib
 from vssl_jax.evals import depth, finetune, plans
 from vssl_jax.evals import run as evaluation
+from vssl_jax.show import drift
 from vssl_jax.train import plan, precompile, replay, rewind, suggest, trainer
+
+
+def _train(config: ml_collections.ConfigDict, **kwargs: Any) -> int:
+  """Pretrains, and draws how the layers moved."""
+  status = suggest.train(config, **kwargs)
+  drift.save_in(config.workdir)
+  return status
+
 
 Job = Callable[..., int]
 JOBS: dict[str, Job] = {
-  'train': suggest.train,
+  'train': _train,
   'probe': evaluation.run,
   'depth': depth.run,
   'finetune': finetune.run,

@@ -55,6 +55,7 @@ def test_which_metrics_are_drawn():
     'flat': (two, np.array([1.0, 1.0])),
     'broken': (two, np.array([np.nan, np.nan])),
     'time/data': (two, np.array([0.1, 0.2])),
+    'drift/block_00': (two, np.array([0.1, 0.2])),
   }
   assert curves.names({'one': run}) == ['loss', 'zeta']
   other = {'flat': (two, np.array([2.0, 2.0]))}

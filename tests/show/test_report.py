@@ -22,6 +22,7 @@ def finished(tmp_path_factory):
   config = conftest.tiny_config(folder / 'clips' / 'train', folder / 'run')
   config.method.pixel_teacher.steps = 2
   config.method.latent_student.steps = 2
+  config.health.update(dict(every=0.25, clips=8))
   assert trainer.train(config) == 0
   return folder / 'run'
 
@@ -38,6 +39,7 @@ def test_the_page_refers_to_files_that_exist(finished):
   assert sorted(files) == sorted(p.name for p in path.parent.glob('*.png'))
   assert set(files) == {
     'curves.png',
+    'drift.png',
     'pixel_teacher-mask-short.png',
     'pixel_teacher-reconstruction-short.png',
     'pixel_teacher-features.png',

@@ -88,6 +88,7 @@ def test_auto_is_decided_once_and_kept(locks, tmp_path, capsys):
   assert sum(n for _, n in schedule) == 30
   names = {p.name for p in (folder / 'params').iterdir() if p.is_dir()}
   assert names == {f'lock_{k:02d}' for k, _ in schedule if k}
+  assert (folder / 'drift.png').exists()
   # A later start reads it back, and the short run is not run again.
   trial = folder / 'suggest' / 'metrics.jsonl'
   before = trial.read_bytes()

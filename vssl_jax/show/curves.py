@@ -13,8 +13,9 @@ from matplotlib.backends import backend_agg
 Series = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 COLUMNS = 3
-# Where the time went is a table of its own, not a curve.
-LEFT_OUT = ('time/', 'data/', 'lost_steps', 'streak')
+# Where the time went is a table of its own, not a curve; blocks have a picture
+# of theirs, `drift.py`.
+LEFT_OUT = ('time/', 'data/', 'lost_steps', 'streak', 'drift/', 'norm/')
 FIRST = ('loss', 'lr', 'grad_norm', 'clips_per_s')
 
 

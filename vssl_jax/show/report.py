@@ -21,7 +21,7 @@ from vssl_jax import encoders, methods, rngs
 from vssl_jax.data import pipeline
 from vssl_jax.methods import base
 from vssl_jax.models import layers
-from vssl_jax.show import colours, curves, page, pixels, sheet
+from vssl_jax.show import colours, curves, drift, page, pixels, sheet
 from vssl_jax.train import checkpoint, manifests
 
 TRUTH_USED = (
@@ -75,7 +75,7 @@ def write(
   shown = _open(runs[0], clips)
   out = runs[0] / 'report'
   out.mkdir(exist_ok=True)
-  sections = [_curves(out, runs)]
+  sections = [_curves(out, runs), *_layers(out, runs[0])]
   for phase in shown.method.phases():
     sections.append(_phase(out, shown, phase))
   text = page.render(runs[0].name, _facts(shown), sections)
@@ -109,6 +109,13 @@ def _curves(out: pathlib.Path, runs: Sequence[pathlib.Path]) -> page.Section:
   curves.save(out / 'curves.png', dict(zip(labels, files, strict=True)))
   caption = 'Metrics by step; dotted lines are where a phase begins.'
   return page.Section('Curves', [page.Picture('curves.png', caption)])
+
+
+def _layers(out: pathlib.Path, run: pathlib.Path) -> list[page.Section]:
+  if not drift.save(out / 'drift.png', run / 'metrics.jsonl'):
+    return []
+  pictures = [page.Picture('drift.png', drift.CAPTION)]
+  return [page.Section('How the layers move', pictures)]
 
 
 def _phase(out: pathlib.Path, shown: Shown, phase: base.Phase) -> page.Section:

@@ -36,13 +36,13 @@ cluster.end(main, (0, 143), lambda: how == 'busy')
 """
 
 
-def _pair(how):
+def _pair(how, program=PROGRAM):
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
     port = str(s.getsockname()[1])
   return [
     subprocess.Popen(
-      [sys.executable, '-c', PROGRAM, port, str(index), how],
+      [sys.executable, '-c', program, port, str(index), how],
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       text=True,
@@ -169,3 +169,34 @@ ALONE = """
 from vssl_jax import cluster
 cluster.join({'VSSL_CLUSTER': '1'})
 """
+
+
+LATE = """
+import sys, time
+import jax
+from vssl_jax import cluster, sharding
+
+port, index, data = sys.argv[1:]
+jax.config.update('jax_num_cpu_devices', 2)
+cluster.join({
+  'JAX_COORDINATOR_ADDRESS': '127.0.0.1:' + port,
+  'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': index,
+})
+mesh = sharding.make_mesh(int(data), -1)
+if index == '1':
+  time.sleep(40)  # compiles, where the other found its program
+batch = sharding.put_batch({'x': jax.numpy.ones(2)}, mesh)
+at = sharding.replicated(mesh)
+print(float(jax.jit(jax.numpy.sum, out_shardings=at)(batch['x'])), flush=True)
+jax.distributed.shutdown()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('data', ['1', '2'])
+def test_a_process_that_comes_late_is_waited_for(data):
+  """CPUs give up on each other after 30 s where they have not met before."""
+  pair = _pair(data, LATE)
+  for process in pair:
+    said = process.communicate(timeout=250)[0]
+    assert process.returncode == 0 and '4.0' in said, said

@@ -112,7 +112,9 @@ def _layerlock(c: ml_collections.ConfigDict) -> None:
   The mask is causal, as for SALT's teacher and for the same reason: under
   random masks (85 % hidden) the probe stood at 15 % after as many steps, random
   initialisation at 18 % and this encoder at 60 %. Pixels are centred: left in
-  [0, 1], as in 4DS, the same steps learned nothing (loss .99 of 1).
+  [0, 1], as in 4DS, the same steps learned nothing (loss .99 of 1). Its blocks
+  do not come to rest in the order of depth, as those of large models are said
+  to (`drift.png` of seed 0): all slow down with the learning rate.
   """
   m = c.method
   m.vit.update(dict(patch=(2, 8, 8), init='videomae', dtype='float32'))

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 from vssl_jax import trees
 
@@ -54,7 +55,31 @@ def make_mesh(data: int = 1, fsdp: int = -1) -> Mesh:
       f'({jax.devices()[0].platform}); set --config.mesh.data and '
       '--config.mesh.fsdp so that they multiply to it, or one of them to -1'
     )
-  return jax.make_mesh((data, fsdp), ('data', 'fsdp'), axis_types=AUTO)
+  mesh = jax.make_mesh((data, fsdp), ('data', 'fsdp'), axis_types=AUTO)
+  if jax.process_count() > 1 and mesh.devices.flat[0].platform == 'cpu':
+    _connect(mesh)
+  return mesh
+
+
+def _connect(mesh: Mesh) -> None:
+  """Lets processes meet at once, in every group that the mesh has.
+
+  CPUs connect at the first sum over a group, and fail where one comes 30 s
+  later than another, as it may after compiling a step. Once they are
+  connected they wait for each other.
+  """
+  axes = mesh.axis_names
+  spec = PartitionSpec(*axes)
+
+  def meet(x: Array) -> Array:
+    return sum(jax.lax.psum(x, group) for group in (*axes, axes))
+
+  met = jax.jit(jax.shard_map(meet, mesh=mesh, in_specs=spec, out_specs=spec))
+  ones = np.ones(mesh.devices.shape, np.float32)
+  at = NamedSharding(mesh, spec)
+  jax.block_until_ready(
+    met(jax.make_array_from_callback(ones.shape, at, ones.__getitem__))
+  )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

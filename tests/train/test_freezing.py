@@ -54,6 +54,20 @@ def test_patterns_must_match_and_leave_something():
     freezing.labels(params, ('layer_',))
 
 
+def test_each_leaf_is_in_one_part_and_the_parts_make_the_whole():
+  """Vectors and matrices alike."""
+  params = {
+    name: {'kernel': np.full((2, 2), i), 'bias': np.full(2, i)}
+    for i, name in enumerate(('a', 'b'))
+  }
+  labels = freezing.labels(params, ('a',))
+  trained, frozen = freezing.split(params, labels)
+  nothing = {'kernel': None, 'bias': None}
+  assert trained == {'a': nothing, 'b': params['b']}
+  assert frozen == {'a': params['a'], 'b': nothing}
+  assert freezing.join(trained, frozen) == params
+
+
 def test_frozen_leaves_keep_every_bit_and_have_no_state():
   params = _params()
   labels = freezing.labels(params, ('layer_0', 'layer_3'))

@@ -125,9 +125,9 @@ class Checkpoints:
 
   def _failed(self, error: BaseException) -> CheckpointError:
     return CheckpointError(
-      f'saving under {self.folder} failed: {error!r}; free disk space or mend '
-      'the file system and start again: the run resumes from the newest whole '
-      'checkpoint'
+      f'saving under {self.folder} failed: {error!r}. If another process ended '
+      'before, its message says why; else free disk space, or mend the file '
+      'system. Start again: the run resumes from the newest whole checkpoint'
     )
 
   def _start(

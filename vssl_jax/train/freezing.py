@@ -49,9 +49,9 @@ def split(tree: Any, labels: Any) -> tuple[Any, Any]:
 
 
 def join(trained: Any, frozen: Any) -> Any:
-  """Returns the whole tree again, with no gradient for its frozen leaves."""
+  """Returns the whole tree again."""
   return jax.tree.map(
-    lambda t, f: jax.lax.stop_gradient(f) if t is None else t,
+    lambda t, f: f if t is None else t,
     trained,
     frozen,
     is_leaf=lambda x: x is None,

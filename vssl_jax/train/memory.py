@@ -116,7 +116,8 @@ def fits(
     f'fits, in GiB per device at batch {config.batch_size}: parameters, '
     'gradients, optimizer and other are exact (shapes and shardings),',
     'activations an estimate by formula, none of it the figure of a compiler; '
-    'yes or no, with what is left or missing',
+    'other is averages, teachers, rows and two batches; yes or no, with the '
+    'GiB that are left or missing',
     _row('data x fsdp', 'phase', width, COLUMNS, DEVICES),
   ]
   for devices in MESHES:

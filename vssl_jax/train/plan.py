@@ -151,8 +151,10 @@ def _phase(
   cost = method.cost(phase, video)
   horizon = optimizer.horizon(phase, span.start, span.covers)
   warmup = optimizer.warmup_steps(config.optim, horizon, phase.name)
-  warmup_text = f'warm-up {warmup}' + (
-    f' of the run, {phase.rewarm[0]} of the phase' if phase.rewarm[0] else ''
+  warmup_text = f'warm-up {warmup} steps' + (
+    f' of the run and {phase.rewarm[0]} of this phase'
+    if phase.rewarm[0]
+    else ''
   )
   needs = memory.per_device(config, method, shapes, video, data, fsdp)
   shown = ', '.join(f'{k} {v / GIB:.2f}' for k, v in needs.items())
@@ -167,8 +169,8 @@ def _phase(
       for name, teacher in phase.teachers.items()
     ),
     f'  per step: {cost.total * config.batch_size:.3g} FLOPs '
-    f'({_flops(cost)} TF per clip)',
-    f'  GiB per device of {data * fsdp}: {shown}; '
+    f'({_flops(cost)} TFLOP per clip)',
+    f'  GiB per device, on {_devices(data, fsdp)}: {shown}; '
     f'{sum(needs.values()) / GIB:.2f} in all (activations are an estimate)',
   ]
 
@@ -196,6 +198,13 @@ def _rows(
     f'{line}; for {examples:,} examples (room for {room:,}) {each * room:,} '
     f'bytes, {share:,} per device of {devices}'
   ]
+
+
+def _devices(data: int, fsdp: int) -> str:
+  """Returns which mesh the bytes of a phase are for."""
+  if data * fsdp == 1:
+    return 'one device alone'
+  return f'a mesh of {data} x {fsdp}'
 
 
 def _sizes(shapes: ahead.Outline) -> str:
@@ -239,7 +248,7 @@ def _between(
   if detail == 'phases':
     return [
       f'phase {span.phase.name}: steps {span.start} to {span.end}, '
-      f'{_flops(cost)} TF per clip ({cost.frozen / 1e12:.3f} of it for '
+      f'{_flops(cost)} TFLOP per clip ({cost.frozen / 1e12:.3f} of it for '
       f'targets), activations {cost.activations / GIB:.3f} GiB per clip'
       + _per_example(span.phase)
       for span, cost in zip(spans, costs, strict=True)
@@ -250,7 +259,7 @@ def _between(
   return [
     f'{len(spans)} phases {first.phase.name} to {last.phase.name}: steps '
     f'{first.start} to {last.end}, {span_of_steps} each, {_flops(costs[0])} '
-    f'to {_flops(costs[-1])} TF per clip (--plan=phases has a line for each)'
+    f'to {_flops(costs[-1])} TFLOP per clip (--plan=phases has a line for each)'
   ]
 
 

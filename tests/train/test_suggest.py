@@ -71,8 +71,8 @@ def test_blocks_that_settle_together_are_still_locked_in_turn():
   steps = list(range(50, 1001, 50))
   drift = [dict.fromkeys(range(3), 1 / step) for step in steps]
   found = schedules.suggest(drift, steps, 1000, limit=3)
-  assert [k for k, _ in found] == [0, 1, 2, 3]
-  assert sum(n for _, n in found) == 1000
+  # At a tenth of the run over the blocks, for want of a slope.
+  assert found == ((0, 150), (1, 33), (2, 33), (3, 784))
   with pytest.raises(ValueError, match='found 2 looks'):
     schedules.suggest(drift[:2], steps[:2], 1000, limit=3)
 

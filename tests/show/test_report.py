@@ -66,7 +66,7 @@ def test_what_is_shown_is_what_the_loss_measures(finished):
     phase.encoder.patch,
     found['short'].kind,
   )
-  mask, predicted, _ = found['short']
+  mask, predicted = found['short'].mask, found['short'].predicted
   wanted, _ = shown.method.loss(params, {}, shown.batch, rng, phase)
   np.testing.assert_allclose(
     losses.mse(predicted, masking.gather(targets, mask.masked)),

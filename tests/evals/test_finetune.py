@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import vssl_jax
-from vssl_jax import config as config_lib
-from vssl_jax import encoders, main, methods, sharding, trees, weights
-from vssl_jax.data import options, pipeline, synthetic
+from tests.evals import finetune_small as small
+from vssl_jax import main, sharding, weights
+from vssl_jax.data import pipeline, synthetic
 from vssl_jax.evals import (
   finetune,
   finetune_start,
@@ -21,13 +21,10 @@ from vssl_jax.evals import (
   finetuned,
   validation,
 )
-from vssl_jax.models import classifier, vit
-from vssl_jax.train import checkpoint, manifests, metrics, optimizer
-from vssl_jax.train import run as run_lib
+from vssl_jax.models import classifier
+from vssl_jax.train import checkpoint, manifests, metrics
 
 COLOURS = {'blue': (40, 40, 200), 'green': (40, 200, 40), 'red': (200, 40, 40)}
-SHAPE = (4, 16, 16, 3)
-TINY = dict(width=16, depth=2, num_heads=2, mlp_width=32)
 
 
 @pytest.fixture(scope='module')
@@ -46,42 +43,12 @@ def videos(tmp_path_factory):
   return folder
 
 
-def config_of(videos, workdir, **wanted):
-  c = finetune.recipe()
-  c.workdir = str(workdir)
-  c.data.update(dict(frames=4, stride=1, size=(16, 16), workers=0))
-  c.data.update(dict(isolate=False, decode_processes=1, max_bad_fraction=0.2))
-  c.data.update(dict(crop_scale=(0.5, 1.0), auto_augment=''))
-  c.method.encoder.update(TINY | {'size': 'Ti'})
-  c.method.vit.update(dict(patch=(2, 8, 8), dtype='float32'))
-  c.optim.lr = 0.3
-  c.finetune.train = (str(videos / 'train'),)
-  c.finetune.test = (str(videos / 'test'),)
-  c.finetune.update(dict(epochs=4, warmup_epochs=0.5, holdout=0.25))
-  c.finetune.update(dict(batch_size=8, test_batch_size=8, clips=2, views=3))
-  c.finetune.update(wanted)
-  c.checkpoint.update(dict(every=3, keep=100))
-  c.log.update(dict(every=1, tensorboard=False))
-  return c
-
-
-def encoder_of(**fields):
-  """A pre-trained encoder: a final norm, and learned positions."""
-  module = vit.make(
-    TINY, patch=(2, 8, 8), positions='learned', dtype='float32', **fields
-  )
-  key = jax.random.key(3)
-  params = module.init(key, np.zeros((1, *SHAPE), np.uint8))['params']
-  noisy = jax.tree.map(lambda x: x + 0.01, params)
-  return encoders.Encoder(module, noisy, 'ours', SHAPE)
-
-
 @pytest.fixture(scope='module')
 def finished(videos, tmp_path_factory):
   """A whole run from a given encoder."""
   workdir = tmp_path_factory.mktemp('finetune') / 'run'
-  config = config_of(videos, workdir)
-  return config, finetune.evaluate(config, encoder_of())
+  config = small.config_of(videos, workdir)
+  return config, finetune.evaluate(config, small.encoder_of())
 
 
 def leaf_sums(workdir, folder='checkpoints'):
@@ -140,7 +107,7 @@ def test_the_best_checkpoint_is_kept_and_loaded(finished):
   encoder = vssl_jax.load(config.workdir)
   assert not encoder.module.final_norm
   model = finetuned.load(config.workdir)
-  clip = np.random.default_rng(0).integers(0, 256, (2, *SHAPE), np.uint8)
+  clip = np.random.default_rng(0).integers(0, 256, (2, *small.SHAPE), np.uint8)
   tokens = encoder(clip)
   head = classifier.Classifier(3).apply(
     {'params': model.params['head']}, tokens
@@ -155,8 +122,8 @@ def test_a_later_epoch_has_to_be_better(finished, videos, tmp_path):
   mesh = sharding.make_mesh()
   good = finetuned.load(config.workdir, mesh)
   untrained = jax.tree.map(jnp.zeros_like, good.params)
-  listed = finetune_videos.find(config_of(videos, tmp_path))
-  c = finetune_start.fill(config_of(videos, tmp_path), listed)
+  listed = finetune_videos.find(small.config_of(videos, tmp_path))
+  c = finetune_start.fill(small.config_of(videos, tmp_path), listed)
   watcher = validation.Watcher(c, listed, 4)
   run = types.SimpleNamespace(
     mesh=mesh,
@@ -197,70 +164,22 @@ def test_resumed_in_the_middle_it_ends_with_the_same_bits(
     if saved.step > 6 or saved.path.name == checkpoint.BEST:
       shutil.rmtree(saved.path)
       saved.path.with_suffix('.json').unlink()
-  again = config_of(videos, workdir)
+  again = small.config_of(videos, workdir)
   # The weights that it started from are in its folder; theirs may be gone.
-  result = finetune.evaluate(again, encoder_of())
+  result = finetune.evaluate(again, small.encoder_of())
   assert leaf_sums(workdir) == leaf_sums(config.workdir)
   assert result['results'] == found['results']
   # A tested run is not tested again.
   (workdir / 'params' / 'best.json').unlink()
-  assert finetune.evaluate(again, encoder_of())['results'] == found['results']
-
-
-def test_the_run_starts_from_the_encoder_without_its_final_norm(tmp_path):
-  c = finetune.recipe()
-  c.workdir, c.data.frames, c.data.size = str(tmp_path), 4, (16, 16)
-  given = encoder_of()
-  finetune_start.write(c, given)
-  module, params, _ = weights.load_published(c.method.source)
-  wanted = dict(trees.named_leaves(given.params))
-  found = dict(trees.named_leaves(params))
-  assert wanted.keys() - found.keys() == {'norm/scale', 'norm/bias'}
-  for name, value in found.items():
-    np.testing.assert_array_equal(value, wanted[name])
-  c.method.update(dict(steps=1, classes=3, drop_path=0.3))
-  (phase,) = methods.build(c.method, SHAPE, encoders.module_of).phases()
-  assert phase.encoder == module.clone(drop_path=0.3, remat='none')
-  assert phase.encoder.block_spec.drop_path == 0.3
-
-
-def test_blocks_that_decode_are_left_behind(tmp_path):
-  c = finetune.recipe()
-  c.workdir, c.data.frames, c.data.size = str(tmp_path), 4, (16, 16)
-  finetune_start.write(c, encoder_of(decoder_blocks=1, final_norm=False))
-  module, params, _ = weights.load_published(c.method.source)
-  assert (module.depth, module.decoder_blocks) == (1, 0)
-  assert 'block_00' in params and 'block_01' not in params
-
-
-def test_the_head_starts_near_zero_and_is_what_it_says():
-  head = classifier.Classifier(400, scale=0.001)
-  rng = np.random.default_rng(0)
-  tokens = rng.normal(2, 3, (2, 5, 64)).astype(np.float32)
-  params = head.init(jax.random.key(0), jnp.asarray(tokens))['params']
-  kernel = np.asarray(params['head']['kernel'])
-  np.testing.assert_allclose(kernel.std(), 0.02 * 0.001, rtol=0.02)
-  np.testing.assert_array_equal(params['head']['bias'], 0)
-  np.testing.assert_array_equal(params['norm']['scale'], 1)
-  params = jax.tree.map(
-    lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params
-  )
-  mean = tokens.mean(axis=1)
-  normed = (mean - mean.mean(1, keepdims=True)) / np.sqrt(
-    mean.var(1, keepdims=True) + 1e-6
-  )
-  given = jax.tree.map(np.asarray, params)
-  normed = normed * given['norm']['scale'] + given['norm']['bias']
-  logits = normed @ given['head']['kernel'] + given['head']['bias']
-  np.testing.assert_allclose(
-    head.apply({'params': params}, jnp.asarray(tokens)), logits, atol=1e-4
+  assert (
+    finetune.evaluate(again, small.encoder_of())['results'] == found['results']
   )
 
 
 def test_held_out_videos_are_validated_once_and_never_trained_on(
   videos, tmp_path
 ):
-  c = config_of(videos, tmp_path)
+  c = small.config_of(videos, tmp_path)
   listed = finetune_videos.find(c)
   filled = finetune_start.fill(c, listed)
   clips = pipeline.make(filled.data.to_dict(), batch_size=16, seed=0)
@@ -290,7 +209,7 @@ def test_every_view_comes_once_whatever_the_batch_and_the_devices(
 ):
   config, _ = finished
   model = finetuned.load(config.workdir)
-  listed = finetune_videos.find(config_of(videos, config.workdir))
+  listed = finetune_videos.find(small.config_of(videos, config.workdir))
   found = []
   for devices, size in ((1, 4), (2, 8)):
     mesh = jax.make_mesh(
@@ -299,7 +218,7 @@ def test_every_view_comes_once_whatever_the_batch_and_the_devices(
       devices=jax.devices()[:devices],
       axis_types=sharding.AUTO,
     )
-    c = config_of(videos, config.workdir, test_batch_size=size)
+    c = small.config_of(videos, config.workdir, test_batch_size=size)
     c.finetune.update(dict(sampling='interleaved', clips=2, views=3))
     place = jax.device_put(model.params, sharding.replicated(mesh))
     clips = finetune_videos.all_views(c, listed)
@@ -314,65 +233,6 @@ def test_every_view_comes_once_whatever_the_batch_and_the_devices(
     np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-PAGES = {
-  'finetune_k400.py': ['', 'S', 'B', 'L', 'H'],
-  'finetune_ssv2.py': ['', 'S', 'B', 'L', 'H'],
-  'finetune_ucf101.py': ['', 'own'],
-  'finetune_hmdb51.py': ['', 'S', 'B'],
-  'finetune_fast.py': [''],
-}
-# Learning rate, flip, sampling, epochs, clips along a test video.
-ROWS = {
-  'finetune_k400.py:S': (7.5e-4, True, 'window', 150, 5),
-  'finetune_k400.py:B': (7.5e-4, True, 'window', 75, 5),
-  'finetune_k400.py:L': (2e-3, True, 'window', 50, 5),
-  'finetune_k400.py:H': (1e-3, True, 'window', 50, 5),
-  'finetune_ssv2.py:S': (1.5e-3, False, 'scattered', 40, 2),
-  'finetune_ssv2.py:B': (7.5e-4, False, 'scattered', 30, 2),
-  'finetune_ssv2.py:L': (5e-4, False, 'scattered', 30, 2),
-  'finetune_ssv2.py:H': (2.5e-4, False, 'scattered', 30, 2),
-  'finetune_ucf101.py': (2.5e-4, True, 'window', 100, 5),
-  'finetune_hmdb51.py:B': (5e-4, True, 'window', 50, 5),
-  'finetune_hmdb51.py:S': (5e-4, True, 'window', 50, 10),
-}
-
-
-@pytest.mark.parametrize(
-  'spec', [f'{p}:{v}' if v else p for p, vs in PAGES.items() for v in vs]
-)
-def test_pages_hold_the_published_values(spec):
-  _, c = config_lib.load(f'configs/{spec}')
-  assert c.job == 'finetune'
-  c.method.classes = 7
-  finetune_start.set_steps(c, 100)
-  method = methods.build(
-    c.method, options.spec(c.data).shape, encoders.module_of
-  )
-  (span,) = run_lib.spans(method)
-  assert span.end == 100 * c.finetune.epochs
-  if spec not in ROWS:
-    return
-  lr, flip, sampling, epochs, clips = ROWS[spec]
-  rate = optimizer.learning_rate(
-    c.optim, optimizer.horizon(span.phase, 0, (0, span.end)), c.batch_size
-  )
-  np.testing.assert_allclose(rate(0), 0, atol=1e-12)
-  np.testing.assert_allclose(rate(500), lr, rtol=1e-5)
-  end = c.optim.lr_end * lr / c.optim.lr
-  np.testing.assert_allclose(rate(span.end), end, rtol=1e-2)
-  found = c.data.flip, c.data.sampling, c.finetune.epochs, c.finetune.clips
-  assert found == (flip, sampling, epochs, clips)
-  assert c.data.repeats == 2 and c.data.repeat_frames == 'shared'
-  assert c.finetune.views == 3 and c.optim.clip == 0
-  assert f'= {lr:g};' in finetune_start.describe_lr(c)
-
-
-@pytest.mark.parametrize('page', PAGES)
-def test_pages_refuse_other_variants(page):
-  with pytest.raises(ValueError, match=f'{page}: found :nonsense'):
-    config_lib.load(f'configs/{page}:nonsense')
-
-
 def test_wrong_knobs_and_lists_are_named(videos, tmp_path):
   train = (str(videos / 'train'),)
   for change, message in (
@@ -383,20 +243,20 @@ def test_wrong_knobs_and_lists_are_named(videos, tmp_path):
     ({'train': (str(videos / 'train' / 'red'),)}, 'have no labels'),
   ):
     with pytest.raises(ValueError, match=message):
-      finetune.evaluate(config_of(videos, tmp_path, **change))
+      finetune.evaluate(small.config_of(videos, tmp_path, **change))
   with pytest.raises(ValueError, match=r'config\.workdir is empty'):
-    finetune.evaluate(config_of(videos, ''))
+    finetune.evaluate(small.config_of(videos, ''))
   with pytest.raises(ValueError, match=r'found no run\.json'):
     finetuned.load(str(tmp_path))
 
 
 def test_plans_say_what_each_job_does(videos, tmp_path, capsys):
-  given = encoder_of()
-  weights.export(given.module, given.params, tmp_path, video=SHAPE)
-  small = ['--config.data.frames=4', '--config.data.size=(16, 16)']
+  given = small.encoder_of()
+  weights.export(given.module, given.params, tmp_path, video=small.SHAPE)
+  clip = ['--config.data.frames=4', '--config.data.size=(16, 16)']
 
   def plan(page, *flags):
-    status = main.main([f'--config=configs/{page}', *small, *flags, '--plan'])
+    status = main.main([f'--config=configs/{page}', *clip, *flags, '--plan'])
     out = capsys.readouterr()
     return status, out.out + out.err
 

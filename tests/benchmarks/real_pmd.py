@@ -48,9 +48,10 @@ SEEDS = (0, 1, 2)
 
 
 def cells():
-  """Yields (name, seed) of every run, the comparison first."""
-  yield from ((n, seed) for seed in SEEDS for n in (*FIRST, SCRATCH))
-  yield from ((name, 0) for name in METHODS if name not in FIRST)
+  """Yields (name, seed) of every run, those of the first seed first."""
+  first = (*FIRST, SCRATCH)
+  yield from ((name, 0) for name in dict.fromkeys((*first, *METHODS)))
+  yield from ((name, seed) for seed in SEEDS[1:] for name in first)
 
 
 def config(seed, data, workdir):

@@ -161,6 +161,13 @@ def _phase(name='one', steps=4, window=3, **kwargs):
   return toy.phase(name=name, steps=steps, row_specs=specs, **kwargs)
 
 
+PLAN = (
+  _phase(),
+  _phase('two', 3, 2, rows='carry'),
+  _phase('three', 2, 2, rows='fresh'),
+)
+
+
 def _train(config, *phases):
   """Returns {step: state} of a run; every state is kept."""
   with pytest.MonkeyPatch.context() as patch:
@@ -169,7 +176,7 @@ def _train(config, *phases):
   return locks.states(config.workdir)
 
 
-def _config(clips, workdir):
+def make_config(clips, workdir):
   config = conftest.tiny_config(clips, workdir)
   config.checkpoint.update(dict(every=1, keep=100, probe_every=0))
   config.optim.warmup = 0
@@ -178,20 +185,14 @@ def _config(clips, workdir):
 
 @pytest.fixture
 def config(clips, tmp_path):
-  return _config(clips, tmp_path / 'run')
+  return make_config(clips, tmp_path / 'run')
 
 
 @pytest.fixture(scope='module')
 def whole(clips, tmp_path_factory):
   """A run of three phases, the second of which takes over what it finds."""
-  config = _config(clips, tmp_path_factory.mktemp('whole') / 'run')
-  states = _train(
-    config,
-    _phase(),
-    _phase('two', 3, 2, rows='carry'),
-    _phase('three', 2, 2, rows='fresh'),
-  )
-  return config, states
+  config = make_config(clips, tmp_path_factory.mktemp('whole') / 'run')
+  return config, _train(config, *PLAN)
 
 
 @pytest.mark.parametrize('shape', [(2, 2), (1, 4)])

@@ -1,0 +1,195 @@
+"""What the memory of training examples adds to a step.
+
+    python tests/benchmarks/rows_cost.py --out=rows_cost.jsonl
+
+A small pixel phase (16 x 224 x 224, 1,568 patches) with and without rows of two
+teachers for 240,000 examples, each with its window copy: float16 for every
+patch (3.0 GB) and float32 for every tube (0.76 GB). The same step is taken in
+turn by all three programs. Gathering and scattering is timed by itself too, as
+a program of its own: it is a difference of large numbers otherwise. The copy at
+a window's end is timed as well; it is made once in thousands of steps.
+Seconds are processor seconds of all threads: on a busy machine they are what
+counts. A line of JSON is added to the file.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vssl_jax import config as config_lib
+from vssl_jax import encoders, methods, sharding
+from vssl_jax.data import options
+from vssl_jax.methods import base
+from vssl_jax.train import ahead, provenance, rows
+from vssl_jax.train import run as run_lib
+
+EXAMPLES, ROUNDS, REPEATS = 240_000, 5, 30
+KINDS = {
+  'none': {},
+  'float16 patch': {'dtype': 'float16', 'shape': (1568,)},
+  'float32 tube': {'dtype': 'float32', 'shape': (196,)},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Remembers:
+  """A method that reads both tables of every row and writes one of them."""
+
+  inner: base.Method
+  phase: base.Phase
+
+  def __getattr__(self, name):
+    return getattr(self.inner, name)
+
+  def phases(self):
+    return (self.phase,)
+
+  def loss(self, params, teachers, batch, rng, phase):
+    value, aux = self.inner.loss(params, teachers, batch, rng, phase)
+    new = smoothed(phase.row_specs, batch, value)
+    looked_at = {
+      f'window/{k}': jnp.mean(batch[f'rows/{k}@window']) for k in new
+    }
+    return value, base.Aux(dict(aux.metrics) | looked_at, new)
+
+
+def smoothed(specs, batch, value):
+  """Returns new rows: mostly a new value, a little of the old one."""
+  return {k: 0.95 * value + 0.05 * batch[f'rows/{k}'] for k in specs}
+
+
+def specs_of(kind):
+  """Returns the rows of two teachers."""
+  fields = KINDS[kind]
+  names = ('image', 'video') if fields else ()
+  return {name: base.RowSpec(**fields, window=7500) for name in names}
+
+
+def program(config, kind, mesh):
+  """Returns the compiled step, its state, its batch and its rows."""
+  video = options.spec(config.data.to_dict()).shape
+  inner = methods.build(config.method, video, encoders.module_of)
+  (phase,) = inner.phases()
+  phase = dataclasses.replace(phase, row_specs=specs_of(kind))
+  method = Remembers(inner, phase)
+  (span,) = run_lib.spans(method)
+  shapes = ahead.outline(config, method, span, video, EXAMPLES)
+  at = sharding.shardings(shapes.state, mesh)
+  state = jax.jit(shapes.fresh, out_shardings=at)()
+  batch = sharding.put_batch(draw(config.batch_size, video), mesh)
+  update = ahead.jitted(config, method, shapes, mesh)
+  return update.lower(state, {}, batch).compile(), state, batch, shapes
+
+
+def draw(size, video):
+  """Returns random clips of examples all over the table."""
+  rng = np.random.default_rng(0)
+  return {
+    'video': rng.integers(0, 256, (size, *video), dtype=np.uint8),
+    'index': rng.choice(EXAMPLES, size, replace=False).astype(np.int32),
+    'repeat': np.zeros(size, np.int32),
+    'substituted': np.zeros(size, bool),
+    'progress': np.float32(0),
+  }
+
+
+def seconds(call):
+  """Returns processor seconds of a call until its result is there."""
+  start = time.process_time()
+  out = jax.block_until_ready(call())
+  return time.process_time() - start, out
+
+
+def alone(kind, state, batch):
+  """Returns the seconds of a gather and scatter, and of the window's copy."""
+  specs = specs_of(kind)
+
+  def turn(memory, index):
+    got = rows.gather(specs, memory, index, EXAMPLES)
+    new = smoothed(specs, got, jnp.float32(1))
+    # As the step does: both tables of a row are read.
+    told = [jnp.mean(got[f'rows/{k}@window']) for k in specs]
+    return rows.scatter(specs, memory, index, new, EXAMPLES), told
+
+  memory, index = state.rows, batch['index']
+  compiled = jax.jit(turn, donate_argnums=0).lower(memory, index).compile()
+  temporary = compiled.memory_analysis().temp_size_in_bytes
+  turns, copies = [], []
+  for _ in range(REPEATS):
+    spent, (memory, _) = seconds(lambda m=memory: compiled(m, index))
+    turns.append(spent)
+  for _ in range(4):
+    spent, memory = seconds(lambda m=memory: rows.end_windows(specs, m, 7500))
+    copies.append(spent)
+  return {
+    'gather_scatter_seconds': statistics.median(turns),
+    'gather_scatter_temporary_bytes': temporary,
+    'window_copy_seconds': statistics.median(copies[1:]),
+  }, dataclasses.replace(state, rows=memory)
+
+
+def measure(config, mesh):
+  """Returns a result for every kind of rows."""
+  made = {kind: program(config, kind, mesh) for kind in KINDS}
+  states = {kind: m[1] for kind, m in made.items()}
+  steps = {kind: [] for kind in KINDS}
+  for _ in range(ROUNDS + 1):
+    for kind, (compiled, _, batch, _) in made.items():
+      spent, (states[kind], _) = seconds(
+        lambda c=compiled, k=kind, b=batch: c(states[k], {}, b)
+      )
+      steps[kind].append(spent)
+  found = {}
+  for kind, (_, _, batch, _) in made.items():
+    step = statistics.median(steps[kind][1:])
+    found[kind] = {'step_seconds': step, 'steps': steps[kind][1:]}
+    if kind == 'none':
+      continue
+    specs = specs_of(kind)
+    own, states[kind] = alone(kind, states[kind], batch)
+    found[kind] |= own | {
+      'rows_bytes': rows.bytes_per_example(specs) * rows.places(EXAMPLES),
+      'share_of_step': own['gather_scatter_seconds'] / step,
+      'step_over_none': step / found['none']['step_seconds'],
+    }
+  return found
+
+
+def main():
+  """Measures, prints and adds a line."""
+  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+  parser.add_argument('--out', required=True)
+  parser.add_argument('--batch', type=int, default=4)
+  parser.add_argument('--width', type=int, default=192)
+  args = parser.parse_args()
+  config = config_lib.default('salt')
+  config.method.phases = ('pixel_teacher',)
+  small = dict(size='Ti', width=args.width, depth=12, num_heads=3)
+  small['mlp_width'] = 4 * args.width
+  config.method.pixel_teacher.encoder.update(small)
+  config.method.pixel_teacher.masks = 'tube:0.9'
+  config.batch_size, config.optim.warmup = args.batch, 0
+  mesh = sharding.make_mesh()
+  with jax.set_mesh(mesh):
+    found = measure(config, mesh)
+  line = {
+    'batch': args.batch,
+    'width': args.width,
+    'examples': EXAMPLES,
+    'found': found,
+    **provenance.describe({}),
+  }
+  print(json.dumps(found, indent=1))
+  with pathlib.Path(args.out).open('a') as file:
+    file.write(json.dumps(line) + '\n')
+
+
+if __name__ == '__main__':
+  main()

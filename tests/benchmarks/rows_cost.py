@@ -30,7 +30,7 @@ from vssl_jax.methods import base
 from vssl_jax.train import ahead, provenance, rows
 from vssl_jax.train import run as run_lib
 
-EXAMPLES, ROUNDS, REPEATS = 240_000, 5, 30
+EXAMPLES, ROUNDS, REPEATS = 240_000, 3, 20
 KINDS = {
   'none': {},
   'float16 patch': {'dtype': 'float16', 'shape': (1568,)},
@@ -73,7 +73,7 @@ def specs_of(kind):
 
 
 def program(config, kind, mesh):
-  """Returns the compiled step, its state, its batch and its rows."""
+  """Returns the compiled step, its state and its batch."""
   video = options.spec(config.data.to_dict()).shape
   inner = methods.build(config.method, video, encoders.module_of)
   (phase,) = inner.phases()
@@ -85,7 +85,7 @@ def program(config, kind, mesh):
   state = jax.jit(shapes.fresh, out_shardings=at)()
   batch = sharding.put_batch(draw(config.batch_size, video), mesh)
   update = ahead.jitted(config, method, shapes, mesh)
-  return update.lower(state, {}, batch).compile(), state, batch, shapes
+  return update.lower(state, {}, batch).compile(), state, batch
 
 
 def draw(size, video):
@@ -137,17 +137,21 @@ def alone(kind, state, batch):
 
 def measure(config, mesh):
   """Returns a result for every kind of rows."""
-  made = {kind: program(config, kind, mesh) for kind in KINDS}
-  states = {kind: m[1] for kind, m in made.items()}
+  made, states = {}, {}
+  for kind in KINDS:
+    compiled, states[kind], batch = program(config, kind, mesh)
+    made[kind] = compiled, batch
+    print(f'compiled with rows: {kind}', flush=True)
   steps = {kind: [] for kind in KINDS}
   for _ in range(ROUNDS + 1):
-    for kind, (compiled, _, batch, _) in made.items():
+    for kind, (compiled, batch) in made.items():
       spent, (states[kind], _) = seconds(
         lambda c=compiled, k=kind, b=batch: c(states[k], {}, b)
       )
       steps[kind].append(spent)
+      print(f'step with rows {kind}: {spent:.3f} s', flush=True)
   found = {}
-  for kind, (_, _, batch, _) in made.items():
+  for kind, (_, batch) in made.items():
     step = statistics.median(steps[kind][1:])
     found[kind] = {'step_seconds': step, 'steps': steps[kind][1:]}
     if kind == 'none':
@@ -166,7 +170,7 @@ def main():
   """Measures, prints and adds a line."""
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('--out', required=True)
-  parser.add_argument('--batch', type=int, default=4)
+  parser.add_argument('--batch', type=int, default=2)
   parser.add_argument('--width', type=int, default=192)
   args = parser.parse_args()
   config = config_lib.default('salt')
@@ -174,6 +178,9 @@ def main():
   small = dict(size='Ti', width=args.width, depth=12, num_heads=3)
   small['mlp_width'] = 4 * args.width
   config.method.pixel_teacher.encoder.update(small)
+  config.method.pixel_teacher.decoder.update(
+    dict(width=args.width // 2, depth=2, num_heads=3)
+  )
   config.method.pixel_teacher.masks = 'tube:0.9'
   config.batch_size, config.optim.warmup = args.batch, 0
   mesh = sharding.make_mesh()

@@ -4,16 +4,15 @@
 
 A small pixel phase (16 x 224 x 224, 1,568 patches) with and without rows of two
 teachers for 240,000 examples, each with its window copy: float16 for every
-patch (3.0 GB) and float32 for every tube (0.76 GB). The same step is taken in
-turn by all three programs. Gathering and scattering is timed by itself too, as
-a program of its own: it is a difference of large numbers otherwise. The copy at
-a window's end is timed as well; it is made once in thousands of steps.
+patch (3.0 GB) and float32 for every tube (0.76 GB). The step without rows is
+timed, and gathering and scattering as a program of its own: as the difference
+of two steps it would be lost in their noise. The copy at a window's end is
+timed as well; it is made once in thousands of steps.
 Seconds are processor seconds of all threads: on a busy machine they are what
 counts. A line of JSON is added to the file.
 """
 
 import argparse
-import dataclasses
 import json
 import pathlib
 import statistics
@@ -32,32 +31,9 @@ from vssl_jax.train import run as run_lib
 
 EXAMPLES, ROUNDS, REPEATS = 240_000, 3, 20
 KINDS = {
-  'none': {},
   'float16 patch': {'dtype': 'float16', 'shape': (1568,)},
   'float32 tube': {'dtype': 'float32', 'shape': (196,)},
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Remembers:
-  """A method that reads both tables of every row and writes one of them."""
-
-  inner: base.Method
-  phase: base.Phase
-
-  def __getattr__(self, name):
-    return getattr(self.inner, name)
-
-  def phases(self):
-    return (self.phase,)
-
-  def loss(self, params, teachers, batch, rng, phase):
-    value, aux = self.inner.loss(params, teachers, batch, rng, phase)
-    new = smoothed(phase.row_specs, batch, value)
-    looked_at = {
-      f'window/{k}': jnp.mean(batch[f'rows/{k}@window']) for k in new
-    }
-    return value, base.Aux(dict(aux.metrics) | looked_at, new)
 
 
 def smoothed(specs, batch, value):
@@ -67,25 +43,19 @@ def smoothed(specs, batch, value):
 
 def specs_of(kind):
   """Returns the rows of two teachers."""
-  fields = KINDS[kind]
-  names = ('image', 'video') if fields else ()
-  return {name: base.RowSpec(**fields, window=7500) for name in names}
+  spec = base.RowSpec(**KINDS[kind], window=7500)
+  return {'image': spec, 'video': spec}
 
 
-def program(config, kind, mesh):
-  """Returns the compiled step, its state and its batch."""
-  video = options.spec(config.data.to_dict()).shape
-  inner = methods.build(config.method, video, encoders.module_of)
-  (phase,) = inner.phases()
-  phase = dataclasses.replace(phase, row_specs=specs_of(kind))
-  method = Remembers(inner, phase)
+def program(config, video, batch, mesh):
+  """Returns the compiled step without rows, and its state."""
+  method = methods.build(config.method, video, encoders.module_of)
   (span,) = run_lib.spans(method)
   shapes = ahead.outline(config, method, span, video, EXAMPLES)
   at = sharding.shardings(shapes.state, mesh)
   state = jax.jit(shapes.fresh, out_shardings=at)()
-  batch = sharding.put_batch(draw(config.batch_size, video), mesh)
   update = ahead.jitted(config, method, shapes, mesh)
-  return update.lower(state, {}, batch).compile(), state, batch
+  return update.lower(state, {}, batch).compile(), state
 
 
 def draw(size, video):
@@ -107,9 +77,10 @@ def seconds(call):
   return time.process_time() - start, out
 
 
-def alone(kind, state, batch):
+def alone(kind, batch):
   """Returns the seconds of a gather and scatter, and of the window's copy."""
   specs = specs_of(kind)
+  memory = jax.jit(lambda: rows.init(specs, EXAMPLES))()
 
   def turn(memory, index):
     got = rows.gather(specs, memory, index, EXAMPLES)
@@ -118,7 +89,7 @@ def alone(kind, state, batch):
     told = [jnp.mean(got[f'rows/{k}@window']) for k in specs]
     return rows.scatter(specs, memory, index, new, EXAMPLES), told
 
-  memory, index = state.rows, batch['index']
+  index = batch['index']
   compiled = jax.jit(turn, donate_argnums=0).lower(memory, index).compile()
   temporary = compiled.memory_analysis().temp_size_in_bytes
   turns, copies = [], []
@@ -132,38 +103,27 @@ def alone(kind, state, batch):
     'gather_scatter_seconds': statistics.median(turns),
     'gather_scatter_temporary_bytes': temporary,
     'window_copy_seconds': statistics.median(copies[1:]),
-  }, dataclasses.replace(state, rows=memory)
+  }
 
 
 def measure(config, mesh):
-  """Returns a result for every kind of rows."""
-  made, states = {}, {}
-  for kind in KINDS:
-    compiled, states[kind], batch = program(config, kind, mesh)
-    made[kind] = compiled, batch
-    print(f'compiled with rows: {kind}', flush=True)
-  steps = {kind: [] for kind in KINDS}
+  """Returns what a step takes without rows, and what rows of each kind add."""
+  video = options.spec(config.data.to_dict()).shape
+  batch = sharding.put_batch(draw(config.batch_size, video), mesh)
+  found = {kind: alone(kind, batch) for kind in KINDS}
+  print(json.dumps(found), flush=True)
+  compiled, state = program(config, video, batch, mesh)
+  steps = []
   for _ in range(ROUNDS + 1):
-    for kind, (compiled, batch) in made.items():
-      spent, (states[kind], _) = seconds(
-        lambda c=compiled, k=kind, b=batch: c(states[k], {}, b)
-      )
-      steps[kind].append(spent)
-      print(f'step with rows {kind}: {spent:.3f} s', flush=True)
-  found = {}
-  for kind, (_, batch) in made.items():
-    step = statistics.median(steps[kind][1:])
-    found[kind] = {'step_seconds': step, 'steps': steps[kind][1:]}
-    if kind == 'none':
-      continue
-    specs = specs_of(kind)
-    own, states[kind] = alone(kind, states[kind], batch)
-    found[kind] |= own | {
-      'rows_bytes': rows.bytes_per_example(specs) * rows.places(EXAMPLES),
-      'share_of_step': own['gather_scatter_seconds'] / step,
-      'step_over_none': step / found['none']['step_seconds'],
-    }
-  return found
+    spent, (state, _) = seconds(lambda s=state: compiled(s, {}, batch))
+    steps.append(spent)
+  step = statistics.median(steps[1:])
+  for kind, own in found.items():
+    own['rows_bytes'] = rows.bytes_per_example(specs_of(kind)) * rows.places(
+      EXAMPLES
+    )
+    own['share_of_step'] = own['gather_scatter_seconds'] / step
+  return {'step_seconds': step, 'steps': steps[1:], 'rows': found}
 
 
 def main():
@@ -172,10 +132,11 @@ def main():
   parser.add_argument('--out', required=True)
   parser.add_argument('--batch', type=int, default=2)
   parser.add_argument('--width', type=int, default=192)
+  parser.add_argument('--depth', type=int, default=12)
   args = parser.parse_args()
   config = config_lib.default('salt')
   config.method.phases = ('pixel_teacher',)
-  small = dict(size='Ti', width=args.width, depth=12, num_heads=3)
+  small = dict(size='Ti', width=args.width, depth=args.depth, num_heads=3)
   small['mlp_width'] = 4 * args.width
   config.method.pixel_teacher.encoder.update(small)
   config.method.pixel_teacher.decoder.update(
@@ -189,6 +150,7 @@ def main():
   line = {
     'batch': args.batch,
     'width': args.width,
+    'depth': args.depth,
     'examples': EXAMPLES,
     'found': found,
     **provenance.describe({}),

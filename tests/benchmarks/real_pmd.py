@@ -139,6 +139,8 @@ def run_cell(name, seed, data, shards):
     c = config(seed, shards, folder)
     for teacher in ('image', 'video'):
       c.method[teacher].teacher = f'{made_by}@{teacher}_teacher'
+    # Layers of so small a teacher reach hundreds: tau is for losses of order 1.
+    c.method.target_norm = c.method.align_norm = 'ln'
     c.method.update(METHODS[name])
     ratios = c.method.mask_ratios
     c.method.steps = (STEPS // len(ratios),) * len(ratios)

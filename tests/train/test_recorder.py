@@ -71,3 +71,20 @@ def test_some_are_said_aloud(run, bad, said, capsys):
   assert printed.count('had no update; their batches') == len(said)
   for words in said:
     assert words in printed
+
+
+def test_a_metric_below_its_floor_is_told_once_a_phase(
+  tiny, monkeypatch, capsys
+):
+  tiny.log.every = 1
+  alarms = {'loss': (1e9, 'too good to be true'), 'grad_norm': (-1.0, 'never')}
+  plan = tuple(
+    toy.phase(name=name, steps=3, alarms=alarms) for name in ('one', 'two')
+  )
+  method = toy.Toy(plan)
+  monkeypatch.setattr(run_lib.methods, 'build', lambda *_: method)
+  tiny.optim.warmup = 0
+  assert trainer.train(tiny) == 0
+  told = [x for x in capsys.readouterr().out.splitlines() if 'below' in x]
+  assert [x.split(':')[0] for x in told] == ['step 1', 'step 4']
+  assert all('below 1e+09: too good to be true' in x for x in told)

@@ -190,6 +190,8 @@ class Phase:
       learning rate by a factor that rises to 1.
     frozen_dtype: frozen matrices are stored in this type.
     ema: name -> average to keep.
+    alarms: metric -> (lowest sound value, what a lower one means and what to
+      do); said once a phase.
   """
 
   name: str
@@ -207,6 +209,9 @@ class Phase:
   rewarm: tuple[int, float] = (0, 1.0)
   frozen_dtype: str = 'float32'
   ema: Mapping[str, Ema] = dataclasses.field(default_factory=dict)
+  alarms: Mapping[str, tuple[float, str]] = dataclasses.field(
+    default_factory=dict
+  )
 
   def __post_init__(self) -> None:
     if self.steps < 1:

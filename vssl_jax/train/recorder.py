@@ -28,6 +28,7 @@ class Recorder:
     self._last_time: float | None = None
     self._cost = run.method.cost(span.phase, run.video)
     self._first, self._reports, self._advice = True, 0, ''
+    self._alarms = dict(span.phase.alarms)
 
   def add(
     self, step_index: int, local: Any, values: Any, state: step.TrainState
@@ -140,6 +141,11 @@ class Recorder:
       if k in ('loss', 'lr', 'grad_norm', 'clips_per_s', 'mfu')
     }
     self._say_data(done)
+    for name, (low, text) in list(self._alarms.items()):
+      if not numbers.get(name, low) >= low:
+        self._alarms.pop(name)
+        found = f'{name} is {numbers[name]:.3g}, below {low:g}'
+        run.logger.say(f'step {done}: {found}: {text}')
     left = spans(run.method)[-1].end - done
     run.logger.say(
       metrics.progress_line(

@@ -9,7 +9,7 @@ import pytest
 
 from tests.methods import pmd_small as small
 from vssl_jax import trees
-from vssl_jax.methods import pixels, pmd_config
+from vssl_jax.methods import pixel_phase, pmd_config
 from vssl_jax.models import framewise, vit
 
 CLIP, GRID, TOKENS = (16, 224, 224, 3), (8, 14, 14), 1568
@@ -122,7 +122,9 @@ def test_teachers_from_nothing():
   assert image.masks[0].counts(GRID) == (8 * 49, 8 * 147)
   assert video.masks[0].counts(GRID) == COUNTS[90]
   for phase in (image, video):
-    assert isinstance(phase, pixels.PixelTeacher) and phase.pixel_loss == 'mse'
+    assert (
+      isinstance(phase, pixel_phase.PixelTeacher) and phase.pixel_loss == 'mse'
+    )
     assert (phase.init, phase.opt, phase.rows) == ('fresh',) * 3
     assert not phase.teachers and not phase.row_specs
     assert phase.horizon == 'phase' and phase.steps == 3

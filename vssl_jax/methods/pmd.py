@@ -124,7 +124,7 @@ class Pmd(base.Method):
     found, norm = {}, losses.TARGET_NORMS[self.align_norm]
     for name in phase.student.decoder:
       layers_of = _teach(phase, name, teachers[name], video)
-      found[name] = losses.TARGET_NORMS[self.target_norm](layers_of[-1])
+      found[name] = layers_of[-1].astype(jnp.float32)
       if name not in phase.align:
         continue
       _, *groups = difficulty.thirds(len(layers_of) - 1)
@@ -206,6 +206,7 @@ class Pmd(base.Method):
     terms, per_patch = {}, {}
     for name, predicted in out.predicted.items():
       wanted = masking.gather(targets[name], mask.masked)
+      wanted = losses.TARGET_NORMS[self.target_norm](wanted)
       per_patch[name] = losses.per_token(predicted, wanted, self.feature_loss)
       terms[f'loss/base/{name}'] = jnp.mean(per_patch[name])
     if phase.previous_masks:

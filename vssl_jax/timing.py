@@ -73,7 +73,7 @@ def _random_teacher(
   def init() -> Any:
     clip = jnp.zeros((1, *video), jnp.uint8)
     params = teacher.module.init(jax.random.key(0), clip)['params']
-    return trees.cast(params, teacher.dtype)
+    return trees.cast(params, teacher.stored)
 
   at = sharding.shardings(jax.eval_shape(init), mesh, overrides)
   return jax.jit(init, out_shardings=at)()

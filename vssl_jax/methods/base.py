@@ -20,6 +20,10 @@ from vssl_jax import masking, rngs, trees
 
 Params = Mapping[str, Any]  # role -> tree: {'encoder': ..., 'predictor': ...}
 ROW_DTYPES = ('float32', 'float16')
+# What teachers compute in 8 bits is said to be emulated where devices have no
+# units for it.
+FLOAT8 = ('float8', 'float8_emulated')
+TEACHER_DTYPES = ('float32', 'bfloat16', *FLOAT8)
 # uint8, or float in [0, 1].
 Video = Num[Array | np.ndarray, 'B T H W C']
 
@@ -106,7 +110,9 @@ class Teacher:
       kept by this phase), or a run folder or published model.
     subtree: which part of the source's parameters it takes; '' for all that
       the module has.
-    dtype: its parameters are cast to this.
+    dtype: its parameters are cast to this. `float8`: they are bfloat16, and
+      its blocks multiply by them in 8 bits, on devices that can;
+      `float8_emulated` on any, at a loss.
   """
 
   module: nn.Module
@@ -114,7 +120,23 @@ class Teacher:
   subtree: str = 'encoder'
   dtype: str = 'bfloat16'
 
+  @property
+  def stored(self) -> str:
+    """Type that its parameters are kept in."""
+    return 'bfloat16' if self.dtype in FLOAT8 else self.dtype
+
   def __post_init__(self) -> None:
+    if self.dtype not in TEACHER_DTYPES:
+      raise ValueError(
+        f'teacher {self.source}: found dtype={self.dtype!r}, wanted one of '
+        f'{TEACHER_DTYPES}'
+      )
+    if self.dtype in FLOAT8 and not hasattr(self.module, 'products'):
+      raise ValueError(
+        f'teacher {self.source}: found dtype={self.dtype!r} for a '
+        f'{type(self.module).__name__}, which is no ViT; wanted one of '
+        f'{TEACHER_DTYPES[:2]}'
+      )
     if not self.source:
       raise ValueError(
         'a teacher needs a source: @<phase>, @ema/<name>, a run folder or a '
@@ -125,9 +147,12 @@ class Teacher:
     self, params: Any, video: Video, *args: Any, **kwargs: Any
   ) -> Any:
     """Returns what the module gives, without a gradient."""
-    params = jax.lax.stop_gradient(trees.cast(params, self.dtype))
+    params = jax.lax.stop_gradient(trees.cast(params, self.stored))
+    module = self.module
+    if self.dtype in FLOAT8:
+      module = module.clone(products='float8')
     return jax.lax.stop_gradient(
-      self.module.apply({'params': params}, video, *args, **kwargs)
+      module.apply({'params': params}, video, *args, **kwargs)
     )
 
 

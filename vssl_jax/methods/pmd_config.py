@@ -60,6 +60,7 @@ def default() -> ml_collections.ConfigDict:
   c.teachers = TEACHERS
   # @image_teacher and @video_teacher are trained first, by phases of this run;
   # else a run folder, or published weights (folder, file, hub id).
+  # dtype: also 'float32', or 'float8' on GPUs that have it.
   c.image = ml_collections.ConfigDict(dict(teacher='', dtype='bfloat16'))
   c.video = ml_collections.ConfigDict(dict(teacher='', dtype='bfloat16'))
   c.image_teacher = _teacher_section(

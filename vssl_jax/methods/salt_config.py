@@ -83,7 +83,7 @@ def _latent_section(teacher: str) -> ml_collections.ConfigDict:
       # @<earlier phase>, @ema/encoder (V-JEPA), a run folder, or a published
       # model (local folder or hub id).
       teacher=teacher,
-      teacher_dtype='bfloat16',
+      teacher_dtype='bfloat16',  # 'float32'; 'float8' on GPUs that have it
       # Momentum of @ema/encoder, linear from the first to the last step.
       ema=(0.99925, 0.99925),
       polyak=0.0,  # > 0: also keep this average of the student

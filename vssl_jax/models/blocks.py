@@ -45,6 +45,8 @@ class Spec:
       tokens that they are made of.
     layer_scale: whether each branch is multiplied by learned gains, one per
       channel, as in DINOv2.
+    products: `same`: matrix products with weights are of `dtype`; `float8`:
+      see `float8`, for networks that are not trained.
   """
 
   num_heads: int
@@ -59,6 +61,7 @@ class Spec:
   drop_path: float = 0.0
   rope_on: str = 'qk'
   layer_scale: bool = False
+  products: str = 'same'
 
   def __post_init__(self) -> None:
     wanted = {
@@ -67,12 +70,30 @@ class Spec:
       'remat': ('none', *REMAT),
       'dtype': ('bfloat16', 'float32'),
       'rope_on': ('qk', 'norm'),
+      'products': tuple(layers.PRODUCTS),
     }
     for field, values in wanted.items():
       if getattr(self, field) not in values:
         raise ValueError(
           f'{field} is {getattr(self, field)!r}, wanted one of {values}'
         )
+
+
+def _dense(
+  spec: Spec,
+  features: int,
+  name: str,
+  kernel: layers.Initializer,
+  use_bias: bool = True,
+) -> nn.Dense:
+  return layers.dense(
+    features,
+    name,
+    kernel=kernel,
+    dtype=spec.dtype,
+    use_bias=use_bias,
+    products=spec.products,
+  )
 
 
 class Attention(nn.Module):
@@ -100,9 +121,7 @@ class Attention(nn.Module):
     kernel = layers.kernel_init(spec.init, 'qkv')
 
     def project(name: str, use_bias: bool = True) -> Array:
-      layer = layers.dense(
-        width, name, kernel=kernel, dtype=spec.dtype, use_bias=use_bias
-      )
+      layer = _dense(spec, width, name, kernel, use_bias)
       return layer(x).reshape(heads)
 
     q = project('q')
@@ -112,7 +131,7 @@ class Attention(nn.Module):
       q, k = positions.rotate(q, rope), positions.rotate(k, rope)
     y = attention.attend(q, k, v, spec.attention).reshape(x.shape)
     kernel = layers.kernel_init(spec.init, 'out', self.index + 1)
-    return layers.dense(width, 'out', kernel=kernel, dtype=spec.dtype)(y)
+    return _dense(spec, width, 'out', kernel)(y)
 
 
 class Mlp(nn.Module):
@@ -131,10 +150,10 @@ class Mlp(nn.Module):
     """Returns tokens of the same width."""
     spec = self.spec
     kernel = layers.kernel_init(spec.init, 'fc1')
-    y = layers.dense(spec.mlp_width, 'fc1', kernel=kernel, dtype=spec.dtype)(x)
+    y = _dense(spec, spec.mlp_width, 'fc1', kernel)(x)
     y = nn.gelu(y, approximate=spec.gelu == 'tanh')
     kernel = layers.kernel_init(spec.init, 'fc2', self.index + 1)
-    return layers.dense(x.shape[-1], 'fc2', kernel=kernel, dtype=spec.dtype)(y)
+    return _dense(spec, x.shape[-1], 'fc2', kernel)(y)
 
 
 class Block(nn.Module):

@@ -93,6 +93,11 @@ class Framewise(nn.Module):
     """Type of activations and matrix products."""
     return self.image.dtype
 
+  @property
+  def products(self) -> str:
+    """Type of the blocks' products with their weights, see `vit.Vit`."""
+    return self.image.products
+
   def __call__(
     self,
     video: Num[Array | np.ndarray, 'B T H W C'],

@@ -16,8 +16,11 @@ import numpy as np
 from jaxtyping import Array, Float, Num
 
 from vssl_jax import sharding
+from vssl_jax.models import float8
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
+# Matrix products of layers: in the type of the activations, or in 8 bits.
+PRODUCTS = {'same': sharding.dot_general, 'float8': float8.dot_general}
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Grid = tuple[int, int, int]
@@ -147,15 +150,19 @@ def dense(
   kernel: Initializer,
   dtype: str,
   use_bias: bool = True,
+  products: str = 'same',
 ) -> nn.Dense:
-  """Returns a linear layer: float32 parameters, zero bias, `dtype` maths."""
+  """Returns a linear layer: float32 parameters, zero bias, `dtype` maths.
+
+  Products may be `float8`, forward only.
+  """
   return nn.Dense(
     features,
     use_bias=use_bias,
     dtype=jnp.dtype(dtype),
     param_dtype=jnp.float32,
     kernel_init=kernel,
-    dot_general=sharding.dot_general,
+    dot_general=PRODUCTS[products],
     name=name,
   )
 

@@ -63,6 +63,8 @@ class Vit(nn.Module):
     class_token: a learned token goes through the blocks with those of the
       clip; it is not in what is returned.
     layer_scale: learned gains on the branches of a block, as in DINOv2.
+    products: of the blocks with their weights: `same`, or `float8` for what is
+      not trained.
     mean: subtracted from pixels in [0, 1], per channel.
     std: pixels are then divided by this.
   """
@@ -87,6 +89,7 @@ class Vit(nn.Module):
   loops: tuple[int, ...] = ()
   class_token: bool = False
   layer_scale: bool = False
+  products: str = 'same'
   mean: tuple[float, ...] = layers.IMAGENET_MEAN
   std: tuple[float, ...] = layers.IMAGENET_STD
 
@@ -106,6 +109,7 @@ class Vit(nn.Module):
       drop_path=self.drop_path,
       rope_on='qk' if self.positions == 'rope_3d' else 'norm',
       layer_scale=self.layer_scale,
+      products=self.products,
     )
 
   @property

@@ -102,7 +102,7 @@ def teacher_shapes(teacher: base.Teacher, video: tuple[int, ...]) -> Any:
   clip = jax.ShapeDtypeStruct((1, *video), jnp.uint8)
   shapes = jax.eval_shape(teacher.module.init, jax.random.key(0), clip)
   return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(teacher.dtype)),
+    lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(teacher.stored)),
     shapes['params'],
   )
 

@@ -140,7 +140,7 @@ def _teacher_params(run: Run, teacher: base.Teacher) -> Any:
       params = jax.device_get(loaded.at(run.video).params)
     at = sharding.shardings(params, run.mesh, dict(run.config.mesh.overrides))
     params = jax.device_put(params, at)
-    return jax.jit(lambda p: trees.cast(p, teacher.dtype), out_shardings=at)(
+    return jax.jit(lambda p: trees.cast(p, teacher.stored), out_shardings=at)(
       params
     )
 

@@ -17,6 +17,7 @@ from vssl_jax import config as config_lib
 from vssl_jax import encoders, methods, sharding
 from vssl_jax.data import pipeline
 from vssl_jax.methods import base
+from vssl_jax.models import float8
 from vssl_jax.train import (
   checkpoint,
   health,
@@ -133,6 +134,7 @@ def open_run(config: ml_collections.ConfigDict, read_only: bool = False) -> Run:
     config.method, tuple(clips.shapes['video']), encoders.module_of
   )
   phases = method.phases()
+  check_units(phases, jax.devices()[0])
   if any(phase.row_specs for phase in phases):
     _check_distinct(config, clips)
   return Run(
@@ -165,6 +167,19 @@ def _check_batch(
       f'batch_size: found {config.batch_size}, wanted a multiple of {pieces} '
       f'({mesh.size} devices x {config.optim.accumulate} micro-batches)'
     )
+
+
+def check_units(phases: Sequence[base.Phase], device: Any) -> None:
+  """Refuses teachers in 8 bits on devices that would be slower for it."""
+  for phase in phases:
+    for name, teacher in phase.teachers.items():
+      if teacher.dtype == 'float8' and not float8.has_units(device):
+        raise ValueError(
+          f'phase {phase.name!r}: teacher {name!r} has dtype float8, and '
+          f'{device.device_kind} has no matrix units for it; wanted a GPU of '
+          'compute capability 8.9 or newer. Set it to bfloat16, or to '
+          'float8_emulated to see what it does to the targets'
+        )
 
 
 def _check_distinct(

@@ -47,6 +47,11 @@ def default(method: str = 'salt') -> ml_collections.ConfigDict:
       overrides=(),
     )
   )
+  # Folder for what frozen teachers say of the clips: written at a clip's first
+  # visit and read at later ones, when the step does without its teachers. Clips
+  # must be the same at every visit (data.sampling='middle', crop='centre', no
+  # flip); one process only. --plan says how large it becomes. '': no cache.
+  c.cache_targets = ''
   # Compile the next phase's step in the background while this one runs.
   c.compile_ahead = True
   c.checkpoint = ml_collections.ConfigDict(
@@ -71,6 +76,7 @@ def default(method: str = 'salt') -> ml_collections.ConfigDict:
         'workdir',
         'mesh',
         'compile_ahead',
+        'cache_targets',
         'method.layout',
         'checkpoint',
         'log',

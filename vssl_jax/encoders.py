@@ -254,6 +254,14 @@ def _place() -> jax.sharding.Sharding:
   return sharding.replicated(mesh)
 
 
+def fingerprint(source: str) -> str:
+  """Returns a hash of a source's numbers without loading them."""
+  if is_run(source):
+    found = find(source)
+    return manifests.fingerprint(found.saved, found.subtree)
+  return weights.fingerprint(source)
+
+
 def module_of(source: str) -> nn.Module:
   """Returns the network of a source without reading its parameters."""
   if is_run(source):

@@ -49,6 +49,7 @@ def prepare(
   """Compiles a phase's step as the trainer does, on random input."""
   config = config.copy_and_resolve_references()
   config.batch_size = size
+  config.cache_targets = ''  # the step asks its teachers
   shapes = ahead.outline(config, method, span, video, examples=size)
   overrides = dict(config.mesh.overrides)
   at = sharding.shardings(shapes.state, mesh, overrides)

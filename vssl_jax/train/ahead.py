@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from vssl_jax import sharding
 from vssl_jax.methods import base
-from vssl_jax.train import freezing, optimizer, step
+from vssl_jax.train import freezing, optimizer, step, target_plan
 from vssl_jax.train import run as run_lib
 
 GIB = 2**30
@@ -43,6 +43,7 @@ class Outline:
     labels: `freezing.labels` of the parameters.
     schedules: `lr` and `wd` by the step of the run.
     examples: training examples that rows have room for.
+    cached: targets that are kept on disk, if any.
   """
 
   span: run_lib.Span
@@ -53,6 +54,13 @@ class Outline:
   labels: Any
   schedules: dict[str, optimizer.Schedule]
   examples: int
+  cached: target_plan.Cached | None = None
+
+  @property
+  def step_teachers(self) -> dict[str, Any]:
+    """Name -> shapes of the teachers that the step itself asks."""
+    without = self.cached.teachers if self.cached else ()
+    return {n: x for n, x in self.teachers.items() if n not in without}
 
 
 def outline(
@@ -93,8 +101,44 @@ def outline(
     for name, teacher in phase.teachers.items()
     if not teacher.source.startswith('@ema/')
   }
-  schedules = {'lr': lr, 'wd': decay}
-  return Outline(span, fresh, state, teachers, tx, labels, schedules, examples)
+  return Outline(
+    span,
+    fresh,
+    state,
+    teachers,
+    tx,
+    labels,
+    schedules={'lr': lr, 'wd': decay},
+    examples=examples,
+    cached=_cached(config, method, phase, video),
+  )
+
+
+def cached_of(
+  config: ml_collections.ConfigDict,
+  method: base.Method,
+  video: tuple[int, ...],
+) -> list[target_plan.Cached | None]:
+  """Returns what of the targets of every phase is kept on disk.
+
+  Args:
+    config: a resolved config.
+    method: its method.
+    video: (T, H, W, C) of a clip.
+  """
+  return [_cached(config, method, p, video) for p in method.phases()]
+
+
+def _cached(
+  config: ml_collections.ConfigDict,
+  method: base.Method,
+  phase: base.Phase,
+  video: tuple[int, ...],
+) -> target_plan.Cached | None:
+  if not config.cache_targets:
+    return None
+  params = {n: teacher_shapes(t, video) for n, t in phase.teachers.items()}
+  return target_plan.cached(config, method, phase, video, params)
 
 
 def teacher_shapes(teacher: base.Teacher, video: tuple[int, ...]) -> Any:
@@ -134,7 +178,11 @@ def jitted(
     skip_spike=config.optim.skip_spike,
   )
   return step.jit_update(
-    update, shapes.state, shapes.teachers, mesh, dict(config.mesh.overrides)
+    update,
+    shapes.state,
+    shapes.step_teachers,
+    mesh,
+    dict(config.mesh.overrides),
   )
 
 
@@ -155,10 +203,29 @@ def lower(
     mesh: of devices at hand, or of `tpu_mesh`.
   """
   update = jitted(config, method, shapes, mesh)
+  batch = with_targets(_batch(config.batch_size, video, mesh), shapes, mesh)
   with jax.set_mesh(mesh):
-    return update.lower(
-      shapes.state, shapes.teachers, _batch(config.batch_size, video, mesh)
-    )
+    return update.lower(shapes.state, shapes.step_teachers, batch)
+
+
+def with_targets(
+  batch: dict[str, jax.ShapeDtypeStruct], shapes: Outline, mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns the shapes of a batch with a phase's kept targets, and no others.
+
+  Args:
+    batch: shapes of a batch, of any phase.
+    shapes: of the phase.
+    mesh: that splits the batch.
+  """
+  start, split = target_plan.START, sharding.batch_sharding(mesh)
+  size = batch['index'].shape[0]
+  bare = {k: x for k, x in batch.items() if not k.startswith(start)}
+  kept = shapes.cached.shapes if shapes.cached else {}
+  return bare | {
+    start + n: jax.ShapeDtypeStruct((size, *x.shape), x.dtype, sharding=split)
+    for n, x in kept.items()
+  }
 
 
 def _batch(

@@ -52,6 +52,18 @@ class Saved:
     return trees.subtree(trees.nest(leaves), subtree)
 
 
+def fingerprint(saved: Saved, subtree: str) -> str:
+  """Returns a hash over the bits of a part of a checkpoint, by its manifest."""
+  start = subtree.rstrip('/') + '/'
+  part = {
+    name.removeprefix(start): leaf
+    for name, leaf in saved.manifest['leaves'].items()
+    if name.startswith(start)
+  }
+  text = json.dumps(part, sort_keys=True)
+  return xxhash.xxh3_64(text.encode()).hexdigest()
+
+
 def listing(
   workdir: str | os.PathLike[str],
   folders: Sequence[str] = ('checkpoints', 'params'),

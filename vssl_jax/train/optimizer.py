@@ -76,9 +76,7 @@ class Horizon:
   rewarm: tuple[int, float] = (0, 1.0)
 
 
-def horizon(
-  phase: base.Phase, start: int, covers: tuple[int, int]
-) -> Horizon:
+def horizon(phase: base.Phase, start: int, covers: tuple[int, int]) -> Horizon:
   """Returns what the schedules of a phase cover.
 
   Args:

@@ -23,6 +23,7 @@ from vssl_jax.train import (
   metrics,
   optimizer,
   rows,
+  target_plan,
 )
 from vssl_jax.train import run as run_lib
 
@@ -88,6 +89,10 @@ def describe(config: ml_collections.ConfigDict, detail: str = 'shapes') -> str:
   lines.append(
     keeping.describe(config, method.phases(), [o.state for o in outlines])
   )
+  if config.cache_targets:
+    kept = ahead.cached_of(config, method, video)
+    target_plan.check(config, kept, processes=1)
+    lines += target_plan.describe(config, method.phases(), kept, examples)
   first_and_last = list(dict.fromkeys((0, len(outlines) - 1)))
   outlines = [outlines[i] for i in first_and_last]
   lines += memory.fits(config, method, outlines, video)
@@ -165,11 +170,12 @@ def _phase(
     *(
       f'  teacher {name}: {teacher.source}, '
       + _teacher_size(shapes, name, teacher)
-      + f'{teacher.dtype}, {100 * cost.frozen / cost.total:.0f} % of the FLOPs'
+      + teacher.dtype
       for name, teacher in phase.teachers.items()
     ),
     f'  per step: {cost.total * config.batch_size:.3g} FLOPs '
-    f'({_flops(cost)} TFLOP per clip)',
+    f'({_flops(cost)} TFLOP per clip, {100 * cost.frozen / cost.total:.0f} % '
+    'of it without a gradient: teachers, targets)',
     f'  GiB per device, on {_devices(data, fsdp)}: {shown}; '
     f'{sum(needs.values()) / GIB:.2f} in all (activations are an estimate)',
   ]

@@ -125,11 +125,12 @@ def _programs(run: Run, span: Span, batch: Any) -> tuple[Any, Any, Any]:
   )
   state, teachers = (
     ahead.placed(run.config, tree, run.mesh)
-    for tree in (shapes.state, shapes.teachers)
+    for tree in (shapes.state, shapes.step_teachers)
   )
   at = jax.tree.map(lambda x: x.sharding, state)
   fresh = jax.jit(shapes.fresh, out_shardings=at).lower().compile()
   update = ahead.jitted(run.config, run.method, shapes, run.mesh)
+  batch = ahead.with_targets(batch, shapes, run.mesh)
   arguments = state, teachers, batch
   return fresh, update.lower(*arguments).compile(), arguments
 

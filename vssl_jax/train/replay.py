@@ -14,16 +14,16 @@ import ml_collections
 from vssl_jax import config as config_lib
 from vssl_jax.train import (
   ahead,
-  begin,
   checkpoint,
   manifests,
   order,
   probes,
   provenance,
+  target_source,
 )
 from vssl_jax.train import run as run_lib
 from vssl_jax.train import step as step_lib
-from vssl_jax.train.run import Run, TrainingError, on_device, spans
+from vssl_jax.train.run import Run, TrainingError, spans
 
 # What each part of a record tells, when it alone or first differs.
 MEANING = {
@@ -119,17 +119,17 @@ def _take(
   )
   target = ahead.placed(run.config, shapes.state, run.mesh)
   state = checkpoint.restore(saved, target)
-  teachers = begin.teachers(run, span.phase)
+  source = target_source.Source(run, shapes, read_only=True)
   update = ahead.jitted(run.config, run.method, shapes, run.mesh)
   batches = order.iterator(run.clips, run.left_out, saved.step)
   compiled = None
   for done in range(saved.step, record['step']):
-    batch = on_device(run, next(batches), done, span.total)
+    batch = source.batch(next(batches), done)
     if compiled is None:
-      compiled = update.lower(state, teachers, batch).compile()
+      compiled = update.lower(state, source.teachers, batch).compile()
     if done == record['step'] - 1:
       before = probes.sums(state)  # it waits for the steps before
-    state, _ = compiled(state, teachers, batch)
+    state, _ = compiled(state, source.teachers, batch)
     state = step_lib.end_windows(state, span.phase, done + 1 - span.start)
   return {
     'before': before,

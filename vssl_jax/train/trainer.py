@@ -20,6 +20,7 @@ from vssl_jax.train import (
   probes,
   rewind,
   step,
+  target_source,
 )
 from vssl_jax.train import run as run_lib
 from vssl_jax.train.recorder import Recorder
@@ -61,6 +62,7 @@ def train(
   run = run_lib.open_run(config)
   run.watchers = (run.panel, *watchers)
   try:
+    target_source.check(run)
     saved = run.checkpoints.newest()
     run_lib.check_may_resume(run, saved)
     run_lib.check_same_run(run, saved)
@@ -112,7 +114,7 @@ def _run_phase(
   made = compiler.take(span)
   inside = saved is not None and saved.phase == phase.name
   state = begin.state(run, shapes, saved, inside, made and made.fresh)
-  teachers = begin.teachers(run, phase)
+  source = target_source.Source(run, shapes)
   horizon = optimizer.horizon(phase, span.start, span.covers)
   run.logger.say(
     f'phase {phase.name}: steps {int(state.step)} to {span.end}, '
@@ -120,7 +122,10 @@ def _run_phase(
     f'{optimizer.describe_lr(config.optim, config.batch_size)}, warm-up '
     f'{optimizer.warmup_steps(config.optim, horizon)} steps'
   )
-  state = _loop(run, shapes, state, teachers, made, compiler)
+  try:
+    state = _loop(run, shapes, state, source, made, compiler)
+  finally:
+    source.close()
   if not run.preempted and phase.name in run.kept_phases:
     kept = {'params': state.params, 'ema': state.ema}
     run.checkpoints.save_params(kept, span.end, phase.name)
@@ -133,7 +138,7 @@ def _loop(
   run: Run,
   shapes: ahead.Outline,
   state: step.TrainState,
-  teachers: Any,
+  source: target_source.Source,
   made: precompile.Programs | None,
   compiler: precompile.Compiler,
 ) -> step.TrainState:
@@ -146,14 +151,16 @@ def _loop(
   while done < span.end and not run_lib.should_stop(run, done):
     with run.clock('data'):
       local = next(batches)
-    batch = run_lib.on_device(run, local, done, span.total)
+    batch = source.batch(local, done)
     if compiled is None:
       with run.clock('compile'):
-        compiled = _compiled(run, shapes, made, (state, teachers, batch))
+        arguments = state, source.teachers, batch
+        compiled = _compiled(run, shapes, made, arguments)
+        del arguments  # the step takes the state
       compiler.start(_following(run, span), batch)
     with run.clock('step'):
       probe.before(done, state, batch)
-      state, values = compiled(state, teachers, batch)
+      state, values = compiled(state, source.teachers, batch)
       state = step.end_windows(state, span.phase, done + 1 - span.start)
       probe.after(state)
       # Waits for the step before, so the device always has one in hand.

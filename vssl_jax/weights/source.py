@@ -1,6 +1,7 @@
 """Opens published weights: a folder, a file, or a model on the hub."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ from vssl_jax.weights import npz, pairs, read, tables, unpickle
 OURS = 'vssl_vit'  # model_type of the layout that fits every Vit
 HUB_ID = re.compile(r'^[\w-][\w.-]*/[\w-][\w.-]*$')
 HUB_FILES = ('*.json', '*.safetensors')
+WEIGHTS = ('.safetensors', '.npz', '.pth', '.pt')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +82,29 @@ def open_source(source: str | os.PathLike[str]) -> Found:
   else:
     groups = _groups(unpickle.load(path))
   return Found(str(source), config, groups, _recognise(str(source), groups))
+
+
+def fingerprint(source: str | os.PathLike[str]) -> str:
+  """Returns a hash of the files that hold a model's weights.
+
+  Args:
+    source: as of `open_source`; all files with weights of a folder count.
+
+  Raises:
+    WeightsError: it does not exist, or holds no such file.
+  """
+  path = pathlib.Path(source)
+  if not path.exists():
+    path = _download(str(source))
+  files = sorted(path.iterdir()) if path.is_dir() else [path]
+  files = [f for f in files if f.suffix in ('.json', *WEIGHTS)]
+  if all(f.suffix == '.json' for f in files):
+    raise read.WeightsError(f'{source}: found no file of {WEIGHTS}')
+  digest = hashlib.sha256()
+  for file in files:
+    with file.open('rb') as f:
+      digest.update(hashlib.file_digest(f, 'sha256').digest())
+  return digest.hexdigest()[:16]
 
 
 def _download(source: str) -> pathlib.Path:

@@ -55,6 +55,9 @@ def test_exact_bytes_are_those_of_real_arrays(tmp_path):
   found = memory.per_device(config, method, outlines[1], VIDEO, 1, mesh.size)
   assert found['parameters'] == held(state['params'])
   assert found['optimizer'] == held(state['opt'])
+  # One batch is worked on while the next one arrives.
+  local = config.batch_size // mesh.size
+  assert found['batch'] == 2 * np.zeros((local, *VIDEO), np.uint8).nbytes
   assert found['parameters'] < trees.nbytes(state['params'])  # some are split
 
 

@@ -28,6 +28,12 @@ KNOBS = {
   'opt': ('carry', 'fresh'),
 }
 TEACHERS = ('image', 'video')
+# Of DARE's weights: entropy over that of uniform ones.
+EVENNESS = (
+  0.3,
+  'a few patches have nearly all the weight, as losses are large beside '
+  'method.tau; raise it, or norm the targets with method.target_norm=ln',
+)
 
 
 def default() -> ml_collections.ConfigDict:
@@ -258,6 +264,7 @@ def _distil(
         rows=config.rows if done else 'fresh',
         horizon='run' if config.opt == 'carry' else 'phase',
         row_specs=dict.fromkeys(modules, rows) if config.lambda_df else {},
+        alarms={f'dare/entropy/{name}': EVENNESS for name in modules},
       )
     )
   return done

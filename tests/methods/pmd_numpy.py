@@ -268,7 +268,7 @@ def whole(views, maps, teachers, rows, substituted, grid, **knobs):
   guided = 'guide' in views[0]
   for name, layers in teachers.items():
     target = normed(layers[-1]) if knobs['target_norm'] == 'ln' else layers[-1]
-    metrics[f'target/std/{name}'] = target.std()
+    metrics[f'target/std/{name}'] = layers[-1].std()
     base = np.mean(
       [
         distance(

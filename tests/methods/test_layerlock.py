@@ -149,16 +149,20 @@ def _gradients(depth, **vit):
   method = _build(layout=layout, vit=vit)
   phase, params = _at(method, depth), _params(method)
 
+  labels = freezing.labels(params, phase.frozen)
+  trained, frozen = freezing.split(params, labels)
+
   @jax.jit
-  def run(params):
-    def loss(params):
-      labels = freezing.labels(params, phase.frozen)
-      whole = freezing.join(*freezing.split(params, labels))
+  def run(trained):
+    def loss(trained):
+      whole = freezing.join(trained, frozen)
       return method.loss(whole, {}, _batch(), _rng(), phase)
 
-    return jax.value_and_grad(loss, has_aux=True)(params)
+    return jax.value_and_grad(loss, has_aux=True)(trained)
 
-  (loss, aux), grads = run(params)
+  (loss, aux), grads = run(trained)
+  none = jax.tree.map(jnp.zeros_like, frozen)
+  grads = freezing.join(grads, none)
   return loss, aux.metrics, dict(trees.named_leaves(grads))
 
 

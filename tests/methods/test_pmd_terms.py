@@ -100,7 +100,6 @@ def _default():
 
 
 BASE = {'loss/base/image', 'loss/base/video'}
-TARGET = {'target/std/image', 'target/std/video'}
 HARD = {'loss/difficulty/image', 'loss/difficulty/video'}
 WEIGHTS = {f'dare/{x}/{n}' for x in ('entropy', 'max_weight')
            for n in ('image', 'video')}  # fmt: skip
@@ -113,7 +112,7 @@ GUIDED = {'loss/progressive', 'pg/both_masked', 'pg/visible_to_previous'}
   ('knobs', 'changed', 'rows'),
   [
     (dict(feature_loss='smooth_l1'), BASE | HARD, True),
-    (dict(target_norm='ln'), BASE | HARD | TARGET, True),
+    (dict(target_norm='ln'), BASE | HARD, True),
     (dict(alpha=0.05), HARD, True),
     (dict(tau=0.05), HARD | WEIGHTS, False),
     (dict(dare='smooth'), HARD | WEIGHTS, False),

@@ -20,7 +20,7 @@ class Watcher:
   equal ones the earlier.
 
   Args:
-    config: as `finetune.prepare` returns it.
+    config: as `finetune_start.fill` returns it.
     videos: to validate on.
     every: steps of an epoch.
   """

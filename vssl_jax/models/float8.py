@@ -28,7 +28,7 @@ def quantise(
 
   Args:
     x: any floats.
-    axis: one scale for each slice along this axis is shared; None: one in all.
+    axis: values along this axis share a scale; None: all do.
 
   Returns:
     float8 values, and float32 scales of rank 0, or with 1 at `axis`.

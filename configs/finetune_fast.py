@@ -16,13 +16,13 @@ is chance (360 clips trained on, 440 steps, some 30 CPU-seconds). So few labels
 do not teach motion; give an encoder that was pre-trained on it.
 """
 
-from vssl_jax.evals import finetune
+from vssl_jax import config as config_lib
 
 
 def get_config(variant=''):
   if variant:
     raise ValueError(f'finetune_fast.py: found :{variant}, has no variants')
-  c = finetune.recipe()
+  c = config_lib.fine_tuning()
   c.data.update(dict(frames=8, stride=1, size=(32, 32), workers=0))
   c.data.update(dict(crop='centre', flip=False, auto_augment='', erase=0.0))
   c.data.repeats = 1

@@ -12,7 +12,7 @@ Expected: VideoMAE-B pre-trained on K400 73.3, on HMDB51 alone 62.6 (its
 paper). Ours: not run.
 """
 
-from vssl_jax.evals import finetune
+from vssl_jax import config as config_lib
 
 # Stride, clips along a test video.
 SIZES = {'S': (2, 10), 'B': (4, 5)}
@@ -24,7 +24,7 @@ def get_config(variant=''):
     raise ValueError(
       f'finetune_hmdb51.py: found :{size}, wanted one of {list(SIZES)}'
     )
-  c = finetune.recipe()
+  c = config_lib.fine_tuning()
   c.method.encoder.size = size
   c.method.drop_path, c.method.dropout = 0.2, 0.5
   c.data.stride, c.finetune.clips = SIZES[size]

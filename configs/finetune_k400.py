@@ -14,7 +14,7 @@ Expected, B: VideoMAE 81.5, MVD 82.7, PMD 83.3 (a secondary source).
 Ours: not run.
 """
 
-from vssl_jax.evals import finetune
+from vssl_jax import config as config_lib
 
 # Batch, base learning rate, epochs, drop path, dropout before the head.
 SIZES = {
@@ -32,7 +32,7 @@ def get_config(variant=''):
       f'finetune_k400.py: found :{size}, wanted one of {list(SIZES)}'
     )
   batch, lr, epochs, drop_path, dropout = SIZES[size]
-  c = finetune.recipe()
+  c = config_lib.fine_tuning()
   c.method.encoder.size = size
   c.method.drop_path, c.method.dropout = drop_path, dropout
   c.optim.lr = lr

@@ -12,7 +12,7 @@ Expected, B: VideoMAE 70.8, MVD 72.5, PMD 73.7 (a secondary source).
 Ours: not run.
 """
 
-from vssl_jax.evals import finetune
+from vssl_jax import config as config_lib
 
 # Batch, base learning rate, epochs, layer decay, drop path, dropout.
 SIZES = {
@@ -30,7 +30,7 @@ def get_config(variant=''):
       f'finetune_ssv2.py: found :{size}, wanted one of {list(SIZES)}'
     )
   batch, lr, epochs, decay, drop_path, dropout = SIZES[size]
-  c = finetune.recipe()
+  c = config_lib.fine_tuning()
   c.method.encoder.size = size
   c.method.drop_path, c.method.dropout = drop_path, dropout
   c.data.flip, c.data.sampling = False, 'scattered'

@@ -12,13 +12,13 @@ Expected: VideoMAE-B pre-trained on K400 96.1, on UCF101 alone 91.3 (its
 paper). Ours: not run.
 """
 
-from vssl_jax.evals import finetune
+from vssl_jax import config as config_lib
 
 
 def get_config(variant=''):
   if variant not in ('', 'own'):
     raise ValueError(f'finetune_ucf101.py: found :{variant}, wanted :own')
-  c = finetune.recipe()
+  c = config_lib.fine_tuning()
   c.method.drop_path, c.method.dropout = 0.2, 0.5
   c.optim.update(dict(lr=5e-4, lr_end=1e-5, layer_decay=0.7))
   c.finetune.update(dict(batch_size=128, epochs=100))

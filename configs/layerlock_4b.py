@@ -11,7 +11,6 @@ source). Ours: not run.
 
 from vssl_jax import config as config_lib
 
-
 VARIANTS = ('mae', 'pixels', 'subset', 'control')
 
 

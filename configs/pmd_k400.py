@@ -35,7 +35,7 @@ def get_config(variant=''):
   m.steps = (EPOCHS * epoch,) * PHASES
   m.lambda_pg, m.lambda_df, m.lambda_al = 0.05, 1.0, 1.0
   m.feature_loss = 'mse'
-  m.window = 32 * epoch
+  m.window, m.fresh_warmup = 32 * epoch, 5 * epoch
   if own:
     for name in ('image', 'video'):
       m[name].teacher = f'@{name}_teacher'

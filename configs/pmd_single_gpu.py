@@ -28,7 +28,8 @@ def get_config(variant=''):
   c.data.workers, c.data.examples = 4, CLIPS
   c.optim.warmup = 4 * EPOCH
   m = c.method
-  m.window = 3 * EPOCH
+  m.window, m.fresh_warmup = 3 * EPOCH, EPOCH // 2
+  m.feature_loss = 'mse'  # of the control too
   m.steps = (40 * EPOCH,) if variant == 'mvd' else (10 * EPOCH,) * 4
   for name in ('image_teacher', 'video_teacher'):
     m[name].steps = 100 * EPOCH

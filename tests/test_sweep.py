@@ -117,3 +117,11 @@ def test_one_phase_cannot_be_compared(capsys):
   with pytest.raises(SystemExit):
     bench.parse([f'--config={PAGE}', '--sweep=phases', '--phase=pixels'])
   assert '--sweep=phases compares all' in capsys.readouterr().err
+
+
+def test_what_is_compared_has_one_batch_size():
+  other = _config()
+  other.batch_size *= 2
+  compared = sweep.entries(_config(), 'a ') + sweep.entries(other, 'b ')
+  with pytest.raises(ValueError, match='b pixels: batch_size is 16, and 8'):
+    sweep.phases(compared, steps=1)

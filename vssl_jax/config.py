@@ -121,6 +121,23 @@ def default(method: str = 'salt') -> ml_collections.ConfigDict:
   return c.lock()  # a page that invents a key fails there
 
 
+def fine_tuning() -> ml_collections.ConfigDict:
+  """Returns the job `finetune` by the recipe of VideoMAE and MVD, ViT-B."""
+  c = default('supervised')
+  c.job = 'finetune'
+  c.data.update(dict(frames=16, stride=4, size=(224, 224), workers=8))
+  c.data.update(dict(crop_scale=(0.08, 1.0), crop_aspect=(0.75, 4 / 3)))
+  c.data.update(dict(auto_augment='rand-m7-n4-mstd0.5-inc1', erase=0.25))
+  # Repeated augmentation: two crops of the same frames.
+  c.data.update(dict(repeats=2, repeat_frames='shared'))
+  c.optim.update(dict(lr=5e-4, lr_start=0.0, lr_end=1e-6, layer_decay=0.75))
+  c.optim.update(dict(weight_decay=0.05, weight_decay_end=0.05))
+  c.optim.update(dict(b2=0.999, clip=0.0, decay_tokens=False))
+  # Features of one class are meant to grow alike here.
+  c.health.every = 0.0
+  return c
+
+
 def load(
   spec: str, roots: tuple[str, ...] = ()
 ) -> tuple[str, ml_collections.ConfigDict]:

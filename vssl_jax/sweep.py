@@ -96,8 +96,21 @@ def phases(
   Returns:
     What `--out` writes; `results` has one entry per phase, with `ratios` to
     the first.
+
+  Raises:
+    ValueError: their batch sizes or meshes differ.
   """
   config = compared[0].config
+  for entry in compared:
+    for key, *two in (
+      ('batch_size', config.batch_size, entry.config.batch_size),
+      ('mesh', config.mesh.to_dict(), entry.config.mesh.to_dict()),
+    ):
+      if two[0] != two[1]:
+        raise ValueError(
+          f'{entry.label}: {key} is {two[1]}, and {two[0]} in what it is '
+          f'compared with; set --config.{key} for both'
+        )
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   outlines = [entry.outline() for entry in compared]
   together = _fit_together(outlines, mesh)

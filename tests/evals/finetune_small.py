@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 
+from vssl_jax import config as config_lib
 from vssl_jax import encoders
-from vssl_jax.evals import finetune
 from vssl_jax.models import vit
 
 SHAPE = (4, 16, 16, 3)
@@ -12,7 +12,7 @@ TINY = dict(width=16, depth=2, num_heads=2, mlp_width=32)
 
 
 def config_of(videos, workdir, **wanted):
-  c = finetune.recipe()
+  c = config_lib.fine_tuning()
   c.workdir = str(workdir)
   c.data.update(dict(frames=4, stride=1, size=(16, 16), workers=0))
   c.data.update(dict(isolate=False, decode_processes=1, max_bad_fraction=0.2))

@@ -9,14 +9,14 @@ from tests.evals import finetune_small as small
 from vssl_jax import config as config_lib
 from vssl_jax import encoders, methods, trees, weights
 from vssl_jax.data import options
-from vssl_jax.evals import finetune, finetune_start
+from vssl_jax.evals import finetune_start
 from vssl_jax.models import classifier
 from vssl_jax.train import optimizer
 from vssl_jax.train import run as run_lib
 
 
 def test_the_run_starts_from_the_encoder_without_its_final_norm(tmp_path):
-  c = finetune.recipe()
+  c = config_lib.fine_tuning()
   c.workdir, c.data.frames, c.data.size = str(tmp_path), 4, (16, 16)
   given = small.encoder_of()
   finetune_start.write(c, given)
@@ -33,7 +33,7 @@ def test_the_run_starts_from_the_encoder_without_its_final_norm(tmp_path):
 
 
 def test_blocks_that_decode_are_left_behind(tmp_path):
-  c = finetune.recipe()
+  c = config_lib.fine_tuning()
   c.workdir, c.data.frames, c.data.size = str(tmp_path), 4, (16, 16)
   finetune_start.write(c, small.encoder_of(decoder_blocks=1, final_norm=False))
   module, params, _ = weights.load_published(c.method.source)

@@ -40,23 +40,6 @@ from vssl_jax.train import plan as plan_lib
 from vssl_jax.train import provenance, trainer
 
 
-def recipe() -> ml_collections.ConfigDict:
-  """Returns a config of this job with the recipe of VideoMAE and MVD."""
-  c = config_lib.default('supervised')
-  c.job = 'finetune'
-  c.data.update(dict(frames=16, stride=4, size=(224, 224), workers=8))
-  c.data.update(dict(crop_scale=(0.08, 1.0), crop_aspect=(0.75, 4 / 3)))
-  c.data.update(dict(auto_augment='rand-m7-n4-mstd0.5-inc1', erase=0.25))
-  # Repeated augmentation: two crops of the same frames.
-  c.data.update(dict(repeats=2, repeat_frames='shared'))
-  c.optim.update(dict(lr=5e-4, lr_start=0.0, lr_end=1e-6, layer_decay=0.75))
-  c.optim.update(dict(weight_decay=0.05, weight_decay_end=0.05))
-  c.optim.update(dict(b2=0.999, clip=0.0, decay_tokens=False))
-  # Features of one class are meant to grow alike here.
-  c.health.every = 0.0
-  return c
-
-
 def run(config: ml_collections.ConfigDict) -> int:
   """Fine-tunes `config.encoder`, writes and prints the report.
 
@@ -77,7 +60,8 @@ def evaluate(
   """Fine-tunes an encoder and tests it.
 
   Args:
-    config: such as `recipe()`, with `finetune.train` and `finetune.test`.
+    config: such as `config.fine_tuning()`, with `finetune.train` and
+      `finetune.test`.
     encoder: taken in place of `config.encoder`; without either, training
       starts at random from the shape in `config.method`.
 

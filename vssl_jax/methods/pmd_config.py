@@ -1,7 +1,7 @@
 """PMD's knobs, and the method that they describe; MVD is one of its cases."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -102,7 +102,8 @@ def default() -> ml_collections.ConfigDict:
   # --- CLFA
   c.align_norm = 'none'  # 'ln' on both sides
   # --- between phases
-  c.opt = 'carry'  # one schedule over all phases; 'fresh': one for each
+  c.opt = 'carry'  # one schedule over all phases; 'fresh': one for each,
+  c.fresh_warmup = 1170  # each with so many warm-up steps: 5 epochs
   return c
 
 
@@ -264,10 +265,19 @@ def _distil(
         rows=config.rows if done else 'fresh',
         horizon='run' if config.opt == 'carry' else 'phase',
         row_specs=dict.fromkeys(modules, rows) if config.lambda_df else {},
-        alarms={f'dare/entropy/{name}': EVENNESS for name in modules},
+        alarms=_alarms(config, modules),
+        warmup=config.fresh_warmup if config.opt == 'fresh' else None,
       )
     )
   return done
+
+
+def _alarms(
+  config: ml_collections.ConfigDict, names: Iterable[str]
+) -> dict[str, tuple[float, str]]:
+  if not config.lambda_df or config.dare == 'smooth':
+    return {}
+  return {f'dare/entropy/{name}': EVENNESS for name in names}
 
 
 def _masks(

@@ -40,7 +40,8 @@ def test_the_factors_of_b():
   assert len(set(by_name.values())) == 14
 
 
-def test_one_step_is_adamw_with_those_factors():
+def step_of(frozen=(), **fields):
+  """Parameters, gradients, updates of a step of two blocks and a head."""
   rng = np.random.default_rng(0)
   shapes = params_of(
     {'width': 8, 'depth': 2, 'num_heads': 2}, patch=(2, 16, 16)
@@ -50,27 +51,51 @@ def test_one_step_is_adamw_with_those_factors():
     for _ in range(2)
   )
   optim = optimizer.default()
-  optim.update(dict(b2=0.999, clip=0.0, layer_decay=0.7))
+  optim.update(dict(b2=0.999, clip=0.0, layer_decay=0.7) | fields)
   tx = optimizer.make(
     optim,
-    freezing.labels(params, ()),
+    freezing.labels(params, frozen),
     lambda step: jnp.float32(0.01),
     lambda step: jnp.float32(0.05),
   )
   updates, _ = tx.update(grads, tx.init(params), params, step=jnp.int32(0))
-  g, p = (dict(trees.named_leaves(x)) for x in (grads, params))
-  for name, update in trees.named_leaves(updates):
+  return [
+    {name: np.asarray(x) for name, x in trees.named_leaves(tree)}
+    for tree in (params, grads, updates)
+  ]
+
+
+def test_one_step_is_adamw_with_those_factors():
+  p, g, updates = step_of()
+  for name, update in updates.items():
     factor = 1.0  # the head, and the norm behind the blocks
     if name.startswith('encoder/embed'):
       factor = 0.7**3
     elif 'block_' in name:
       factor = {'0': 0.7**2, '1': 0.7}[name.split('block_0')[1][0]]
-    grad, value = np.asarray(g[name], np.float64), np.asarray(p[name])
+    grad, value = g[name].astype(np.float64), p[name]
     # The first step of Adam: both moments are corrected to the gradient.
     direction = grad / (np.abs(grad) + 1e-8)
     if value.ndim >= 2:
       direction = direction + 0.05 * value
     np.testing.assert_allclose(update, -0.01 * factor * direction, rtol=2e-5)
+
+
+def test_roles_that_are_clipped_apart_have_the_same_rates():
+  *_, joint = step_of()
+  *_, apart = step_of(clip_scope='per_role')
+  for name, update in joint.items():
+    np.testing.assert_array_equal(update, apart[name], err_msg=name)
+
+
+@pytest.mark.parametrize('scope', ['joint', 'per_role'])
+@pytest.mark.parametrize('frozen', ['encoder/block_01', 'encoder'])
+def test_frozen_blocks_count_and_stay_where_they_are(frozen, scope):
+  *_, whole = step_of()
+  *_, found = step_of((frozen,), clip_scope=scope)
+  for name, update in found.items():
+    wanted = 0 * update if name.startswith(frozen) else whole[name]
+    np.testing.assert_array_equal(update, wanted, err_msg=name)
 
 
 def test_an_encoder_without_blocks_and_a_wrong_decay_are_named():

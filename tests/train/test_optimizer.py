@@ -139,6 +139,7 @@ def test_tokens_are_decayed_unless_told_otherwise():
     'mask_token_0': jnp.ones((1, 3)),
     'norm': {'scale': jnp.ones((3,))},
     'positions': jnp.ones((2, 2, 2, 3)),
+    'class_position': jnp.ones((1, 3)),
     'fc': {'kernel': jnp.ones((3, 3)), 'bias': jnp.ones((3,))},
   }
   on = optimizer.decayed(params, True)
@@ -146,6 +147,7 @@ def test_tokens_are_decayed_unless_told_otherwise():
     'mask_token_0': True,
     'norm': {'scale': False},
     'positions': False,
+    'class_position': False,
     'fc': {'kernel': True, 'bias': False},
   }
   assert not optimizer.decayed(params, False)['mask_token_0']

@@ -183,7 +183,7 @@ def decayed(params: Any, decay_tokens: bool) -> Any:
 
   def one(name: str, x: Any) -> bool:
     last = name.rsplit('/', maxsplit=1)[-1]
-    if x.ndim < 2 or last.startswith('position'):
+    if x.ndim < 2 or 'position' in last:
       return False
     return decay_tokens or 'token' not in last
 
@@ -215,31 +215,35 @@ def make(
 
   def trained() -> optax.GradientTransformationExtraArgs:
     clip = [optax.clip_by_global_norm(optim.clip)] if optim.clip else []
-    by_layer = optim.layer_decay != 1.0
     return optax.chain(
       *clip,
       optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
       _decay_and_scale(lr, decay, optim.decay_tokens),
-      *([layer_decay.scale(optim.layer_decay)] if by_layer else []),
     )
 
-  if optim.clip_scope == 'joint':
-    return optax.multi_transform(
-      {freezing.TRAIN: trained(), freezing.FREEZE: optax.set_to_zero()}, labels
-    )
-  roles = trees.map_named(
-    lambda name, label: (
-      label
-      if label == freezing.FREEZE
-      else f'{label}_{name.split("/", maxsplit=1)[0]}'
-    ),
-    labels,
+  branches = labels if optim.clip_scope == 'joint' else _by_role(labels)
+  tx = optax.multi_transform(
+    {
+      branch: optax.set_to_zero() if branch == freezing.FREEZE else trained()
+      for branch in sorted({freezing.FREEZE, *jax.tree.leaves(branches)})
+    },
+    branches,
   )
-  transforms = {
-    role: optax.set_to_zero() if role == freezing.FREEZE else trained()
-    for role in set(jax.tree.leaves(roles))
-  }
-  return optax.multi_transform(transforms, roles)
+  if optim.layer_decay == 1.0:
+    return tx
+  # Behind the branches, which see their own leaves only: a rate goes by all
+  # blocks of the encoder, frozen ones too.
+  return optax.chain(tx, layer_decay.scale(optim.layer_decay))
+
+
+def _by_role(labels: Any) -> Any:
+  """Returns `labels` with the role in that of every trained leaf."""
+
+  def one(name: str, label: str) -> str:
+    role = name.split('/', maxsplit=1)[0]
+    return label if label == freezing.FREEZE else f'{label}_{role}'
+
+  return trees.map_named(one, labels)
 
 
 def _decay_and_scale(

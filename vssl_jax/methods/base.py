@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Num
 from vssl_jax import masking, rngs, trees
 
 Params = Mapping[str, Any]  # role -> tree: {'encoder': ..., 'predictor': ...}
+TARGETS = 'targets/'  # of the entries of a batch
 ROW_DTYPES = ('float32', 'float16')
 # What teachers compute in 8 bits is said to be emulated where devices have no
 # units for it.
@@ -216,7 +217,7 @@ class Phase:
     frozen_dtype: frozen matrices are stored in this type.
     ema: name -> average to keep.
     alarms: metric -> (lowest sound value, what a lower one means and what to
-      do); said once a phase.
+      do); said once a start.
   """
 
   name: str
@@ -311,9 +312,10 @@ class Method(abc.ABC):
     phase: Phase,
   ) -> Mapping[str, Float[Array, 'B ...']]:
     """Returns the targets that a batch carries, else asks the teachers."""
-    start = 'targets/'
     given = {
-      k[len(start) :]: x for k, x in batch.items() if k[: len(start)] == start
+      k.removeprefix(TARGETS): x
+      for k, x in batch.items()
+      if k.startswith(TARGETS)
     }
     return given or self.targets(teachers, batch['video'], phase)
 

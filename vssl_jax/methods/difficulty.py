@@ -121,3 +121,9 @@ def thirds(depth: int) -> tuple[range, range, range]:
     )
   a, b = depth // 3, 2 * depth // 3
   return range(1, a + 1), range(a + 1, b + 1), range(b + 1, depth + 1)
+
+
+def aligned(depth: int) -> tuple[int, ...]:
+  """Returns the student's layers (from 1) that follow a teacher's."""
+  shallow, middle, _ = thirds(depth)
+  return (*shallow, *middle)

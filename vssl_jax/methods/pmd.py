@@ -14,13 +14,17 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from vssl_jax import flops, losses, mask_specs, masking, rngs
-from vssl_jax.methods import base, difficulty, pixel_phase, row_frame
+from vssl_jax import losses, mask_specs, masking, rngs
+from vssl_jax.methods import (
+  base,
+  difficulty,
+  patch_memory,
+  pixel_phase,
+  pmd_cost,
+)
 from vssl_jax.models import layers
 from vssl_jax.models import student as student_lib
 
@@ -111,7 +115,7 @@ class Pmd(base.Method):
     for name, align in phase.align.items():
       key = rngs.stream(rng, f'init/align_{name}')
       tokens = jnp.zeros((1, 1, encoder.width))
-      aligned = dict.fromkeys(_aligned(encoder), tokens)
+      aligned = dict.fromkeys(difficulty.aligned(encoder.depth), tokens)
       params[f'align_{name}'] = align.init(key, aligned)['params']
     return params
 
@@ -231,7 +235,7 @@ class Pmd(base.Method):
     also told apart by that.
     """
     n = mask.visible.shape[1] + mask.masked.shape[1]
-    both = masking.gather(_hidden(before.masked, n), mask.masked)
+    both = masking.gather(patch_memory.hidden(before.masked, n), mask.masked)
     total, inside, outside = (jnp.zeros(()) for _ in range(3))
     for name, target in guide.items():
       found = losses.per_token(predicted[name], target, 'mse')
@@ -282,14 +286,19 @@ class Pmd(base.Method):
     """Returns DARE's loss, the new rows of the batch, and what to log."""
     grid = layers.grid_of(batch['video'].shape, phase.encoder.patch)
     n = grid[0] * grid[1] * grid[2]
-    totals = [_spread(one.loss[name], one.mask.masked, n) for one in seen]
+    totals = [
+      patch_memory.spread(one.loss[name], one.mask.masked, n) for one in seen
+    ]
     counts = sum(
-      _hidden(one.mask.masked, n).astype(jnp.float32) for one in seen
+      patch_memory.hidden(one.mask.masked, n).astype(jnp.float32)
+      for one in seen
     )
     hidden = counts > 0
     loss = sum(totals) / jnp.maximum(counts, 1.0)  # over the masks that hide it
     stored = [batch[f'rows/{name}{end}'] for end in ('', '@window')]
-    value, window = (self._read(x, batch, grid) for x in stored)
+    value, window = (
+      patch_memory.read(x, batch, grid, self.rows_frame) for x in stored
+    )
     found = difficulty.weigh(
       loss,
       hidden,
@@ -303,7 +312,15 @@ class Pmd(base.Method):
     term = jnp.where(batch['substituted'], 0.0, found.loss)
     if self.df_extra_mean:
       term = term / jnp.sum(hidden, axis=1)
-    rows = self._write(stored[0], found.smoothed, hidden, batch, grid)
+    rows = patch_memory.write(
+      stored[0],
+      found.smoothed,
+      hidden,
+      batch,
+      grid,
+      shape=self.rows_shape,
+      frame=self.rows_frame,
+    )
     return (
       jnp.mean(term),
       rows,
@@ -315,40 +332,6 @@ class Pmd(base.Method):
         ),
       },
     )
-
-  def _read(
-    self, rows: Float[Array, 'B R'], batch: Mapping[str, Any], grid: Any
-  ) -> Float[Array, 'B N']:
-    """Returns rows as the patches of this step's clips."""
-    t, h, w = grid
-    cells = rows.reshape(len(rows), -1, h * w)
-    if self.rows_frame == 'crop':
-      cells = row_frame.read(cells, batch['crop'], batch['flip'], (h, w))
-    cells = jnp.broadcast_to(cells, (len(rows), t, h * w))
-    return cells.reshape(len(rows), -1)
-
-  def _write(
-    self,
-    rows: Float[Array, 'B R'],
-    smoothed: Float[Array, 'B N'],
-    hidden: Bool[Array, 'B N'],
-    batch: Mapping[str, Any],
-    grid: Any,
-  ) -> Float[Array, 'B R']:
-    """Returns rows with this step's patches in them."""
-    t, h, w = grid
-    values, written = (x.reshape(-1, t, h * w) for x in (smoothed, hidden))
-    if self.rows_shape == 'tube':
-      count = jnp.sum(written, axis=1, keepdims=True)
-      values = jnp.sum(jnp.where(written, values, 0.0), axis=1, keepdims=True)
-      values, written = values / jnp.maximum(count, 1), count > 0
-    cells = rows.reshape(len(rows), -1, h * w)
-    if self.rows_frame == 'crop':
-      crop, flip = batch['crop'], batch['flip']
-      cells = row_frame.write(cells, values, written, crop, flip, (h, w))
-    else:
-      cells = jnp.where(written, values, cells)
-    return jax.lax.stop_gradient(cells.reshape(rows.shape))
 
   def reconstruct(
     self,
@@ -366,34 +349,7 @@ class Pmd(base.Method):
     """Returns FLOPs per clip from true token counts."""
     if isinstance(phase, pixel_phase.PixelTeacher):
       return pixel_phase.cost(phase, video)
-    student, grid = (
-      phase.student,
-      layers.grid_of((1, *video), phase.encoder.patch),
-    )
-    trained = kept = frozen = 0.0
-    for spec in phase.masks:
-      visible, masked = spec.counts(grid)
-      trained += flops.train(student.encoder, grid, visible)
-      kept += flops.activations(student.encoder, visible)
-      for head in student.decoder.values():
-        trained += flops.train(
-          head, grid, (visible, masked), in_width=student.encoder.width
-        )
-        kept += flops.activations(head, visible + masked)
-      for align in phase.align.values():
-        maps = len(_aligned(student.encoder))
-        width = student.encoder.width * align.out_width
-        trained += 3 * 2.0 * visible * width * maps
-    for spec, now in zip(phase.previous_masks, phase.masks, strict=False):
-      frozen += _guide_cost(student, spec.counts(grid), now.counts(grid), grid)
-    frozen += sum(
-      flops.forward(
-        teacher.module, layers.grid_of((1, *video), teacher.module.patch)
-      )
-      for name, teacher in phase.teachers.items()
-      if name != 'previous'
-    )
-    return base.Cost(trained, float(frozen), kept)
+    return pmd_cost.cost(phase, video)
 
 
 def _teach(
@@ -413,43 +369,7 @@ def _teach(
   return found
 
 
-def _aligned(encoder: nn.Module) -> tuple[int, ...]:
-  """Returns the student's layers that CLFA maps, from 1."""
-  shallow, middle, _ = difficulty.thirds(encoder.depth)
-  return (*shallow, *middle)
-
-
-def _hidden(masked: Array, n: int) -> Bool[Array, 'B N']:
-  """Returns which of n patches are masked."""
-  rows = jnp.arange(len(masked))[:, None]
-  return jnp.zeros((len(masked), n), bool).at[rows, masked].set(True)
-
-
-def _spread(
-  values: Float[Array, 'B M'], masked: Array, n: int
-) -> Float[Array, 'B N']:
-  """Returns values at masked patches, and 0 elsewhere."""
-  rows = jnp.arange(len(masked))[:, None]
-  return jnp.zeros((len(masked), n)).at[rows, masked].set(values)
-
-
 def _mean_where(x: Array, where: Array) -> Float[Array, '']:
   """Returns the mean over some entries; 0 where there are none."""
   count = jnp.sum(where)
   return jnp.sum(jnp.where(where, x, 0.0)) / jnp.maximum(count, 1)
-
-
-def _guide_cost(
-  student: student_lib.Student,
-  before: tuple[int, int],
-  now: tuple[int, int],
-  grid: layers.Grid,
-) -> float:
-  """Returns the FLOPs of the previous student under its own mask."""
-  total = flops.forward(student.encoder, grid, before[0])
-  for head in student.decoder.values():
-    width = student.encoder.width
-    total += flops.forward(head, grid, before, in_width=width)
-    # Its heads predict what is masked now.
-    total += 2.0 * (now[1] - before[1]) * head.out_width * head.width
-  return total

@@ -29,13 +29,14 @@ def _rounded(x, axis):
 
 
 def test_products_are_those_of_rounded_factors():
-  """One scale for all activations, one for each column of the weight."""
+  """One scale for each token, one for each column of the weight."""
   rng = np.random.default_rng(0)
-  x = rng.normal(size=(2, 5, 32)).astype(np.float32)
+  x = rng.normal(size=(2, 5, 32)) * 10.0 ** np.arange(-2, 3)[:, None]
+  x = x.astype(np.float32)
   w = rng.normal(size=(32, 6)) * 10.0 ** np.arange(-3, 3)
   w = w.astype(np.float32)
   w[:, 2] = 0
-  want = _rounded(x, None).reshape(10, 32) @ _rounded(w, 0)
+  want = _rounded(x, -1).reshape(10, 32) @ _rounded(w, 0)
   got = _dot(x, w)
   assert got.dtype == jnp.float32
   scale = np.abs(want).max(axis=0, keepdims=True) + 1e-9
@@ -47,6 +48,17 @@ def test_products_are_those_of_rounded_factors():
   assert 1e-3 < (np.abs(want - exact) / scale).max() < 0.1
 
 
+def test_no_clip_depends_on_its_neighbours():
+  """To the bit, also beside one that is much brighter."""
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(2, 5, 32)).astype(np.float32)
+  x[1] *= 37
+  w = rng.normal(size=(32, 6)).astype(np.float32)
+  both = np.asarray(_dot(x, w))
+  for i in range(2):
+    np.testing.assert_array_equal(both[i], _dot(x[i : i + 1], w)[0])
+
+
 def test_no_value_is_too_large_for_8_bits():
   x = np.float32([[1e30, -1e30, 3e-30, 0]])
   values, scale = float8.quantise(jnp.asarray(x))
@@ -56,9 +68,9 @@ def test_no_value_is_too_large_for_8_bits():
   assert not zero.astype(jnp.float32).any() and scale == 1
 
 
-def _model(kind):
+def _model(kind, depth=12):
   fields = dict(dtype='float32', layer_scale=False)
-  size = dict(width=96, depth=12, num_heads=3)
+  size = dict(width=96, depth=depth, num_heads=3)
   if kind == 'video':
     return vit.make(size, patch=(2, 8, 8), **fields)
   image = vit.make(size, patch=(1, 8, 8), positions='sincos_2d', **fields)
@@ -72,6 +84,19 @@ def _said(module, params, video, dtype):
     teacher = base.Teacher(module.clone(dtype=wanted), 'somewhere', dtype=dtype)
   found = jax.jit(lambda p, v: teacher(p, v, features=True)[-1])(params, video)
   return np.asarray(found, np.float64)
+
+
+@pytest.mark.parametrize('kind', ['video', 'image'])
+def test_what_a_teacher_says_of_a_clip_is_of_that_clip_alone(kind):
+  """Its targets may be kept by the clip's number, whatever the batch was."""
+  module = _model(kind, depth=1)
+  video = np.random.default_rng(1).integers(0, 255, VIDEO, np.uint8)
+  video[1] //= 16
+  params = module.init(jax.random.key(0), video)['params']
+  both = _said(module, params, video, 'float8_emulated')
+  for i in range(2):
+    alone = _said(module, params, video[i : i + 1], 'float8_emulated')
+    np.testing.assert_array_equal(both[i], alone[0])
 
 
 @pytest.mark.parametrize('kind', ['video', 'image'])

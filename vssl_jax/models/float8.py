@@ -1,8 +1,9 @@
 """Matrix products of frozen networks in floats of 8 bits.
 
 Both factors become float8_e4m3fn, whose largest value is 448: activations with
-one scale for the whole array, found anew in every product, weights with one for
-each output channel. Sums are float32. There is no gradient.
+one scale for each token, found anew in every product, so that what is said of a
+clip does not depend on its neighbours in the batch; weights with one for each
+output channel. Sums are float32. There is no gradient.
 
 Source: FP8 Formats for Deep Learning, arXiv 2209.05433.
 """
@@ -58,7 +59,7 @@ def dot_general(
     preferred_element_type: type of the result; None for that of `x`.
   """
   del precision
-  x8, x_scale = quantise(x)
+  x8, x_scale = quantise(x, axis=-1)
   weight8, weight_scale = quantise(weight, axis=0)
   found = jax.lax.dot_general(
     x8,

@@ -236,8 +236,8 @@ def test_every_view_comes_once_whatever_the_batch_and_the_devices(
 def test_wrong_knobs_and_lists_are_named(videos, tmp_path):
   train = (str(videos / 'train'),)
   for change, message in (
-    ({'test': train}, 'train and test name the same videos'),
-    ({'valid': train}, 'train and valid name the same videos'),
+    ({'test': train}, 'train and finetune.test name the same videos'),
+    ({'valid': train}, 'train and finetune.valid name the same videos'),
     ({'holdout': 0.0}, r'finetune\.holdout: found 0\.0'),
     ({'batch_size': 64}, r'at most the \d\d videos'),
     ({'train': (str(videos / 'train' / 'red'),)}, 'have no labels'),

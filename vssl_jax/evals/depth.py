@@ -29,6 +29,7 @@ from vssl_jax.evals import (
   depth_report,
   features,
   heads,
+  lists,
   options,
   probe,
   report,
@@ -79,7 +80,7 @@ def evaluate(
     'held_out_pixels': fitted.held_out,
     'train': source,
     'test': {
-      'source': job_lib.name(job.test),
+      'source': lists.name(job.test),
       'examples': test.num_examples,
       'unreadable': len(test.bad),
       'fingerprint': test.fingerprint,
@@ -147,7 +148,7 @@ def _train(job: job_lib.Job) -> tuple[depth_fit.Trained, dict[str, Any]]:
       log=functools.partial(_print, settings),
     )
   return found, {
-    'source': job_lib.name(job.train),
+    'source': lists.name(job.train),
     'examples': examples.num_examples,
     'fingerprint': examples.fingerprint,
   }
@@ -202,7 +203,7 @@ def _draw(
       row = int(np.flatnonzero(index == number)[0])
       caption = (
         f'{job.encoder.name}, tapped {job.tap()}; example {number} of '
-        f'{job_lib.name(job.test)}. Grey: not measured.'
+        f'{lists.name(job.test)}. Grey: not measured.'
       )
       path = folder / f'depth_{number:06d}.png'
       depths.save(path, video[row], truth[row], guess[row], caption)

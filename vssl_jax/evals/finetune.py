@@ -31,6 +31,7 @@ from vssl_jax.evals import (
   finetune_start,
   finetune_videos,
   finetuned,
+  lists,
   report,
   statistics,
   validation,
@@ -121,7 +122,7 @@ def _told(
   wanted = config.finetune
   lines = [
     f'fine-tuning {config.encoder or "an encoder at random initialisation"} on '
-    f'{videos.count} videos of {finetune_videos.name(videos.train)}, '
+    f'{videos.count} videos of {lists.name(videos.train)}, '
     f'{len(videos.classes)} classes, {wanted.epochs} epochs',
     finetune_start.describe_lr(config),
   ]
@@ -177,16 +178,16 @@ def _test(
     },
     'valid': {
       **model.saved.manifest['valid'],
-      'source': finetune_videos.name(videos.valid),
+      'source': lists.name(videos.valid),
       'held_out': videos.held,
       'chosen_by_test': videos.chosen_by_test,
     },
     'train': {
-      'source': finetune_videos.name(videos.train),
+      'source': lists.name(videos.train),
       'videos': videos.count,
     },
     'test': {
-      'source': finetune_videos.name(videos.test),
+      'source': lists.name(videos.test),
       'videos': clips.num_examples,
       'fingerprint': clips.fingerprint,
       'evaluated': found.total,

@@ -9,6 +9,7 @@ import jax
 import ml_collections
 
 from vssl_jax.data import holdout, options, passes, pipeline
+from vssl_jax.evals import lists
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Videos:
   @property
   def chosen_by_test(self) -> bool:
     """Whether validation and test are the same videos."""
-    return _same(self.valid, self.test)
+    return lists.same(self.valid, self.test)
 
 
 def find(config: ml_collections.ConfigDict) -> Videos:
@@ -50,25 +51,21 @@ def find(config: ml_collections.ConfigDict) -> Videos:
     ValueError: no labels, or training videos that are tested on.
   """
   wanted = config.finetune
-  train, test = (_data(config, name) for name in ('train', 'test'))
-  given = any(wanted.valid) or wanted.valid_where
-  valid = _data(config, 'valid') if given else dict(train)
-  pairs = {'train and test': (train, test)}
-  if given:
-    pairs['train and valid'] = (train, valid)
-  for names, pair in pairs.items():
-    if _same(*pair):
-      raise ValueError(
-        f'finetune.{names} name the same videos; a figure on videos that the '
-        'model was trained on says nothing'
-      )
-  if not given:
+  train, valid, test = (
+    lists.of(config, 'finetune', name) | {'holdout': 0.0}
+    for name in ('train', 'valid', 'test')
+  )
+  lists.check('finetune', train, test=test)
+  if any(wanted.valid) or wanted.valid_where:
+    lists.check('finetune', train, valid=valid)
+  else:
     if not 0 < wanted.holdout < 1:
       raise ValueError(
         f'finetune.holdout: found {wanted.holdout}, wanted a fraction between '
         '0 and 1; or give the videos to choose by: --config.finetune.valid'
       )
-    train['holdout'] = valid['holdout'] = wanted.holdout
+    train['holdout'] = wanted.holdout
+    valid = dict(train)
   found = options.find(train)
   if not found.classes:
     raise ValueError(
@@ -79,27 +76,6 @@ def find(config: ml_collections.ConfigDict) -> Videos:
     data['classes'] = found.classes
   count = len(holdout.numbers(len(found), train['holdout']))
   return Videos(train, valid, test, found.classes, count)
-
-
-def _data(config: ml_collections.ConfigDict, which: str) -> dict[str, Any]:
-  """Returns `config.data` of one of the three lists."""
-  data, wanted = config.data.to_dict(), config.finetune
-  given = tuple(s for s in wanted[which] if s)
-  return data | {
-    'source': ','.join(given) or data['source'],
-    'where': wanted[f'{which}_where'] or data['where'],
-    'holdout': 0.0,
-  }
-
-
-def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-  names = ('source', 'where', 'split', 'holdout')
-  return all(a[name] == b[name] for name in names)
-
-
-def name(data: Mapping[str, Any]) -> str:
-  """Returns what a report calls a list of videos."""
-  return data['source'] + (f' where {data["where"]}' if data['where'] else '')
 
 
 def one_view(config: ml_collections.ConfigDict, videos: Videos) -> passes.Pass:

@@ -14,7 +14,7 @@ import numpy as np
 
 from vssl_jax import encoders, sharding
 from vssl_jax.data import options, passes, pipeline
-from vssl_jax.evals import features, probe
+from vssl_jax.evals import features, lists, probe
 from vssl_jax.models import layers, vit
 from vssl_jax.train import provenance
 
@@ -208,16 +208,8 @@ def make(
         f'probe.{name}: found {wanted[name]}, wanted a multiple of the '
         f'{jax.device_count()} devices'
       )
-  data = config.data.to_dict()
-  train = data | {'where': wanted.train_where or data['where']}
-  train['source'] = _given(wanted.train) or data['source']
-  test = data | {'where': wanted.test_where or data['where']}
-  test['source'] = _given(wanted.test) or data['source']
-  if (train['source'], train['where']) == (test['source'], test['where']):
-    raise ValueError(
-      'probe.train and probe.test name the same videos; a figure on clips '
-      'that the probe was trained on says nothing'
-    )
+  train, test = (lists.of(config, 'probe', name) for name in ('train', 'test'))
+  lists.check('probe', train, test=test)
   encode = functools.partial(encoder, depth=wanted.depth or None)
   return Job(config, encoder, encode, mesh, train, test)
 
@@ -238,17 +230,6 @@ def tap(module: Any, fraction: float) -> str:
     ran = total - decoder
     return f'after block {ran} of {total}, before those that decode'
   return f'after block {total} of {total}' + (', final norm' if norm else '')
-
-
-def _given(source: Iterable[Any]) -> tuple[str, ...]:
-  return tuple(s for s in source if s)
-
-
-def name(data: Mapping[str, Any]) -> str:
-  """Returns what a report calls a list of videos."""
-  source = data['source']
-  source = source if isinstance(source, str) else ', '.join(source)
-  return source + (f' where {data["where"]}' if data['where'] else '')
 
 
 def timing(data: Mapping[str, Any]) -> str:

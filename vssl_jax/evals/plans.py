@@ -11,7 +11,7 @@ import ml_collections
 from vssl_jax import encoders, flops, trees
 from vssl_jax.data import options
 from vssl_jax.evals import depth as depth_job
-from vssl_jax.evals import heads
+from vssl_jax.evals import heads, lists
 from vssl_jax.evals import job as job_lib
 from vssl_jax.evals import probe as probe_lib
 from vssl_jax.models import layers, vit
@@ -94,10 +94,8 @@ def _videos(config: ml_collections.ConfigDict) -> tuple[list[str], int]:
   wanted, classes = config.probe, CLASSES
   lines = []
   for which in ('train', 'test'):
-    data = config.data.to_dict()
-    data['where'] = wanted[f'{which}_where'] or data['where']
-    data['source'] = tuple(s for s in wanted[which] if s) or data['source']
-    line, count = f'{which}: {job_lib.name(data) or "not set"}', 0
+    data = lists.of(config, 'probe', which)
+    line, count = f'{which}: {lists.name(data) or "not set"}', 0
     with contextlib.suppress(OSError, ValueError):
       found = options.find(data)
       count = len(found)

@@ -15,7 +15,7 @@ import jax
 import ml_collections
 
 from vssl_jax.data import options
-from vssl_jax.evals import features, knn, probe, report
+from vssl_jax.evals import features, knn, lists, probe, report
 from vssl_jax.evals import job as job_lib
 
 
@@ -132,12 +132,12 @@ def _sides(
   classes = [str(c) for c in job.train['classes']]
   return {
     'train': {
-      'source': job_lib.name(job.train),
+      'source': lists.name(job.train),
       'videos': train.num_examples,
       'fingerprint': train.fingerprint,
     },
     'test': {
-      'source': job_lib.name(job.test),
+      'source': lists.name(job.test),
       'videos': test.num_examples,
       'fingerprint': test.fingerprint,
       'evaluated': evaluated,

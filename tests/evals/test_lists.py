@@ -1,0 +1,65 @@
+"""Lists of videos are what keys say, and two ways to say one are one."""
+
+import pytest
+
+from tests.evals import finetune_small as small
+from vssl_jax import config as config_lib
+from vssl_jax import weights
+from vssl_jax.evals import finetune_videos, job, lists, plans
+
+
+def config_of(section, **wanted):
+  c = config_lib.default()
+  c.data.update(dict(source='a,b', where='fold=0', frames=4, size=(16, 16)))
+  c[section].update(wanted)
+  return c
+
+
+def test_a_list_is_that_of_the_data_where_nothing_is_given():
+  c = config_of('probe', train=('x', 'y'), test_where='fold=1')
+  train, test = (lists.of(c, 'probe', which) for which in ('train', 'test'))
+  assert (train['source'], train['where']) == ('x,y', 'fold=0')
+  assert (test['source'], test['where']) == ('a,b', 'fold=1')
+  assert lists.name(test) == 'a,b where fold=1'
+  assert train['stride'] == c.data.stride
+
+
+@pytest.mark.parametrize(
+  ('change', 'wanted'),
+  [
+    ({}, True),
+    ({'source': 'b, a'}, True),
+    ({'source': 'a'}, False),
+    ({'where': 'fold=1'}, False),
+    ({'split': 'test'}, False),
+    ({'holdout': 0.1}, False),
+  ],
+)
+def test_two_lists_are_one_if_all_that_picks_videos_is(change, wanted):
+  data = lists.of(config_of('probe'), 'probe', 'train')
+  assert lists.same(data, data | change) == wanted
+
+
+@pytest.mark.parametrize('section', ['probe', 'finetune'])
+@pytest.mark.parametrize('train', ['a,b', 'b,a'])
+def test_evaluations_find_a_list_that_is_said_in_two_ways(section, train):
+  c = config_of(section, train=tuple(train.split(',')))
+  with pytest.raises(ValueError, match='name the same videos') as error:
+    if section == 'probe':
+      job.make(c, small.encoder_of())
+    else:
+      finetune_videos.find(c)
+  assert f'{section}.train and {section}.test' in str(error.value)
+  assert f'--config.{section}.test_where' in str(error.value)
+
+
+def test_a_plan_names_the_lists_that_are_measured(tmp_path):
+  given = small.encoder_of()
+  weights.export(given.module, given.params, tmp_path, video=small.SHAPE)
+  c = config_of('probe', train=('x', 'y'), test_where='fold=1')
+  c.encoder = str(tmp_path)
+  found = plans.probe(c)
+  measured = job.make(c, given)
+  for data in (measured.train, measured.test):
+    assert f': {lists.name(data)}, not at hand' in found
+  assert 'train: x,y where fold=0' in found

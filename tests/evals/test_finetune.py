@@ -24,6 +24,7 @@ from vssl_jax.evals import (
 from vssl_jax.models import classifier
 from vssl_jax.train import checkpoint, manifests, metrics
 
+pytestmark = pytest.mark.slow  # test_finetune_start.py is not
 COLOURS = {'blue': (40, 40, 200), 'green': (40, 200, 40), 'red': (200, 40, 40)}
 
 

@@ -255,6 +255,7 @@ def test_mask_tokens_are_shared_or_one_per_mask():
   del method, phase
 
 
+@pytest.mark.slow
 def test_the_loss_depends_on_seed_step_and_clip_only():
   method, phase, teachers = _student()
   batch = _batch(4)

@@ -56,6 +56,7 @@ def test_the_page_refers_to_files_that_exist(finished):
   assert report.TRUTH_USED.split("'")[0] in text
 
 
+@pytest.mark.slow
 def test_what_is_shown_is_what_the_loss_measures(finished):
   shown = report._open(finished, 2)
   phase, student = shown.method.phases()

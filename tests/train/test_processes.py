@@ -79,6 +79,7 @@ def _losses(workdir):
   return {x['step']: x['loss'] for x in lines if 'loss' in x}
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(clips, tmp_path):
   """One process; the signal comes while steps are taken (R2)."""
   whole = conftest.tiny_config(clips, tmp_path / 'whole')

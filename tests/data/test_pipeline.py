@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from vssl_jax.data import clip, decode, loading, pipeline, sources
+from vssl_jax.data import clip, decode, holdout, loading, pipeline, sources
 from vssl_jax.data import item as item_lib
 
 
@@ -203,6 +203,19 @@ def test_mixes_keep_their_shares(tmp_path, film, clips_folder, data_config):
   data_config.weights = (1.0,)
   with pytest.raises(ValueError, match='one positive number for each of the 2'):
     take(data_config, 1)
+
+
+def test_a_source_that_is_held_out_whole_is_named(
+  tmp_path, film, clips_folder, data_config
+):
+  film(tmp_path / 'only.mp4', frames=12)
+  data_config.source = f'{clips_folder},{tmp_path}'
+  data_config.weights, data_config.holdout = (1.0, 3.0), 0.5
+  assert holdout.held_out(np.asarray([10]), 0.5)
+  with pytest.raises(ValueError, match='none of the 1 videos of source 2'):
+    take(data_config, 1)
+  data_config.weights = ()
+  assert take(data_config, 1)
 
 
 def test_two_streams_of_one_object_are_the_same(data_config):

@@ -275,16 +275,32 @@ def _order(
       f'{len(source.parts)} in data.source'
     )
   parts = [
-    _numbers(kept[(kept >= low) & (kept < high)])
-    .shuffle(_fold(seed, 2 + i))
-    .repeat()
-    for i, (low, high) in enumerate(
-      zip(source.offsets, source.offsets[1:], strict=False)
-    )
+    _numbers(numbers).shuffle(_fold(seed, 2 + i)).repeat()
+    for i, numbers in enumerate(_by_source(source, kept))
   ]
   total = sum(weights)
   shares = [weight / total for weight in weights]
   return grain.MapDataset.mix(parts, weights=shares), False
+
+
+def _by_source(
+  source: sources.Joined, kept: Int[np.ndarray, 'n']
+) -> Iterator[Int[np.ndarray, 'm']]:
+  """Yields which of the numbers are of each source.
+
+  Raises:
+    ValueError: none is, of one of them.
+  """
+  ends = zip(source.offsets, source.offsets[1:], strict=False)
+  for i, (low, high) in enumerate(ends, start=1):
+    numbers = kept[(kept >= low) & (kept < high)]
+    if not len(numbers):
+      raise ValueError(
+        f'data.holdout: none of the {high - low} videos of source {i} in '
+        'data.source is left to train on, and data.weights gives it a share; '
+        'wanted a smaller fraction, or data.source and data.weights without it'
+      )
+    yield numbers
 
 
 def _numbers(kept: Int[np.ndarray, 'n']) -> grain.MapDataset:

@@ -8,7 +8,7 @@ import vssl_jax
 from tests.train import conftest
 from vssl_jax import encoders, main, trees
 from vssl_jax.data import rooms, synthetic
-from vssl_jax.train import trainer
+from vssl_jax.train import manifests, trainer
 
 
 @pytest.fixture(scope='module')
@@ -55,6 +55,53 @@ def test_phases_and_averages_by_name(run):
   assert any(not np.array_equal(a, b) for (_, a), (_, b) in pairs)
   wanted = ('pixel_teacher', 'latent_student', 'latent_student/polyak')
   assert encoders.parts(run) == wanted
+
+
+@pytest.fixture
+def kept(tmp_path):
+  """Three states of two phases, and the best one."""
+  (tmp_path / 'checkpoints').mkdir()
+  (tmp_path / 'params').mkdir()
+  for step, phase, name in (
+    *((2, 'first', 'checkpoints/2'), (4, 'first', 'checkpoints/4')),
+    *((6, 'second', 'checkpoints/6'), (3, 'second', 'params/best')),
+  ):
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / 'part').write_text(name)
+    files = manifests.hash_files(folder)
+    tree = {'step': step, 'phase': phase, 'files': files}
+    manifests.write_atomic(manifests.path_of(folder), tree)
+  return tmp_path
+
+
+@pytest.mark.parametrize(
+  ('wanted', 'damaged', 'read'),
+  [
+    (None, [], ['best']),
+    (None, ['best'], ['best', '6']),
+    ('first', [], ['4']),
+    ('first', ['4'], ['4', '2']),
+    ('second', [], ['6']),
+    # Whoever names a phase does not get its best.
+    ('second', ['6'], ['6', None]),
+  ],
+)
+def test_only_the_checkpoint_that_is_used_is_read(
+  kept, monkeypatch, wanted, damaged, read
+):
+  for name in damaged:
+    next(kept.glob(f'*/{name}/part')).write_text('x' * 11 + name)
+  whole, looked = manifests.damage, []
+
+  def look(saved):
+    looked.append(saved.path.name)
+    return whole(saved)
+
+  monkeypatch.setattr(manifests, 'damage', look)
+  found = encoders._newest(kept, wanted, ['first', 'second'])
+  assert looked == [name for name in read if name]
+  assert (found.path.name if found else None) == read[-1]
 
 
 def test_random_initialisation_is_the_same_network_untrained(run):

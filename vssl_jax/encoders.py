@@ -210,15 +210,18 @@ def _newest(
   """Returns the newest checkpoint of a phase, finished or under way.
 
   Of all phases, the best counts for more than the newest, where there is one.
+  Whoever names a phase never gets its best. Files are read, to see whether
+  they are whole, until one checkpoint is.
   """
+
+  def order(saved: manifests.Saved) -> tuple[bool, int]:
+    return saved.path.name == checkpoint.BEST, saved.step
+
   found = [s for s in manifests.listing(folder) if s.phase in names]
-  found = [s for s in found if not manifests.damage(s)]
-  best = [s for s in found if s.path.name == checkpoint.BEST]
   if wanted:
-    found = [s for s in found if s.phase == wanted and s not in best]
-  elif best:
-    return best[0]
-  return max(found, key=lambda s: s.step, default=None)
+    found = [s for s in found if s.phase == wanted and not order(s)[0]]
+  ordered = sorted(found, key=order, reverse=True)
+  return next((s for s in ordered if not manifests.damage(s)), None)
 
 
 def load(source: str) -> Encoder:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vssl_jax.evals import report as report_lib
+from vssl_jax.evals import validation
 
 
 def text(report: Mapping[str, Any]) -> str:
@@ -14,6 +15,7 @@ def text(report: Mapping[str, Any]) -> str:
   """
   test, train, valid = report['test'], report['train'], report['valid']
   wanted, best = report['finetune'], report['results']['best']
+  lost = validation.lost(report)
   chosen = f'{valid["total"]} videos of {valid["source"]}'
   if valid['held_out']:
     chosen += ', held out of the training videos'
@@ -29,7 +31,7 @@ def text(report: Mapping[str, Any]) -> str:
     'rate': report['lr'],
     'chosen by': f'{chosen}: {valid["correct"]} right '
     f'({100 * valid["correct"] / valid["total"]:.2f} %), step {best["step"]} '
-    f'of {report["steps"]}',
+    f'of {report["steps"]}' + (f'; {lost}' if lost else ''),
     'test': f'{test["evaluated"]} videos of {test["source"]}, '
     f'{test["missing"]} missing (unreadable or without a label)',
     'classes': report_lib.classes(report['classes']),

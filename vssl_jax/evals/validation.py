@@ -3,13 +3,14 @@
 import contextlib
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
 
 from vssl_jax.data import passes
 from vssl_jax.evals import finetune_videos, finetuned
-from vssl_jax.train import checkpoint, manifests
+from vssl_jax.train import checkpoint
 
 
 class Watcher:
@@ -88,12 +89,14 @@ def _before(
   """Returns what the best of earlier epochs reached.
 
   One of this or a later step is what a start before this one left, which is
-  found again.
+  found again; after a rewind that leaves batches out it may not be, and the
+  report says so. Its manifest is all that is read: whoever loads it sees
+  whether its files are whole.
   """
   saved = checkpoints.params_of(checkpoint.BEST)
-  if saved is None or saved.step >= done or manifests.damage(saved):
+  if saved is None or saved.step >= done:
     return None
-  return saved.manifest['valid']
+  return saved.manifest.get('valid')  # none where it cannot be read
 
 
 def _rank(found: dict[str, Any] | None) -> tuple[float, float]:
@@ -123,3 +126,28 @@ def history(workdir: str, every: int) -> list[dict[str, Any]]:
         'loss': row['valid/loss'],
       }
   return [found[step] for step in sorted(found)]
+
+
+def lost(report: Mapping[str, Any]) -> str:
+  """Returns what to say of an epoch that was better than the one kept, or ''.
+
+  There is one when a run was rewound to before its best: the files of that
+  went, and of the epochs before it none were there to compare with.
+
+  Args:
+    report: as `finetune.evaluate` makes it.
+  """
+  every = report['steps'] // report['finetune']['epochs']
+  kept = report['results']['best']['step'] // every
+  best = max(
+    report['history'],
+    key=lambda x: (x['accuracy'], -x['loss'], -x['epoch']),
+    default=None,
+  )
+  if best is None or best['epoch'] == kept:
+    return ''
+  return (
+    f'not the best of the run: epoch {best["epoch"]} had '
+    f'{100 * best["accuracy"]:.2f} % and loss {best["loss"]:.4f}, tested is '
+    f'epoch {kept}; the run went back to before its best'
+  )

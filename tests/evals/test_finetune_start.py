@@ -68,23 +68,24 @@ def test_the_head_starts_near_zero_and_is_what_it_says():
 PAGES = {
   'finetune_k400.py': ['', 'S', 'B', 'L', 'H'],
   'finetune_ssv2.py': ['', 'S', 'B', 'L', 'H'],
-  'finetune_ucf101.py': ['', 'own'],
+  'finetune_ucf101.py': [''],
   'finetune_hmdb51.py': ['', 'S', 'B'],
   'finetune_fast.py': [''],
 }
-# Learning rate, flip, sampling, epochs, clips along a test video.
+# Learning rate, flip, sampling, epochs, clips along a test video, layer decay,
+# drop path, dropout, batch, stride (which 'scattered' has no use for).
 ROWS = {
-  'finetune_k400.py:S': (7.5e-4, True, 'window', 150, 5),
-  'finetune_k400.py:B': (7.5e-4, True, 'window', 75, 5),
-  'finetune_k400.py:L': (2e-3, True, 'window', 50, 5),
-  'finetune_k400.py:H': (1e-3, True, 'window', 50, 5),
-  'finetune_ssv2.py:S': (1.5e-3, False, 'scattered', 40, 2),
-  'finetune_ssv2.py:B': (7.5e-4, False, 'scattered', 30, 2),
-  'finetune_ssv2.py:L': (5e-4, False, 'scattered', 30, 2),
-  'finetune_ssv2.py:H': (2.5e-4, False, 'scattered', 30, 2),
-  'finetune_ucf101.py': (2.5e-4, True, 'window', 100, 5),
-  'finetune_hmdb51.py:B': (5e-4, True, 'window', 50, 5),
-  'finetune_hmdb51.py:S': (5e-4, True, 'window', 50, 10),
+  'finetune_k400.py:S': (7.5e-4, True, 'window', 150, 5, 0.75, 0.1, 0, 384, 4),
+  'finetune_k400.py:B': (7.5e-4, True, 'window', 75, 5, 0.75, 0.1, 0, 384, 4),
+  'finetune_k400.py:L': (2e-3, True, 'window', 50, 5, 0.75, 0.3, 0.5, 512, 4),
+  'finetune_k400.py:H': (1e-3, True, 'window', 50, 5, 0.75, 0.3, 0.5, 256, 4),
+  'finetune_ssv2.py:S': (1.5e-3, False, 'scattered', 40, 2, 0.7, 0.1, 0, 384),
+  'finetune_ssv2.py:B': (7.5e-4, False, 'scattered', 30, 2, 0.75, 0.1, 0, 384),
+  'finetune_ssv2.py:L': (5e-4, False, 'scattered', 30, 2, 0.75, 0.3, 0.5, 256),
+  'finetune_ssv2.py:H': (25e-5, False, 'scattered', 30, 2, 0.75, 0.3, 0.5, 128),
+  'finetune_ucf101.py': (2.5e-4, True, 'window', 100, 5, 0.7, 0.2, 0.5, 128, 4),
+  'finetune_hmdb51.py:B': (5e-4, True, 'window', 50, 5, 0.7, 0.2, 0.5, 128, 4),
+  'finetune_hmdb51.py:S': (5e-4, True, 'window', 50, 10, 0.7, 0.2, 0.5, 128, 2),
 }
 
 
@@ -103,7 +104,7 @@ def test_pages_hold_the_published_values(spec):
   assert span.end == 100 * c.finetune.epochs
   if spec not in ROWS:
     return
-  lr, flip, sampling, epochs, clips = ROWS[spec]
+  lr, *wanted = ROWS[spec]
   rate = optimizer.learning_rate(
     c.optim, optimizer.horizon(span.phase, 0, (0, span.end)), c.batch_size
   )
@@ -111,8 +112,13 @@ def test_pages_hold_the_published_values(spec):
   np.testing.assert_allclose(rate(500), lr, rtol=1e-5)
   end = c.optim.lr_end * lr / c.optim.lr
   np.testing.assert_allclose(rate(span.end), end, rtol=1e-2)
-  found = c.data.flip, c.data.sampling, c.finetune.epochs, c.finetune.clips
-  assert found == (flip, sampling, epochs, clips)
+  found = [c.data.flip, c.data.sampling, c.finetune.epochs, c.finetune.clips]
+  found += [c.optim.layer_decay, span.phase.encoder.block_spec.drop_path]
+  found += [c.method.dropout, c.finetune.batch_size, c.data.stride]
+  assert found[: len(wanted)] == wanted
+  assert c.method.encoder.size == (spec.partition(':')[2] or 'B')
+  of_large_data = spec.startswith(('finetune_k400', 'finetune_ssv2'))
+  assert c.optim.lr_end == (1e-6 if of_large_data else 1e-5)
   assert c.data.repeats == 2 and c.data.repeat_frames == 'shared'
   assert c.finetune.views == 3 and c.optim.clip == 0
   assert f'= {lr:g};' in finetune_start.describe_lr(c)
@@ -120,5 +126,6 @@ def test_pages_hold_the_published_values(spec):
 
 @pytest.mark.parametrize('page', PAGES)
 def test_pages_refuse_other_variants(page):
-  with pytest.raises(ValueError, match=f'{page}: found :nonsense'):
-    config_lib.load(f'configs/{page}:nonsense')
+  for variant in ('nonsense', 'own'):
+    with pytest.raises(ValueError, match=f'{page}: found :{variant}'):
+      config_lib.load(f'configs/{page}:{variant}')

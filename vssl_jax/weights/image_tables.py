@@ -8,14 +8,13 @@ tables tell them apart, see `modules`.
 
 from vssl_jax.weights import pairs
 
-_MLP = (('mlp/fc1', 'mlp.fc1', 'dense'), ('mlp/fc2', 'mlp.fc2', 'dense'))
 _BLOCK = (
   ('norm_1', 'norm1', 'norm'),
   ('attn', 'attn.qkv', 'qkv'),
   ('attn', 'attn.qkv', 'qkv_bias'),
   ('attn/out', 'attn.proj', 'dense'),
   ('norm_2', 'norm2', 'norm'),
-  *_MLP,
+  *pairs.MLP,
 )
 _GAINS = (('gain_1', 'ls1.gamma', 'table'), ('gain_2', 'ls2.gamma', 'table'))
 _ATTENTION = (
@@ -36,7 +35,7 @@ _TRANSFORMERS_DINOV2_BLOCK = (
   *_ATTENTION,
   ('gain_1', 'layer_scale1.lambda1', 'table'),
   ('norm_2', 'norm2', 'norm'),
-  *_MLP,
+  *pairs.MLP,
   ('gain_2', 'layer_scale2.lambda1', 'table'),
 )
 _ENDS = (

@@ -124,6 +124,10 @@ KINDS = {
 }
 
 
+# Lines of a block, as most codes call these layers.
+MLP = (('mlp/fc1', 'mlp.fc1', 'dense'), ('mlp/fc2', 'mlp.fc2', 'dense'))
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
   """A family of files.

@@ -2,7 +2,6 @@
 
 from vssl_jax.weights import image_tables, pairs
 
-_MLP = (('mlp/fc1', 'mlp.fc1', 'dense'), ('mlp/fc2', 'mlp.fc2', 'dense'))
 _VJEPA2_BLOCK = (
   ('norm_1', 'norm1', 'norm'),
   ('attn/q', 'attention.query', 'dense'),
@@ -10,7 +9,7 @@ _VJEPA2_BLOCK = (
   ('attn/v', 'attention.value', 'dense'),
   ('attn/out', 'attention.proj', 'dense'),
   ('norm_2', 'norm2', 'norm'),
-  *_MLP,
+  *pairs.MLP,
 )
 _VIDEOMAE_BLOCK = (
   ('norm_1', 'layernorm_before', 'norm'),
@@ -27,7 +26,7 @@ _FUSED_BLOCK = (
   ('attn', 'attn.qkv', 'qkv'),
   ('attn/out', 'attn.proj', 'dense'),
   ('norm_2', 'norm2', 'norm'),
-  *_MLP,
+  *pairs.MLP,
 )
 _ORIGINAL_VJEPA2_BLOCK = (*_FUSED_BLOCK, ('attn', 'attn.qkv', 'qkv_bias'))
 _ORIGINAL_VIDEOMAE_BLOCK = (

@@ -25,7 +25,9 @@ def default() -> ml_collections.ConfigDict:
       # Videos per step. Each is in the batch data.repeats times, which the
       # rule of the learning rate, lr * batch_size / 256, does not count.
       batch_size=384,
-      test_batch_size=32,  # clips at once in validation and testing
+      # About as many clips at once in validation and testing: of whole videos,
+      # as many on every device. At 15 clips a video and on 8 devices: 120.
+      test_batch_size=32,
       # Where the clips of a test video lie, and how many crops of each; their
       # probabilities are averaged.
       sampling='spread',  # 'interleaved': as SSv2 is tested

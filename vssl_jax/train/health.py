@@ -74,6 +74,8 @@ class Panel:
     """
     if self._phase != span.phase.name:
       self._phase = span.phase.name
+      if span.phase.init == 'fresh':
+        self._weights = {}  # another encoder: nothing to compare with
       self._encode = jax.jit(
         lambda params, video: _summary(
           run.method.encode(params, video, phase=span.phase)
@@ -189,7 +191,8 @@ def drift(
   """Returns `norm/block_i`, and `drift/block_i` = |w - w_before| / |w|.
 
   Args:
-    before: block -> leaf -> values at the look before; empty at the first.
+    before: block -> leaf -> values at the look before; empty at the first. A
+      block of other leaves or shapes is another one, and not compared.
     now: the same at this one. The norm is the root mean square of a leaf's
       values, averaged over leaves, so that a sample gives it too.
   """
@@ -197,10 +200,11 @@ def drift(
   for name, leaves in now.items():
     sizes = [np.sqrt(np.mean(np.square(x))) for x in leaves.values()]
     out[f'norm/{name}'] = float(np.mean(sizes))
-    if name in before:
-      moved = sum(
-        np.sum(np.square(x - before[name][n])) for n, x in leaves.items()
-      )
+    past = before.get(name, {})
+    if {n: x.shape for n, x in leaves.items()} == {
+      n: x.shape for n, x in past.items()
+    }:
+      moved = sum(np.sum(np.square(x - past[n])) for n, x in leaves.items())
       whole = sum(np.sum(np.square(x)) for x in leaves.values())
       out[f'drift/{name}'] = float(np.sqrt(moved / max(whole, 1e-30)))
   return out

@@ -174,9 +174,9 @@ def run(
     synthetic.write(videos, clips=CLIPS, seed=config.seed, **SCENE)
   config.data.source = str(videos / 'pretrain')
   status = trainer.train(config, back)
-  drift.save_in(config.workdir)
   if status:
     return status
+  drift.save_in(config.workdir)
   report = measure(config, videos)
   (workdir / 'demo.json').write_text(json.dumps(report, indent=1))
   print(summary(report, config))

@@ -32,9 +32,10 @@ from vssl_jax.train import plan, precompile, replay, rewind, suggest, trainer
 
 
 def _train(config: ml_collections.ConfigDict, **kwargs: Any) -> int:
-  """Pretrains, and draws how the layers moved."""
+  """Pretrains, and draws how the layers moved if it came to its end."""
   status = suggest.train(config, **kwargs)
-  drift.save_in(config.workdir)
+  if not status:
+    drift.save_in(config.workdir)
   return status
 
 

@@ -44,6 +44,35 @@ def test_rates_are_by_the_steps_between_looks(run):
   assert looks.phases == {'pixels': 0, 'lock_01': 30}
 
 
+def test_phases_of_different_depth_are_rows_of_one_picture(tmp_path):
+  """Two blocks, then three of another encoder, then two again."""
+  lines = [
+    _look(10, 'teacher', (1.0, 2.0)),
+    _look(20, 'teacher', (1.0, 2.0), (0.1, 0.2)),
+    _look(30, 'student', (3.0, 4.0, 5.0)),
+    _look(40, 'student', (3.0, 4.0, 5.0), (0.3, 0.4, 0.5)),
+    _look(50, 'last', (6.0, 7.0)),
+    _look(60, 'last', (6.0, 7.0), (0.6, 0.7)),
+  ]
+  run = _write(tmp_path / 'metrics.jsonl', lines)
+  looks, nan = drift.read(run), np.nan
+  assert looks.edges.tolist() == [10, 20, 30, 40, 50, 60]
+  np.testing.assert_allclose(
+    looks.rates,
+    [[1, nan, 3, nan, 6], [2, nan, 4, nan, 7], [nan, nan, 5, nan, nan]],
+  )
+  np.testing.assert_allclose(looks.norms[2], [nan, nan, 5, 5, nan, nan])
+  assert drift.save(tmp_path / 'p.png', run)
+
+
+def test_what_cannot_be_drawn_is_said_and_ends_nothing(run, capsys):
+  (run.parent / 'drift.png').mkdir()
+  drift.save_in(str(run.parent))
+  said = capsys.readouterr().err
+  assert 'drift.png' in said and 'Is a directory' in said
+  assert said.count('\n') == 1 and 'the run itself is whole' in said
+
+
 def test_the_mean_is_over_the_blocks_that_move(run):
   """By hand: sqrt(4 x 1) = 2, and alone a block is its own mean."""
   found = drift.relative(drift.read(run).rates)

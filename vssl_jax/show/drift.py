@@ -6,6 +6,7 @@ relative change of a block's weights since the look before.
 
 import dataclasses
 import pathlib
+import sys
 
 import jax
 import numpy as np
@@ -21,7 +22,8 @@ LOCKED = '0.75'  # grey
 NAMED = 12
 CAPTION = (
   f'Above: relative change of the weights of each block in {PER} steps, a mean '
-  'over the stretch between two looks; grey where a block did not move at all. '
+  'over the stretch between two looks; grey where a block did not move at all, '
+  'white where nothing is known, as from one encoder to another. '
   'Middle: the same, divided by the geometric mean over the blocks that moved, '
   'which takes the learning rate out: red moves more than the others, blue '
   'less, also where it was locked in the middle of a stretch. Below: root mean '
@@ -35,9 +37,10 @@ class Looks:
 
   Attributes:
     edges: steps of the looks.
-    norms: root mean square of the weights.
+    norms: root mean square of the weights; NaN where a phase has no such
+      block.
     rates: change per `PER` steps between neighbouring looks; NaN where none
-      was measured, as right after a resume.
+      was measured, as right after a resume or into another encoder.
     phases: phase -> step at which it begins.
   """
 
@@ -55,7 +58,11 @@ def read(path: pathlib.Path) -> Looks | None:
   if not blocks:
     return None
   sizes = [data[name.replace('drift/', 'norm/')] for name in blocks]
-  edges, norms = sizes[0][0], np.stack([values for _, values in sizes])
+  # Phases may differ in depth: not every block is there at every look.
+  edges = np.unique(np.concatenate([steps for steps, _ in sizes]))
+  norms = np.full((len(blocks), len(edges)), np.nan)
+  for row, (steps, values) in zip(norms, sizes, strict=True):
+    row[np.searchsorted(edges, steps)] = values
   rates = np.full((len(blocks), len(edges) - 1), np.nan)
   for row, name in zip(rates, blocks, strict=True):
     steps, moved = data[name]
@@ -119,10 +126,20 @@ def save(path: pathlib.Path, metrics: pathlib.Path) -> bool:
 
 
 def save_in(workdir: str) -> None:
-  """Draws the picture into a run's folder, once however many processes."""
-  folder = pathlib.Path(workdir)
+  """Draws the picture into a run's folder, once however many processes.
+
+  A picture that fails says so and ends nothing: what starts a run again when
+  it failed would start a finished one again, for ever.
+  """
+  path = pathlib.Path(workdir) / 'drift.png'
   if jax.process_index() == 0:
-    save(folder / 'drift.png', folder / 'metrics.jsonl')
+    try:
+      save(path, path.with_name('metrics.jsonl'))
+    except Exception as error:  # whatever it is
+      print(
+        f'{path} could not be drawn ({error!r}); the run itself is whole',
+        file=sys.stderr,
+      )
 
 
 def _rows(

@@ -15,7 +15,7 @@ import ml_collections
 
 from vssl_jax import sharding, trees
 from vssl_jax.methods import base
-from vssl_jax.train import ahead, freezing
+from vssl_jax.train import ahead, freezing, target_store
 
 GIB = 2**30
 
@@ -71,6 +71,8 @@ def per_device(
   params = [leaf for leaf in leaves if leaf[0].startswith('params/')]
   local = config.batch_size / (data * fsdp)
   activations = method.cost(shapes.span.phase, video).activations
+  cached = shapes.cached
+  kept = target_store.row_nbytes(cached.stored) if cached else 0
   found = {
     'parameters': share(params),
     'gradients': share(itertools.compress(params, is_trained)),
@@ -79,7 +81,7 @@ def per_device(
     'teachers': share(trees.named_leaves(shapes.teachers)),
     'rows': part('rows'),
     # One in use and the next one on its way.
-    'batch': 2 * local * math.prod(video),
+    'batch': 2 * local * (math.prod(video) + kept),
     'activations': local / config.optim.accumulate * activations,
   }
   return {k: v for k, v in found.items() if v}
@@ -116,8 +118,8 @@ def fits(
     f'fits, in GiB per device at batch {config.batch_size}: parameters, '
     'gradients, optimizer and other are exact (shapes and shardings),',
     'activations an estimate by formula, none of it the figure of a compiler; '
-    'other is averages, teachers, rows and two batches; yes or no, with the '
-    'GiB that are left or missing',
+    'other is averages, teachers, rows and two batches with what is kept of '
+    'their targets; yes or no, with the GiB that are left or missing',
     _row('data x fsdp', 'phase', width, COLUMNS, DEVICES),
   ]
   for devices in MESHES:

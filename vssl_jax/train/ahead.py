@@ -218,7 +218,7 @@ def with_targets(
     shapes: of the phase.
     mesh: that splits the batch.
   """
-  start, split = target_plan.START, sharding.batch_sharding(mesh)
+  start, split = base.TARGETS, sharding.batch_sharding(mesh)
   size = batch['index'].shape[0]
   bare = {k: x for k, x in batch.items() if not k.startswith(start)}
   kept = shapes.cached.shapes if shapes.cached else {}

@@ -7,12 +7,14 @@ average says is never kept.
 import hashlib
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from jax.sharding import AxisType
 
 from vssl_jax.data import options
@@ -20,7 +22,6 @@ from vssl_jax.methods import base
 from vssl_jax.train import target_store
 
 GIB = 2**30
-START = 'targets/'  # of the entries of a batch
 
 
 class Cached(NamedTuple):
@@ -45,16 +46,23 @@ class Cached(NamedTuple):
     }
 
 
-class _Listened(dict):
-  """Parameters by teacher, and who was asked for."""
+class _Listened(Mapping):
+  """Parameters by teacher, and who was asked for, in whatever way."""
 
   def __init__(self, params: Mapping[str, Any]) -> None:
-    super().__init__(params)
+    self._params = params
     self.asked: set[str] = set()
 
-  def __getitem__(self, name: str) -> Any:
+  def __getitem__(self, name: str) -> Any:  # `get`, `items` and `in` come here
+    found = self._params[name]
     self.asked.add(name)
-    return super().__getitem__(name)
+    return found
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._params)
+
+  def __len__(self) -> int:
+    return len(self._params)
 
 
 def cached(
@@ -102,8 +110,21 @@ def cached(
   return Cached(
     names,
     {n: jax.ShapeDtypeStruct(x.shape[1:], dtype) for n, x in shapes.items()},
-    _digest(str(program)),
+    _digest(' '.join([str(program), *_constants(program)])),
   )
+
+
+def _constants(program: jax.extend.core.ClosedJaxpr) -> Iterable[str]:
+  """Yields the bytes of the arrays in a program; its text has their shapes."""
+  for constant in program.consts:
+    yield np.asarray(constant).tobytes().hex()
+  for equation in program.jaxpr.eqns:
+    for inner in jax.tree.leaves(
+      equation.params,
+      is_leaf=lambda x: isinstance(x, jax.extend.core.ClosedJaxpr),
+    ):
+      if isinstance(inner, jax.extend.core.ClosedJaxpr):
+        yield from _constants(inner)
 
 
 def _stored_type(teachers: Sequence[base.Teacher]) -> Any:
@@ -121,7 +142,7 @@ def _digest(text: str) -> str:
 def folder(
   config: ml_collections.ConfigDict, phase: base.Phase, kept: Cached
 ) -> pathlib.Path:
-  """Returns where the targets of a phase are: phases of like teachers share.
+  """Returns where targets are: phases with the same of like teachers share.
 
   Args:
     config: a resolved config.
@@ -129,7 +150,8 @@ def folder(
     kept: from `cached`.
   """
   sources = [f'{n}={phase.teachers[n].source}' for n in kept.teachers]
-  name = f'{"_".join(kept.teachers)}-{_digest(" ".join(sources))[:8]}'
+  made_of = _digest(' '.join([*sources, kept.program]))
+  name = f'{"_".join(kept.teachers)}-{made_of[:8]}'
   return pathlib.Path(config.cache_targets) / name
 
 

@@ -2,8 +2,9 @@
 
 Without a cache the step asks its teachers itself. With one, targets are read
 from the disk; where some of a batch are missing, a program of its own asks the
-teachers about all of it and what was missing is written. Either way the step
-gets them rounded to the stored type, so that it is the same at every visit.
+teachers about all of it and what was missing is written. Read or asked, with a
+cache the step gets them rounded to the stored type, so that it is the same at
+every visit; without one nothing is rounded.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Bool, Shaped
 
 from vssl_jax import encoders, sharding
 from vssl_jax.methods import base
@@ -87,13 +89,12 @@ class Source:
       return batch
     index = local['index']
     there = self._store.has(index)
-    found = self._store.read(np.where(there, index, 0))
+    found = self._store.read(index[there])
     if not there.all():
       new = jax.device_get(self._asked(batch['video']))
-      at = {n: there.reshape(-1, *(1,) * (x.ndim - 1)) for n, x in new.items()}
       self._store.write(index, new)
-      found = {n: np.where(at[n], found[n], x) for n, x in new.items()}
-    found = {target_plan.START + n: x for n, x in found.items()}
+      found = {n: _filled(x, there, found.get(n)) for n, x in new.items()}
+    found = {base.TARGETS + n: x for n, x in found.items()}
     return batch | sharding.put_batch(found, self._run.mesh)
 
   def close(self) -> None:
@@ -121,6 +122,18 @@ class Source:
     phase = self._shapes.span.phase
     some = {n: phase.teachers[n] for n in names}
     return begin.teachers(self._run, dataclasses.replace(phase, teachers=some))
+
+
+def _filled(
+  new: Shaped[np.ndarray, 'B ...'],
+  there: Bool[np.ndarray, 'B'],
+  rows: Shaped[np.ndarray, 'N ...'] | None,
+) -> Shaped[np.ndarray, 'B ...']:
+  """Returns what was said, with what was there before in its place."""
+  whole = np.array(new)
+  if there.any():
+    whole[there] = rows
+  return whole
 
 
 def _key(

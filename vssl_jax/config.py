@@ -76,7 +76,7 @@ def default(method: str = 'salt') -> ml_collections.ConfigDict:
         'workdir',
         'mesh',
         'compile_ahead',
-        'cache_targets',
+        'cache_targets',  # where they are; not whether there are any
         'method.layout',
         'checkpoint',
         'log',

@@ -19,10 +19,12 @@ from vssl_jax.train import (
   plan,
   replay,
   target_plan,
+  target_source,
   target_store,
   trainer,
 )
 from vssl_jax.train import run as run_lib
+from vssl_jax.train.run import TrainingError
 
 ASKED = []
 
@@ -218,27 +220,59 @@ def test_other_clips_teachers_and_programs_have_other_keys(told, tmp_path):
       _train(config)
 
 
-def test_what_teachers_are_asked_is_part_of_the_key(config):
-  """Not its masks, and no address: two traces have one hash."""
-  first, second, _ = _plan()
-  found = []
-  for method in (Listens((first, second)), Listens((first, second)),
-                 Otherwise((first, second))):  # fmt: skip
-    span = run_lib.spans(method)[1]
-    shapes = ahead.outline(config, method, span, (4, 16, 16, 3), 40)
-    found.append(shapes.cached)
-    assert shapes.step_teachers == {} and shapes.teachers.keys() == {'wise'}
-  assert found[0] == found[1]
-  assert found[0].program != found[2].program
-  assert found[0].shapes == found[2].shapes
+def test_the_cache_may_be_moved_and_neither_begun_nor_left(
+  told, config, tmp_path
+):
+  """With it targets are rounded: half a run of each is none."""
+  moved = _again(told, tmp_path)
+  with pytest.raises(TrainingError, match=r"(?s)='/.*, found ''.* Wanted a f"):
+    moved.cache_targets = ''
+    _train(moved)
+  moved.cache_targets = str(tmp_path / 'another')
+  assert _train(moved) == told[1]  # it has ended; nothing is taken again
+  assert not ASKED
+  without = _again(told, tmp_path / 'without')
+  record = pathlib.Path(without.workdir) / 'run.json'
+  before = json.loads(record.read_text())
+  before['config']['cache_targets'] = ''
+  record.write_text(json.dumps(before))
+  with pytest.raises(TrainingError, match=r"cache_targets='', found '/"):
+    _train(without)
 
 
-class Otherwise(Listens):
-  """Says twice as much, in the same shapes."""
-
-  def targets(self, teachers, video, phase):
-    found = super().targets(teachers, video, phase)
-    return {name: 2 * x for name, x in found.items()}
+def test_no_row_is_read_that_is_not_there(told, tmp_path, monkeypatch):
+  """Of a batch half of which is there, that half; of a new one, none."""
+  config = _again(told, tmp_path)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(run_lib.methods, 'build', lambda *_: Listens(_plan()))
+    run = run_lib.open_run(config, read_only=True)
+  run.clips.close()
+  batch = {
+    'index': np.array([3, 40, 5, 7, *range(8, 12)], np.int32),
+    'video': np.zeros((8, *run.video), np.uint8),
+  }
+  filled = _only(config) / target_store.FILLED
+  want = np.fromfile(_only(config) / 'wise.bin', np.float32).reshape(40, 1, 4)
+  read, reader = [], target_store.Store.read
+  monkeypatch.setattr(
+    target_store.Store,
+    'read',
+    lambda store, index: read.append(index.tolist()) or reader(store, index),
+  )
+  for gone in ([5], range(40)):
+    there = np.fromfile(filled, np.uint8)
+    there[list(gone)] = 0
+    there.tofile(filled)
+    span = run_lib.spans(run.method)[1]
+    shapes = ahead.outline(config, run.method, span, run.video, 40)
+    with jax.set_mesh(run.mesh):
+      source = target_source.Source(run, shapes, read_only=True)
+      got = np.asarray(source.batch(batch, 5)['targets/wise'])
+    # Black clips are asked about, and those that are there are read.
+    new = np.isin(batch['index'], [40, *gone])
+    assert (got[new] == got[1]).all()
+    np.testing.assert_array_equal(got[~new], want[batch['index'][~new]])
+  assert read == [[3, 7, 8, 9, 10, 11], []]
 
 
 @pytest.mark.slow
@@ -380,3 +414,11 @@ def test_a_recorded_step_is_taken_again_with_what_is_kept(
   monkeypatch.setattr(methods, 'build', lambda *_: Listens(_plan()))
   assert replay.replay(config) == 0
   assert 'equal' in capsys.readouterr().out
+  # What was kept is gone: the teachers are asked, and nothing is kept anew.
+  shutil.rmtree(config.cache_targets)
+  assert replay.replay(config) == 0
+  assert 'equal' in capsys.readouterr().out
+  assert not pathlib.Path(config.cache_targets).exists()
+  config.cache_targets = ''
+  with pytest.raises(TrainingError, match=r"cache_targets='/.*, found ''"):
+    replay.replay(config)

@@ -230,6 +230,7 @@ def check_may_resume(run: Run, saved: manifests.Saved | None) -> None:
 
 def _check_config(run: Run, record: Mapping[str, Any]) -> None:
   """Refuses a config that differs in a key that may not."""
+  _check_rounding(run, record)
   changed = 'config' in record and config_lib.difference(
     config_lib.from_json(record['config']),
     run.config,
@@ -239,6 +240,23 @@ def _check_config(run: Run, record: Mapping[str, Any]) -> None:
     raise TrainingError(
       f'{run.workdir} was started with another config:\n{changed}\n'
       'resume with the old values, or give a new --config.workdir'
+    )
+
+
+def _check_rounding(run: Run, record: Mapping[str, Any]) -> None:
+  """Refuses targets of another precision: a cache rounds, its place does not.
+
+  Raises:
+    TrainingError: the run kept targets and is not to any more, or vice versa.
+  """
+  was = record.get('config', {}).get('cache_targets', '')
+  now = run.config.cache_targets
+  if 'config' in record and bool(was) != bool(now):
+    raise TrainingError(
+      f'{run.workdir} was started with cache_targets={was!r}, found {now!r}: '
+      'targets that are kept are rounded, so the numbers would differ. Wanted '
+      + (f'a folder, such as {was}' if was else "''")
+      + '; or give a new --config.workdir'
     )
 
 

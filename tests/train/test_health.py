@@ -64,6 +64,9 @@ def test_a_run_logs_the_panel(tiny):
   assert [x['step'] for x in looked] == [1, 4, 7, 8, 12]
   assert all(0 <= x['health/knn'] <= 1 for x in looked)
   assert all(x['health/feature_std'] > 0 for x in looked)
+  # The student of step 7 was drawn anew: it did not come from the teacher.
+  followed = [x['step'] for x in looked if 'drift/block_00' in x]
+  assert followed == [4, 8, 12]
 
 
 def test_drift_is_the_relative_change_of_a_block():
@@ -83,6 +86,29 @@ def test_drift_is_the_relative_change_of_a_block():
   rms = 1.25 * np.sqrt(np.mean(np.square(kernel)))
   np.testing.assert_allclose(found['norm/block_01'], rms, rtol=1e-6)
   assert 'drift/block_00' not in health.drift({}, before)
+
+
+def test_blocks_of_another_shape_are_not_compared():
+  """A matrix that grew, one that came and one that went, beside one that fits.
+
+  What fits is another block's: of one block all is compared or nothing.
+  """
+  one, two = np.ones(4, np.float32), np.ones(8, np.float32)
+  before = {
+    'block_00': {'a': one, 'b': one},
+    'block_01': {'a': one},
+    'block_02': {'a': one, 'b': one},
+    'block_03': {'a': 2 * one},
+  }
+  now = {
+    'block_00': {'a': one, 'b': two},
+    'block_01': {'a': one, 'b': one},
+    'block_02': {'a': one},
+    'block_03': {'a': one},
+  }
+  found = health.drift(before, now)
+  assert [n for n in found if n.startswith('drift/')] == ['drift/block_03']
+  assert found['drift/block_03'] == 1 and len(found) == 5
 
 
 def test_a_large_matrix_is_sampled_evenly():

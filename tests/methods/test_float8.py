@@ -86,7 +86,9 @@ def _said(module, params, video, dtype):
   return np.asarray(found, np.float64)
 
 
-@pytest.mark.parametrize('kind', ['video', 'image'])
+@pytest.mark.parametrize(
+  'kind', ['video', pytest.param('image', marks=pytest.mark.slow)]
+)
 def test_what_a_teacher_says_of_a_clip_is_of_that_clip_alone(kind):
   """Its targets may be kept by the clip's number, whatever the batch was."""
   module = _model(kind, depth=1)

@@ -33,6 +33,7 @@ def _looks(workdir):
   }
 
 
+@pytest.mark.slow
 def test_the_panel_follows_each_encoder_and_both_are_drawn(unlike):
   assert main.JOBS['train'](unlike) == 0
   teacher, student = ['00', '01'], ['00', '01', '02']

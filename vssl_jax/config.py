@@ -71,7 +71,8 @@ def default(method: str = 'salt') -> ml_collections.ConfigDict:
       # Resume from the newest whole checkpoint in workdir. False refuses a
       # workdir that holds one.
       resume=True,
-      # A resumed run may differ from its first start in these keys only.
+      # A resumed run may differ from its first start in these keys only. Keys
+      # that came into being later must have their defaults.
       may_change=(
         'workdir',
         'mesh',

@@ -220,8 +220,14 @@ def _newest(
   found = [s for s in manifests.listing(folder) if s.phase in names]
   if wanted:
     found = [s for s in found if s.phase == wanted and not order(s)[0]]
-  ordered = sorted(found, key=order, reverse=True)
-  return next((s for s in ordered if not manifests.damage(s)), None)
+  for saved in sorted(found, key=order, reverse=True):
+    wrong = manifests.damage(saved)
+    if not wrong:
+      return saved
+    logging.getLogger(__name__).warning(
+      'passing over %s: %s', saved.path, wrong
+    )
+  return None
 
 
 def load(source: str) -> Encoder:

@@ -175,6 +175,10 @@ def test_resumed_in_the_middle_it_ends_with_the_same_bits(
   assert (
     finetune.evaluate(again, small.encoder_of())['results'] == found['results']
   )
+  # Nothing is tested in place of the best.
+  (workdir / 'report.json').unlink()
+  with pytest.raises(ValueError, match=r'params/best: .* is damaged or'):
+    finetune.evaluate(again, small.encoder_of())
 
 
 def test_held_out_videos_are_validated_once_and_never_trained_on(

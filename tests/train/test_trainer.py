@@ -157,6 +157,25 @@ def test_a_changed_config_is_refused_by_key(finished, tmp_path):
   assert trainer.train(config) == 0
 
 
+def test_a_key_newer_than_the_run_may_have_its_default(
+  finished, tmp_path, capsys
+):
+  config, workdir = finished
+  copy = tmp_path / 'run'
+  shutil.copytree(workdir, copy)
+  record = json.loads((copy / 'run.json').read_text())
+  del record['config']['optim']['layer_decay']
+  (copy / 'run.json').write_text(json.dumps(record))
+  config = config.copy_and_resolve_references()
+  config.workdir = str(copy)
+  assert trainer.train(config) == 0
+  assert "at their defaults: ['optim.layer_decay']" in capsys.readouterr().out
+  (copy / 'run.json').write_text(json.dumps(record))
+  config.optim.layer_decay = 0.5
+  with pytest.raises(run_lib.TrainingError, match="layer_decay: was 'absent'"):
+    trainer.train(config)
+
+
 def test_resume_off_refuses_a_folder_in_use(finished):
   config, _ = finished
   config = config.copy_and_resolve_references()

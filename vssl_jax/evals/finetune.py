@@ -37,8 +37,8 @@ from vssl_jax.evals import (
   validation,
 )
 from vssl_jax.evals import job as job_lib
+from vssl_jax.train import checkpoint, provenance, trainer
 from vssl_jax.train import plan as plan_lib
-from vssl_jax.train import provenance, trainer
 
 
 def run(config: ml_collections.ConfigDict) -> int:
@@ -157,6 +157,12 @@ def _test(
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   overrides = dict(config.mesh.overrides)
   model = finetuned.load(config.workdir, mesh, overrides)
+  if model.saved.path.name != checkpoint.BEST:
+    raise ValueError(
+      f'{config.workdir}/params/{checkpoint.BEST}: the best checkpoint is '
+      f'damaged or missing, and {model.saved.path.name} is not it. Put a copy '
+      'of the folder back, or train anew with another --config.workdir'
+    )
   clips = finetune_videos.all_views(config, videos)
   with contextlib.closing(clips), jax.set_mesh(mesh):
     found = finetuned.count(

@@ -229,12 +229,26 @@ def check_may_resume(run: Run, saved: manifests.Saved | None) -> None:
 
 
 def _check_config(run: Run, record: Mapping[str, Any]) -> None:
-  """Refuses a config that differs in a key that may not."""
-  _check_rounding(run, record)
-  changed = 'config' in record and config_lib.difference(
-    config_lib.from_json(record['config']),
-    run.config,
-    run.config.checkpoint.may_change,
+  """Refuses a config that differs in a key that may not.
+
+  A key that is newer than the run may only have its default, which leaves
+  runs as they were.
+  """
+  if 'config' not in record:
+    return
+  _check_rounding(run, record['config'])
+  before = config_lib.from_json(record['config'])
+  defaults = dict(config_lib.flatten(config_lib.default(before.method.name)))
+  known = dict(config_lib.flatten(before))
+  newer = tuple(
+    key
+    for key, value in config_lib.flatten(run.config)
+    if key not in known and defaults.get(key) == value
+  )
+  if newer:
+    run.logger.say(f'newer than this run, at their defaults: {list(newer)}')
+  changed = config_lib.difference(
+    before, run.config, (*run.config.checkpoint.may_change, *newer)
   )
   if changed:
     raise TrainingError(
@@ -243,15 +257,15 @@ def _check_config(run: Run, record: Mapping[str, Any]) -> None:
     )
 
 
-def _check_rounding(run: Run, record: Mapping[str, Any]) -> None:
+def _check_rounding(run: Run, before: Mapping[str, Any]) -> None:
   """Refuses targets of another precision: a cache rounds, its place does not.
 
   Raises:
     TrainingError: the run kept targets and is not to any more, or vice versa.
   """
-  was = record.get('config', {}).get('cache_targets', '')
+  was = before.get('cache_targets', '')
   now = run.config.cache_targets
-  if 'config' in record and bool(was) != bool(now):
+  if bool(was) != bool(now):
     raise TrainingError(
       f'{run.workdir} was started with cache_targets={was!r}, found {now!r}: '
       'targets that are kept are rounded, so the numbers would differ. Wanted '

@@ -13,6 +13,7 @@ FLOORS = (
   {
     'masking',
     'mask_specs',
+    'unit_masks',
     'rectangles',
     'losses',
     'flops',

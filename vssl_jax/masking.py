@@ -76,6 +76,17 @@ def gather(
   return jnp.take_along_axis(x, index, axis=1)
 
 
+def partition(order: Int32[Array, 'B V'], n: int) -> Mask:
+  """Returns the mask that shows `order` and hides the rest of n tokens."""
+
+  def rest(row: Array) -> Array:
+    hidden = jnp.ones(n, bool).at[row].set(False)
+    tokens = jnp.where(hidden, jnp.arange(n, dtype=jnp.int32), n)
+    return jnp.sort(tokens)[: n - row.shape[0]]
+
+  return Mask(jnp.sort(order, axis=1), jax.vmap(rest)(order))
+
+
 def random(
   keys: Key[Array, 'B'],
   grid: Grid,
@@ -85,7 +96,7 @@ def random(
   """Returns a uniform split of all tokens (MAE; LayerLock at .95)."""
   n = math.prod(grid)
   visible, _ = counts(n, mask_ratio, rule)
-  return _partition(_shuffle(keys, n, visible), n)
+  return partition(_shuffle(keys, n, visible), n)
 
 
 def frames(
@@ -102,7 +113,7 @@ def frames(
   t, h, w = grid
   visible, _ = counts(h * w, mask_ratio, rule)
   own = jax.vmap(lambda key: jax.random.split(key, t))(keys).reshape(-1)
-  flat = _partition(_shuffle(own, h * w, visible), h * w)
+  flat = partition(_shuffle(own, h * w, visible), h * w)
   start = h * w * jnp.arange(t, dtype=jnp.int32).reshape(1, t, 1)
   return Mask(
     *(
@@ -151,7 +162,7 @@ def nested_tube(
   t, h, w = grid
   visible = [counts(h * w, ratio, rule)[0] for ratio in ratios]
   order = _shuffle(keys, h * w, visible[0])
-  flat = [_partition(order[:, :v], h * w) for v in visible]
+  flat = [partition(order[:, :v], h * w) for v in visible]
   return tuple(Mask(*(_repeat(i, t, h * w) for i in mask)) for mask in flat)
 
 
@@ -270,17 +281,6 @@ def _shuffle(
   """Returns the first places of a random order of n things, unsorted."""
   score = jax.vmap(lambda key: jax.random.uniform(key, (n,)))(keys)
   return lax.top_k(-score, first)[1]
-
-
-def _partition(order: Int32[Array, 'B V'], n: int) -> Mask:
-  """Returns the mask that shows `order` and hides the rest of n tokens."""
-
-  def rest(row: Array) -> Array:
-    hidden = jnp.ones(n, bool).at[row].set(False)
-    tokens = jnp.where(hidden, jnp.arange(n, dtype=jnp.int32), n)
-    return jnp.sort(tokens)[: n - row.shape[0]]
-
-  return Mask(jnp.sort(order, axis=1), jax.vmap(rest)(order))
 
 
 def _repeat(

@@ -135,6 +135,16 @@ def attend(
   return jax.nn.dot_product_attention(q, k, v, implementation=name)
 
 
+def weights(
+  q: Float[Array, 'B N H d'], k: Float[Array, 'B S H d']
+) -> Float[Array, 'B H N S']:
+  """Returns softmax(q k^T / sqrt(d)) itself, float32: what kernels hide."""
+  logits = jnp.einsum(
+    'bnhd,bshd->bhns', q, k, preferred_element_type=jnp.float32
+  )
+  return jax.nn.softmax(logits / math.sqrt(q.shape[-1]), axis=-1)
+
+
 def splash(
   q: Float[Array, 'B N H d'],
   k: Float[Array, 'B S H d'],

@@ -109,9 +109,18 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, 'B N D'], rope: positions.Rope | None
-  ) -> Float[Array, 'B N D']:
-    """Returns the mixed tokens; `rope` turns queries and keys."""
+    self,
+    x: Float[Array, 'B N D'],
+    rope: positions.Rope | None,
+    rows: int = 0,
+  ) -> Float[Array, 'B N D'] | Float[Array, 'B H rows N']:
+    """Returns the mixed tokens; `rope` turns queries and keys.
+
+    Args:
+      x: tokens.
+      rope: rotation, if any.
+      rows: return the weights of the first so many tokens' attention instead.
+    """
     spec, width = self.spec, x.shape[-1]
     if width % spec.num_heads:
       raise ValueError(
@@ -126,9 +135,11 @@ class Attention(nn.Module):
 
     q = project('q')
     k = project('k', use_bias=spec.qkv_bias == 'full')
-    v = project('v')
     if rope is not None:
       q, k = positions.rotate(q, rope), positions.rotate(k, rope)
+    if rows:
+      return attention.weights(q[:, :rows], k)
+    v = project('v')
     y = attention.attend(q, k, v, spec.attention).reshape(x.shape)
     kernel = layers.kernel_init(spec.init, 'out', self.index + 1)
     return _dense(spec, width, 'out', kernel)(y)
@@ -171,15 +182,24 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, 'B N D'], rope: positions.Rope | None
-  ) -> Float[Array, 'B N D']:
-    """Returns tokens of the same shape and type."""
+    self,
+    x: Float[Array, 'B N D'],
+    rope: positions.Rope | None,
+    rows: int = 0,
+  ) -> Float[Array, 'B N D'] | Float[Array, 'B H rows N']:
+    """Returns tokens of the same shape and type.
+
+    With `rows` only the weights of the first so many tokens' attention, and
+    nothing is computed behind them.
+    """
     spec = self.spec
     y = layers.layer_norm('norm_1', spec.norm_eps, spec.dtype)(x)
     if rope is not None and spec.rope_on == 'norm':
       y, rope = positions.rotate(y[:, :, None, :], rope)[:, :, 0], None
-    y = self._gain('gain_1', Attention(spec, self.index, name='attn')(y, rope))
-    x = x + self._drop(y)
+    y = Attention(spec, self.index, name='attn')(y, rope, rows)
+    if rows:
+      return y
+    x = x + self._drop(self._gain('gain_1', y))
     y = layers.layer_norm('norm_2', spec.norm_eps, spec.dtype)(x)
     y = self._gain('gain_2', Mlp(spec, self.index, name='mlp')(y))
     return x + self._drop(y)

@@ -103,15 +103,15 @@ class Framewise(nn.Module):
     video: Num[Array | np.ndarray, 'B T H W C'],
     visible: Int[Array, 'B V'] | None = None,
     **options: Any,
-  ) -> Float[Array, 'B K D'] | tuple[Float[Array, 'B K D'], ...]:
+  ) -> Any:
     """Encodes the tokens of a clip, frame by frame.
 
     Args:
       video: uint8, or floats in [0, 1].
       visible: flat indices of the tokens to embed, ascending, as many of each
         frame; None for all.
-      **options: `depth`, `upto`, `features`, `deterministic` and others of
-        `vit.Vit`.
+      **options: `depth`, `upto`, `features`, `attention_to`, `deterministic`
+        and others of `vit.Vit`.
 
     Returns:
       Tokens as from `vit.Vit`, those of all frames in a row.
@@ -127,9 +127,7 @@ class Framewise(nn.Module):
     if self.patch[1:] != self.image.patch[1:]:
       frames = _resized(frames, grid, self.image.patch)
     found = self.image(frames, visible, **options)
-    if isinstance(found, tuple):
-      return tuple(_together(x, grid[0]) for x in found)
-    return _together(found, grid[0])
+    return jax.tree.map(lambda x: _together(x, grid[0]), found)
 
 
 class FramewiseDecoder(nn.Module):
@@ -220,6 +218,6 @@ def _within(index: Int[Array, 'B K'], grid: layers.Grid) -> Int[Array, 'Bt k']:
   return index.reshape(-1, index.shape[1] // t) % (h * w)
 
 
-def _together(x: Shaped[Array, 'Bt k D'], t: int) -> Shaped[Array, 'B K D']:
+def _together(x: Shaped[Array, 'Bt k ...'], t: int) -> Shaped[Array, 'B K ...']:
   """Returns the tokens of t frames in a row."""
-  return x.reshape(-1, t * x.shape[1], x.shape[2])
+  return x.reshape(-1, t * x.shape[1], *x.shape[2:])

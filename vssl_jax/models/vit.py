@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
 from vssl_jax import masking, sharding
-from vssl_jax.models import blocks, layers, positions
+from vssl_jax.models import attended, blocks, layers, positions
 
 # width, depth, heads, MLP width. S to G: SALT (arXiv 2509.24317); M and e:
 # 4DS (arXiv 2412.15212); g22: the released V-JEPA 2 ViT-g, which has 22 heads
@@ -127,9 +127,14 @@ class Vit(nn.Module):
     upto: int | None = None,
     features: bool = False,
     normed: bool = False,
+    attention_to: str = '',
     latents: Float[Array, 'N D'] | None = None,
     deterministic: bool = True,
-  ) -> Float[Array, 'B K D'] | tuple[Float[Array, 'B K D'], ...]:
+  ) -> (
+    Float[Array, 'B K D']
+    | tuple[Float[Array, 'B K D'], ...]
+    | tuple[tuple[Float[Array, 'B K D'], ...], Float[Array, 'B K']]
+  ):
     """Encodes the tokens of a clip, or encodes and decodes it.
 
     Args:
@@ -140,6 +145,8 @@ class Vit(nn.Module):
       upto: the same, as a number of blocks.
       features: return the tokens at every depth.
       normed: and, as a last entry, what is returned without `features`.
+      attention_to: return a pair: what `features` gives, and how much
+        attention of the last block each token gets, `attended.scores`.
       latents: decode with these; one for each position.
       deterministic: no drop path.
 
@@ -183,8 +190,14 @@ class Vit(nn.Module):
     elif upto is None:
       upto = self.encoder_depth
     outputs = self._blocks(x, visible, grid, 0, upto, deterministic)
+    entering = outputs[-2] if attention_to else None
     if self.class_token:
       outputs = tuple(x[:, 1:] for x in outputs)
+    if entering is not None:
+      rope = _rope(self, visible, grid)
+      return outputs, attended.scores(
+        self, upto - 1, entering, rope, attention_to
+      )
     if latents is not None:
       x, visible = _join(outputs[-1], latents, visible)
       count = latents.shape[0]
@@ -211,19 +224,11 @@ class Vit(nn.Module):
 
     A class token in front of them stands nowhere.
     """
-    rope = positions.rope(
-      self.positions,
-      index,
-      grid,
-      self.width,
-      self.num_heads,
-      self.rope_pairing,
-    )
     return blocks.run(
       self.block_spec,
       self.depth,
       x,
-      rope,
+      _rope(self, index, grid),
       start=start,
       upto=upto,
       deterministic=deterministic,
@@ -264,6 +269,20 @@ class Vit(nn.Module):
     token = (token if row is None else token + row).astype(x.dtype)
     shape = (x.shape[0], 1, self.width)
     return jnp.concatenate([jnp.broadcast_to(token[None], shape), x], axis=1)
+
+
+def _rope(
+  encoder: Vit, index: Int[Array, 'R V'], grid: layers.Grid
+) -> positions.Rope | None:
+  """Returns how the tokens at some places of a grid turn."""
+  return positions.rope(
+    encoder.positions,
+    index,
+    grid,
+    encoder.width,
+    encoder.num_heads,
+    encoder.rope_pairing,
+  )
 
 
 def _join(

@@ -1,0 +1,49 @@
+"""How much attention of a block each token gets: what the kernels hide."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from vssl_jax.models import blocks, positions
+
+KINDS = ('cls', 'column_mean')
+
+
+def scores(
+  encoder: Any,
+  index: int,
+  x: Float[Array, 'B N D'],
+  rope: positions.Rope | None,
+  kind: str,
+) -> Float[Array, 'B S']:
+  """Returns the attention that each token of a clip gets, float32.
+
+  The block's queries and keys are computed once more; compiled, they are the
+  same as the block's own. Rows of attention sum to 1 over the tokens and, if
+  there is one, the class token, which is not in the result.
+
+  Args:
+    encoder: a bound `vit.Vit`.
+    index: of the block.
+    x: what enters that block, the class token first if there is one.
+    rope: rotation, if any.
+    kind: `cls`: from the class token; `column_mean`: from the tokens of the
+      clip, the mean over them. Both are means over heads.
+
+  Raises:
+    ValueError: an unknown kind, or a class token that is not there.
+  """
+  first = int(encoder.class_token)
+  if kind not in KINDS or (kind == 'cls' and not first):
+    raise ValueError(
+      f'scores: found {kind!r}, wanted one of {KINDS}'
+      + ('' if first else "; without a class token 'column_mean'")
+    )
+  rows = 1 if kind == 'cls' else x.shape[1]
+  own = {'params': encoder.variables['params'][f'block_{index:02d}']}
+  block = blocks.Block(encoder.block_spec, index, parent=None)
+  weights = jnp.asarray(block.apply(own, x, rope, rows))
+  if kind == 'column_mean':
+    weights = weights[:, :, first:]
+  return jnp.mean(weights, axis=(1, 2))[:, first:]

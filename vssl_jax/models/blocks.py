@@ -79,13 +79,14 @@ class Spec:
         )
 
 
-def _dense(
+def dense(
   spec: Spec,
   features: int,
   name: str,
   kernel: layers.Initializer,
   use_bias: bool = True,
 ) -> nn.Dense:
+  """Returns a linear layer of a block."""
   return layers.dense(
     features,
     name,
@@ -93,6 +94,7 @@ def _dense(
     dtype=spec.dtype,
     use_bias=use_bias,
     products=spec.products,
+    bias=layers.bias_init(spec.init),
   )
 
 
@@ -130,7 +132,7 @@ class Attention(nn.Module):
     kernel = layers.kernel_init(spec.init, 'qkv')
 
     def project(name: str, use_bias: bool = True) -> Array:
-      layer = _dense(spec, width, name, kernel, use_bias)
+      layer = dense(spec, width, name, kernel, use_bias)
       return layer(x).reshape(heads)
 
     q = project('q')
@@ -142,7 +144,7 @@ class Attention(nn.Module):
     v = project('v')
     y = attention.attend(q, k, v, spec.attention).reshape(x.shape)
     kernel = layers.kernel_init(spec.init, 'out', self.index + 1)
-    return _dense(spec, width, 'out', kernel)(y)
+    return dense(spec, width, 'out', kernel)(y)
 
 
 class Mlp(nn.Module):
@@ -161,10 +163,10 @@ class Mlp(nn.Module):
     """Returns tokens of the same width."""
     spec = self.spec
     kernel = layers.kernel_init(spec.init, 'fc1')
-    y = _dense(spec, spec.mlp_width, 'fc1', kernel)(x)
+    y = dense(spec, spec.mlp_width, 'fc1', kernel)(x)
     y = nn.gelu(y, approximate=spec.gelu == 'tanh')
     kernel = layers.kernel_init(spec.init, 'fc2', self.index + 1)
-    return _dense(spec, x.shape[-1], 'fc2', kernel)(y)
+    return dense(spec, x.shape[-1], 'fc2', kernel)(y)
 
 
 class Block(nn.Module):
@@ -199,10 +201,10 @@ class Block(nn.Module):
     y = Attention(spec, self.index, name='attn')(y, rope, rows)
     if rows:
       return y
-    x = x + self._drop(self._gain('gain_1', y))
+    x = x + drop(self, self._gain('gain_1', y), self.drop_path)
     y = layers.layer_norm('norm_2', spec.norm_eps, spec.dtype)(x)
     y = self._gain('gain_2', Mlp(spec, self.index, name='mlp')(y))
-    return x + self._drop(y)
+    return x + drop(self, y, self.drop_path)
 
   def _gain(self, name: str, x: Float[Array, 'B N D']) -> Float[Array, 'B N D']:
     if not self.spec.layer_scale:
@@ -212,13 +214,17 @@ class Block(nn.Module):
     gain = self.param(name, init, (x.shape[-1],), jnp.float32)
     return x * jnp.asarray(gain, x.dtype).reshape(1, 1, -1)
 
-  def _drop(self, x: Float[Array, 'B N D']) -> Float[Array, 'B N D']:
-    if not self.drop_path:
-      return x
-    keep = 1 - self.drop_path
-    shape = (x.shape[0], 1, 1)
-    kept = jax.random.bernoulli(self.make_rng('dropout'), keep, shape)
-    return jnp.where(kept, x / jnp.asarray(keep, x.dtype), jnp.zeros_like(x))
+
+def drop(
+  block: nn.Module, x: Float[Array, 'B N D'], rate: float
+) -> Float[Array, 'B N D']:
+  """Returns a branch without that of some examples, the others scaled up."""
+  if not rate:
+    return x
+  keep = 1 - rate
+  shape = (x.shape[0], 1, 1)
+  kept = jax.random.bernoulli(block.make_rng('dropout'), keep, shape)
+  return jnp.where(kept, x / jnp.asarray(keep, x.dtype), jnp.zeros_like(x))
 
 
 def run(

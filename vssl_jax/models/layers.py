@@ -109,14 +109,28 @@ def fan_in_uniform(key: Array, shape: Sequence[int], dtype: Any) -> Array:
   return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+def _glorot_of_three(key: Array, shape: Sequence[int], dtype: Any) -> Array:
+  """Draws one of three kernels [D, E], in Glorot's bound of one [D, 3E]."""
+  fan_in, fan_out = shape
+  scale = (fan_in + fan_out) / (fan_in + 3 * fan_out)
+  init = nn.initializers.variance_scaling(scale, 'fan_avg', 'uniform')
+  return init(key, shape, dtype)
+
+
+def _glorot_of_rows(key: Array, shape: Sequence[int], dtype: Any) -> Array:
+  """Draws a convolution's kernel as that of a product with its pixels."""
+  rows = (math.prod(shape[:-1]), shape[-1])
+  return nn.initializers.xavier_uniform()(key, rows, dtype).reshape(shape)
+
+
 def kernel_init(family: str, role: str, block: int = 1) -> Initializer:
   """Returns the initialiser of a kernel.
 
   Args:
     family: `vjepa` (normal of deviation 0.02; the kernels that write to the
       residual stream are divided by sqrt(2 * block)), `videomae` (Glorot
-      uniform), `mae` (the same, the embedding too) or `4ds` (Glorot uniform
-      MLPs, the rest normal by fan in).
+      uniform), `mae` (the same, the embedding too), `4ds` (Glorot uniform
+      MLPs, the rest normal by fan in) or `hiera` (normal of deviation 0.02).
     role: `embed`, `qkv`, `out`, `fc1`, `fc2` or `head`.
     block: number of the block, from 1.
 
@@ -131,16 +145,26 @@ def kernel_init(family: str, role: str, block: int = 1) -> Initializer:
     # VideoMAE's is a convolution left as torch makes it.
     if role == 'embed' and family == 'videomae':
       return fan_in_uniform
-    if role == 'qkv':  # Glorot's bound for one [D, 3D] kernel
-      return nn.initializers.variance_scaling(0.5, 'fan_avg', 'uniform')
-    return nn.initializers.xavier_uniform()
+    if role == 'qkv':
+      return _glorot_of_three
+    return (
+      _glorot_of_rows if role == 'embed' else nn.initializers.xavier_uniform()
+    )
   if family == '4ds':  # as the released code leaves it to Flax
     if role in ('fc1', 'fc2'):
       return nn.initializers.xavier_uniform()
     return nn.initializers.lecun_normal()
+  if family == 'hiera':  # truncated as far out as that of V-JEPA
+    return nn.initializers.normal(0.02)
   raise ValueError(
-    f"init is {family!r}, wanted 'vjepa', 'videomae', 'mae' or '4ds'"
+    f"init is {family!r}, wanted 'vjepa', 'videomae', 'mae', '4ds' or 'hiera'"
   )
+
+
+def bias_init(family: str) -> Initializer:
+  """Returns the initialiser of the biases of linear layers and norms."""
+  constant = nn.initializers.constant(0.02)
+  return constant if family == 'hiera' else nn.initializers.zeros
 
 
 def dense(
@@ -151,8 +175,9 @@ def dense(
   dtype: str,
   use_bias: bool = True,
   products: str = 'same',
+  bias: Initializer = nn.initializers.zeros,
 ) -> nn.Dense:
-  """Returns a linear layer: float32 parameters, zero bias, `dtype` maths.
+  """Returns a linear layer: float32 parameters, `dtype` maths.
 
   Products may be `float8`, forward only.
   """
@@ -162,13 +187,23 @@ def dense(
     dtype=jnp.dtype(dtype),
     param_dtype=jnp.float32,
     kernel_init=kernel,
+    bias_init=bias,
     dot_general=PRODUCTS[products],
     name=name,
   )
 
 
-def layer_norm(name: str, eps: float, dtype: str = 'float32') -> nn.LayerNorm:
+def layer_norm(
+  name: str,
+  eps: float,
+  dtype: str = 'float32',
+  bias: Initializer = nn.initializers.zeros,
+) -> nn.LayerNorm:
   """Returns a layer norm with float32 statistics and a `dtype` result."""
   return nn.LayerNorm(
-    epsilon=eps, dtype=jnp.dtype(dtype), param_dtype=jnp.float32, name=name
+    epsilon=eps,
+    dtype=jnp.dtype(dtype),
+    param_dtype=jnp.float32,
+    bias_init=bias,
+    name=name,
   )

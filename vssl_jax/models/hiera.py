@@ -1,0 +1,346 @@
+"""Hiera: a transformer of four stages, each with fewer and wider tokens.
+
+Source: Hiera, arXiv 2306.00989. Where this differs from a ViT of one scale:
+an overlapping convolution makes 4 x 4 times as many tokens, the first two
+stages attend within mask units of 8 x 8 of them, and stages end in pooling.
+A clip may be given by some of its units only; hidden pixels are set to zero
+before the convolution, which would otherwise see them at a unit's edge.
+"""
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Num
+
+from vssl_jax import losses, masking, sharding
+from vssl_jax.models import (
+  blocks,
+  hiera_block,
+  hiera_plan,
+  layers,
+  unrolled,
+  vit,
+)
+
+# Channels of the first stage, blocks of each stage, heads of the first stage.
+# Source: Hiera, arXiv 2306.00989, Table 9 and released code.
+FIELDS = ('channels', 'depths', 'num_heads')
+SIZES = {
+  name: dict(zip(FIELDS, row, strict=True))
+  for name, row in {
+    'T': (96, (1, 2, 7, 2), 1),
+    'S': (96, (1, 2, 11, 2), 1),
+    'B': (96, (2, 3, 16, 3), 1),
+    'B+': (112, (2, 3, 16, 3), 2),
+    'L': (144, (2, 6, 36, 4), 2),
+    'H': (256, (2, 6, 36, 4), 4),
+  }.items()
+}
+# What differs for single images, to be used by `framewise.Framewise`.
+IMAGE = dict(
+  kernel=(1, 7, 7), stride=(1, 4, 4), padding=(0, 3, 3), separable=False
+)
+# Families of initial values: as released for training with labels, and for MAE.
+INITS = {'classifier': 'hiera', 'mae': 'mae'}
+
+
+class Hiera(nn.Module):
+  """Encoder of a clip, or of some of its mask units.
+
+  Attributes:
+    channels: of a token of the first stage; each stage doubles them.
+    depths: blocks of the four stages.
+    num_heads: attention heads of the first stage; each stage doubles them.
+    q_pool: stages that begin by pooling: 2 to pre-train, which leaves 2 x 2
+      tokens of a unit, 3 to fine-tune, which leaves one. Parameters have the
+      same shapes.
+    kernel: frames and pixels that the convolution sees for one token.
+    stride: frames and pixels from one token of the first stage to the next.
+    padding: zeros around a clip, frames and pixels.
+    separable: learned positions are one table of space and one of time, and
+      not one of both.
+    grid: tokens (t, h, w) of the first stage that learned positions are for;
+      None for those of the clip that parameters are made with.
+    final_norm: layer norm without parameters on the tokens of the last stage.
+    init_family: of initial values: `classifier` as released for training with
+      labels, or `mae`.
+    gelu: `exact` or `tanh`.
+    norm_eps: added to variances in layer norms.
+    drop_path: drop rate of the last block, linear from 0.
+    dtype: of activations and matrix products; parameters are float32.
+    remat: `none`, `dots` or `full`.
+    attention: over all tokens: `auto`, `xla`, `cudnn` or `splash`.
+    mean: subtracted from pixels in [0, 1], per channel.
+    std: pixels are then divided by this.
+  """
+
+  channels: int
+  depths: tuple[int, int, int, int]
+  num_heads: int
+  q_pool: int = 2
+  kernel: layers.Grid = (3, 7, 7)
+  stride: layers.Grid = (2, 4, 4)
+  padding: layers.Grid = (1, 3, 3)
+  separable: bool = True
+  grid: layers.Grid | None = None
+  final_norm: bool = True
+  init_family: str = 'mae'
+  gelu: str = 'exact'
+  norm_eps: float = 1e-6
+  drop_path: float = 0.0
+  dtype: str = 'bfloat16'
+  remat: str = 'none'
+  attention: str = 'auto'
+  mean: tuple[float, ...] = layers.IMAGENET_MEAN
+  std: tuple[float, ...] = layers.IMAGENET_STD
+
+  @property
+  def patch(self) -> layers.Grid:
+    """Frames and pixels that one token of the last stage stands for."""
+    t, h, w = self.stride
+    return t, h * 2**self.q_pool, w * 2**self.q_pool
+
+  @property
+  def width(self) -> int:
+    """Channels of a token of the last stage."""
+    return self.channels * 2 ** (len(self.depths) - 1)
+
+  @property
+  def depth(self) -> int:
+    """Number of blocks."""
+    return sum(self.depths)
+
+  @property
+  def encoder_depth(self) -> int:
+    """Blocks that encode: all."""
+    return self.depth
+
+  @property
+  def unit(self) -> layers.Grid:
+    """Tokens of the first stage, along (t, h, w), of a mask unit."""
+    return 1, hiera_plan.SIDE, hiera_plan.SIDE
+
+  def unit_grid(self, video_shape: Sequence[int]) -> layers.Grid:
+    """Returns the mask units of a clip along (time, height, width).
+
+    Args:
+      video_shape: (B, T, H, W, C).
+
+    Raises:
+      ValueError: the clip cannot be cut into units.
+    """
+    t, h, w = self.stride
+    return layers.grid_of(
+      video_shape, (t, hiera_plan.SIDE * h, hiera_plan.SIDE * w)
+    )
+
+  def plan(self) -> tuple[hiera_plan.Step, ...]:
+    """Returns what each block does.
+
+    Raises:
+      ValueError: other than four stages, or more poolings than between them.
+    """
+    return hiera_plan.of(
+      self.channels, self.depths, self.num_heads, self.q_pool
+    )
+
+  @nn.compact
+  def __call__(
+    self,
+    video: Num[Array | np.ndarray, 'B T H W C'],
+    units: Int[Array, 'B K'] | None = None,
+    *,
+    depth: float | None = None,
+    features: bool = False,
+    deterministic: bool = True,
+  ) -> Float[Array, 'B N D'] | tuple[Float[Array, '...'], ...]:
+    """Encodes a clip.
+
+    Args:
+      video: uint8, or floats in [0, 1]; normalised here.
+      units: the mask units to keep, in raster order over `unit_grid`; None
+        for all.
+      depth: run only part of the blocks: `vit.tap` of the blocks of all
+        stages together. The tokens are those of the stage where it ends,
+        with its channels, and are not normed.
+      features: return the tokens at the end of each stage.
+      deterministic: no drop path.
+
+    Returns:
+      float32 tokens [B, N, D] after a layer norm, in raster order; of units
+      [B, K * n, D], those of one unit after another, n of a unit in raster
+      order. With `features` a tuple in the activations' type, not normed: the
+      tokens at the end of each stage [B, t, h, w, C], or of units
+      [B, K, 1, h, w, C].
+
+    Raises:
+      ValueError: a clip that cannot be cut into units, or is of another grid
+        than the learned positions.
+    """
+    plan = self.plan()
+    upto = len(plan) if depth is None else vit.tap(len(plan), depth)
+    grid = self.unit_grid(video.shape)
+    x = self._embed(video, units, grid)
+    count, tokens = x.shape[1:3]
+    x, ends = x.reshape(x.shape[0], -1, self.channels), []
+
+    def rolled(x: Array) -> Array:
+      x = unrolled.reroll(x.reshape(x.shape[0], count, tokens, -1))
+      return x if units is not None else unrolled.together(x, grid)
+
+    for i, step in enumerate(plan[:upto]):
+      rate = 0.0 if deterministic else self.drop_path * i / (len(plan) - 1)
+      x = self._block(i, step, rate)(x, count)
+      tokens = step.left
+      if i + 1 == len(plan) or plan[i + 1].stage > step.stage:
+        ends.append(rolled(x))
+    if features:
+      return tuple(ends)
+    x = rolled(x).reshape(x.shape[0], -1, x.shape[2]).astype(jnp.float32)
+    if depth is None and self.final_norm:
+      x = losses.layer_norm0(x, self.norm_eps)
+    return x
+
+  def _block(
+    self, index: int, step: hiera_plan.Step, drop_path: float
+  ) -> hiera_block.Block:
+    """Returns a block of this network."""
+    spec = blocks.Spec(
+      num_heads=step.num_heads,
+      mlp_width=4 * step.width,
+      gelu=self.gelu,
+      norm_eps=self.norm_eps,
+      init=INITS[self.init_family],
+      dtype=self.dtype,
+      remat=self.remat,
+      attention=self.attention,
+    )
+    cls = hiera_block.Block
+    if self.remat != 'none':
+      cls = nn.remat(cls, policy=blocks.REMAT[self.remat], static_argnums=(2,))
+    return cls(spec, index, step, drop_path, name=f'block_{index:02d}')
+
+  def _embed(
+    self,
+    video: Num[Array | np.ndarray, 'B T H W C'],
+    units: Int[Array, 'B K'] | None,
+    unit_grid: layers.Grid,
+  ) -> Float[Array, 'B K n D']:
+    """Returns the tokens of the first stage, those of a unit together."""
+    shape = (1, 1, 1, 1, len(self.mean))
+    x = layers.to_unit(video) - jnp.asarray(self.mean).reshape(shape)
+    x = x / jnp.asarray(self.std).reshape(shape)
+    if units is not None:
+      x = _without_hidden(x, units, unit_grid)
+    x = nn.Conv(
+      self.channels,
+      self.kernel,
+      self.stride,
+      [(n, n) for n in self.padding],
+      dtype=jnp.dtype(self.dtype),
+      param_dtype=jnp.float32,
+      kernel_init=layers.kernel_init(INITS[self.init_family], 'embed'),
+      bias_init=_conv_bias(math.prod(self.kernel) * len(self.mean)),
+      conv_general_dilated=_conv,
+      name='embed',
+    )(x)
+    x = x + self._table(x.shape[1:4]).astype(x.dtype)[None]
+    x = unrolled.unroll(x, hiera_plan.LEVELS)
+    return x if units is None else masking.gather(x, units)
+
+  def _table(self, grid: layers.Grid) -> Float[Array, 't h w D']:
+    """Returns what is added to the tokens of the first stage."""
+    t, h, w = self.grid or grid
+    shapes = {'positions': (t, h, w)}
+    if self.separable:
+      shapes = {'positions_space': (1, h, w), 'positions_time': (t, 1, 1)}
+    total: Array | float = 0.0
+    init = nn.initializers.normal(0.02)
+    for name, wanted in shapes.items():
+      found = self.get_variable('params', name)  # perhaps of another grid
+      shape = (*wanted, self.channels) if found is None else found.shape
+      table = self.param(name, init, shape, jnp.float32)
+      total = total + sharding.gathered(jnp.asarray(table))
+    if total.shape[:3] != tuple(grid):
+      raise ValueError(
+        f'the learned positions are for a grid of {total.shape[:3]} tokens and '
+        f'the clip has {tuple(grid)}; load the weights for this grid, or take '
+        'Encoder.at(video), which resize the tables'
+      )
+    return total
+
+
+def _conv_bias(fan_in: int) -> layers.Initializer:
+  """Returns the start of a convolution's bias as torch leaves it."""
+  bound = 1 / math.sqrt(fan_in)
+
+  def init(key: Array, shape: Sequence[int], dtype: Any) -> Array:
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return init
+
+
+def _conv(x: Array, weight: Array, *args: Any, **kwargs: Any) -> Array:
+  return jax.lax.conv_general_dilated(
+    x, sharding.gathered(weight), *args, **kwargs
+  )
+
+
+def _without_hidden(
+  x: Float[Array, 'B T H W C'],
+  units: Int[Array, 'B K'],
+  unit_grid: layers.Grid,
+) -> Float[Array, 'B T H W C']:
+  """Returns a clip with zeros in the units that are not kept."""
+  batch, t, h, w = x.shape[0], *unit_grid
+  shown = jnp.zeros((batch, t * h * w), bool)
+  shown = jax.vmap(lambda row, kept: row.at[kept].set(True))(shown, units)
+  cut = (t, x.shape[1] // t, h, x.shape[2] // h, w, x.shape[3] // w)
+  x = jnp.where(
+    shown.reshape(batch, t, 1, h, 1, w, 1, 1),
+    x.reshape(batch, *cut, x.shape[4]),
+    0.0,
+  )
+  return x.reshape(batch, cut[0] * cut[1], cut[2] * cut[3], cut[4] * cut[5], -1)
+
+
+def make(size: str | Mapping[str, Any], **overrides: Any) -> Hiera:
+  """Returns an encoder of a named size, or from a mapping of fields.
+
+  Args:
+    size: a name in `SIZES`, or at least channels, depths and num_heads.
+    **overrides: fields of `Hiera`; `init` stands for `init_family`.
+
+  Raises:
+    ValueError: an unknown name or field; the message has the nearest one.
+  """
+  if isinstance(size, str):
+    if size not in SIZES:
+      raise ValueError(
+        f'encoder size is {size!r}, wanted one of {list(SIZES)} or a mapping '
+        f'of {", ".join(FIELDS)}'
+      )
+    size = SIZES[size]
+  fields = {**size, **overrides}
+  if 'init' in fields:  # Linen modules have a method of that name
+    fields['init_family'] = fields.pop('init')
+  known = [f for f in Hiera.__dataclass_fields__ if f not in ('parent', 'name')]
+  for name, value in fields.items():
+    if name not in known:
+      near = difflib.get_close_matches(name, known, n=1) or known
+      raise ValueError(f'Hiera has no field {name!r}; nearest: {near[0]!r}')
+    if isinstance(value, list):  # lists of a config would not hash
+      fields[name] = tuple(value)
+  if fields.get('init_family', 'mae') not in INITS:
+    raise ValueError(
+      f'init is {fields["init_family"]!r}, wanted one of {sorted(INITS)}'
+    )
+  module = Hiera(**fields)
+  module.plan()  # refuses what is no Hiera
+  return module

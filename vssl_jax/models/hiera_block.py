@@ -1,0 +1,107 @@
+"""The block of Hiera: attention in a mask unit or over all, and pooling."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from vssl_jax.models import attention, blocks, hiera_plan, layers, unrolled
+
+
+class Attention(nn.Module):
+  """Self-attention whose queries may be pooled.
+
+  Attributes:
+    spec: of the blocks of this stage.
+    index: of the block, from 0.
+    step: what is its own: width, pooling, where tokens attend.
+  """
+
+  spec: blocks.Spec
+  index: int
+  step: hiera_plan.Step
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, 'B N C'], units: int
+  ) -> Float[Array, 'B M D']:
+    """Returns the mixed tokens of a number of units.
+
+    Raises:
+      ValueError: the heads do not divide the channels.
+    """
+    spec, width = self.spec, self.step.width
+    if width % spec.num_heads:
+      raise ValueError(
+        f'width {width} is not a multiple of num_heads {spec.num_heads}'
+      )
+    split = (spec.num_heads, width // spec.num_heads)
+    kernel = layers.kernel_init(spec.init, 'qkv')
+    q, k, v = (
+      blocks.dense(spec, width, name, kernel)(x).reshape(*x.shape[:2], *split)
+      for name in 'qkv'
+    )
+    if self.step.pooled:
+      q = unrolled.pool(q, units)
+    if self.step.windowed:
+      y = _within(q, k, v, units)
+    else:
+      y = attention.attend(q, k, v, spec.attention)
+    kernel = layers.kernel_init(spec.init, 'out', self.index + 1)
+    y = y.reshape(*y.shape[:2], width)
+    return blocks.dense(spec, width, 'out', kernel)(y)
+
+
+def _within(
+  q: Float[Array, 'B M H d'],
+  k: Float[Array, 'B N H d'],
+  v: Float[Array, 'B N H d'],
+  units: int,
+) -> Float[Array, 'B M H d']:
+  """Returns attention among the tokens of each unit, softmax in float32."""
+  shape = q.shape
+  q, k, v = (x.reshape(shape[0], units, -1, *shape[2:]) for x in (q, k, v))
+  scores = jnp.einsum(
+    'bunhd,bumhd->buhnm', q, k, preferred_element_type=jnp.float32
+  )
+  weights = jax.nn.softmax(scores / math.sqrt(shape[3])).astype(v.dtype)
+  return jnp.einsum('buhnm,bumhd->bunhd', weights, v).reshape(shape)
+
+
+class Block(nn.Module):
+  """x = shortcut(x) + attention(norm(x)); x += mlp(norm(x)).
+
+  The shortcut is the tokens themselves, but where channels change: there it
+  is a linear layer of the normed tokens, pooled as the queries are.
+
+  Attributes:
+    spec: of the blocks of this stage.
+    index: of the block, from 0.
+    step: what is its own: width, pooling, where tokens attend.
+    drop_path: probability of leaving out each branch, per example.
+  """
+
+  spec: blocks.Spec
+  index: int
+  step: hiera_plan.Step
+  drop_path: float = 0.0
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, 'B N C'], units: int
+  ) -> Float[Array, 'B M D']:
+    """Returns the tokens of the same units."""
+    spec, step = self.spec, self.step
+    bias = layers.bias_init(spec.init)
+    y = layers.layer_norm('norm_1', spec.norm_eps, spec.dtype, bias)(x)
+    if step.in_width != step.width:
+      kernel = layers.kernel_init(spec.init, 'shortcut')
+      x = blocks.dense(spec, step.width, 'shortcut', kernel)(y)
+      x = unrolled.pool(x, units) if step.pooled else x
+    y = Attention(spec, self.index, step, name='attn')(y, units)
+    x = x + blocks.drop(self, y, self.drop_path)
+    y = layers.layer_norm('norm_2', spec.norm_eps, spec.dtype, bias)(x)
+    y = blocks.Mlp(spec, self.index, name='mlp')(y)
+    return x + blocks.drop(self, y, self.drop_path)

@@ -1,0 +1,69 @@
+"""The order of tokens inside Hiera: one mask unit after another.
+
+A unit is 2^L x 2^L tokens of one time step. Inside it, tokens are sorted by
+the last bit of their row and column, then by the bit before it, and so on:
+
+    token (row y, column x) of a unit -> ((s_1 * 4 + s_2) * 4 + ...) + s_L
+    s_k = 2 * (bit k - 1 of y) + (bit k - 1 of x)
+
+So what is pooled together lies a quarter of a unit apart, at any stage, and
+what is left over keeps the order. Units are the slower axis: a window is a
+contiguous run of tokens, and to keep some units is to take whole rows. (The
+released code of arXiv 2306.00989 has the same order with units as the faster
+axis.)
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Shaped
+
+from vssl_jax.models import layers
+
+
+def unroll(
+  x: Shaped[Array, 'B t h w D'], levels: int
+) -> Shaped[Array, 'B U n D']:
+  """Returns the tokens of each unit, units in raster order.
+
+  Args:
+    x: tokens of a clip; h and w are multiples of 2^levels.
+    levels: L; a unit has n = 4^L tokens.
+  """
+  batch, t, h, w, width = x.shape
+  side, bits = 2**levels, (2,) * levels
+  x = x.reshape(batch, t, h // side, *bits, w // side, *bits, width)
+  row, column = 2 + levels, 3 + 2 * levels  # where the last bits are
+  order = [a - k for k in range(levels) for a in (row, column)]
+  x = x.transpose(0, 1, 2, 3 + levels, *order, x.ndim - 1)
+  return x.reshape(batch, -1, side * side, width)
+
+
+def reroll(x: Shaped[Array, 'B U n D']) -> Shaped[Array, 'B U 1 s s D']:
+  """Returns the tokens of each unit in rows and columns."""
+  batch, units, tokens, width = x.shape
+  levels = (tokens.bit_length() - 1) // 2
+  x = x.reshape(batch, units, *(2,) * (2 * levels), width)
+  rows = [2 * k for k in range(levels, 0, -1)]  # the first bits are last
+  x = x.transpose(0, 1, *rows, *(a + 1 for a in rows), x.ndim - 1)
+  return x.reshape(batch, units, 1, 2**levels, 2**levels, width)
+
+
+def together(
+  x: Shaped[Array, 'B U 1 s s D'], unit_grid: layers.Grid
+) -> Shaped[Array, 'B t h w D']:
+  """Returns the tokens of all units of a clip in rows and columns."""
+  t, h, w = unit_grid
+  batch, side, width = x.shape[0], x.shape[3], x.shape[-1]
+  x = x.reshape(batch, t, h, w, side, side, width)
+  x = x.transpose(0, 1, 2, 4, 3, 5, 6)
+  return x.reshape(batch, t, h * side, w * side, width)
+
+
+def pool(x: Shaped[Array, 'B N ...'], units: int) -> Shaped[Array, 'B M ...']:
+  """Returns the largest of each 2 x 2 tokens, channel by channel.
+
+  Args:
+    x: tokens of a number of units, in this order.
+    units: that number.
+  """
+  x = x.reshape(x.shape[0], units, 4, -1, *x.shape[2:])
+  return jnp.max(x, axis=2).reshape(x.shape[0], -1, *x.shape[4:])

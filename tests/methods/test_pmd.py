@@ -10,7 +10,7 @@ import pytest
 from tests.methods import pmd_numpy as reference
 from tests.methods import pmd_small as small
 from vssl_jax import losses, trees
-from vssl_jax.methods import pmd
+from vssl_jax.methods import teachers as teachers_lib
 
 CASES = {
   'pmd': ('mask_85', {}),
@@ -170,7 +170,7 @@ def _says():
 
   @jax.jit
   def run(video):
-    told = {n: pmd._teach(phase, n, teachers[n], video)
+    told = {n: teachers_lib.stream(phase, n, teachers[n], video)
             for n in ('image', 'video')}  # fmt: skip
     out = phase.student.apply({'params': params}, video, mask)
     return told, out

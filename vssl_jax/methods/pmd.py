@@ -25,6 +25,7 @@ from vssl_jax.methods import (
   pixel_phase,
   pmd_cost,
 )
+from vssl_jax.methods import teachers as teachers_lib
 from vssl_jax.models import layers
 from vssl_jax.models import student as student_lib
 
@@ -127,7 +128,7 @@ class Pmd(base.Method):
       return {}
     found, norm = {}, losses.TARGET_NORMS[self.align_norm]
     for name in phase.student.decoder:
-      layers_of = _teach(phase, name, teachers[name], video)
+      layers_of = teachers_lib.stream(phase, name, teachers[name], video)
       found[name] = layers_of[-1].astype(jnp.float32)
       if name not in phase.align:
         continue
@@ -350,23 +351,6 @@ class Pmd(base.Method):
     if isinstance(phase, pixel_phase.PixelTeacher):
       return pixel_phase.cost(phase, video)
     return pmd_cost.cost(phase, video)
-
-
-def _teach(
-  phase: Distil, name: str, params: Any, video: base.Video
-) -> tuple[Array, ...]:
-  """Returns a teacher's residual stream over the whole clip, by depth."""
-  found = phase.teachers[name](params, video, features=True)
-  grid = layers.grid_of(video.shape, phase.encoder.patch)
-  tokens = grid[0] * grid[1] * grid[2]
-  if found[-1].shape[1] != tokens:
-    raise ValueError(
-      f'phase {phase.name!r}: teacher {name!r} gives {found[-1].shape[1]} '
-      f'tokens (patch {phase.teachers[name].module.patch}) and the student has '
-      f'a grid of {grid} = {tokens} (patch {phase.encoder.patch}); teachers '
-      'and student must cut the clip into the same grid'
-    )
-  return found
 
 
 def _mean_where(x: Array, where: Array) -> Float[Array, '']:

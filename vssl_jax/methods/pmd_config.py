@@ -8,9 +8,10 @@ import flax.linen as nn
 import ml_collections
 
 from vssl_jax import losses, mask_specs
-from vssl_jax.methods import base, difficulty, pmd, pmd_teachers, salt_config
+from vssl_jax.methods import base, difficulty, pmd, salt_config
+from vssl_jax.methods import teachers as teachers_lib
 from vssl_jax.models import decoder as decoder_lib
-from vssl_jax.models import framewise, layers
+from vssl_jax.models import layers
 from vssl_jax.models import student as student_lib
 
 KNOBS = {
@@ -27,7 +28,6 @@ KNOBS = {
   'rows': ('fresh', 'carry'),
   'opt': ('carry', 'fresh'),
 }
-TEACHERS = ('image', 'video')
 # Of DARE's weights: entropy over that of uniform ones.
 EVENNESS = (
   0.3,
@@ -50,35 +50,9 @@ def default() -> ml_collections.ConfigDict:
   c.decoder = ml_collections.ConfigDict(  # a row of decoder.MVD_SIZES
     dict(size='B', width=0, depth=0, num_heads=0)
   )
-  # What student and teachers of the same run share.
-  c.vit = ml_collections.ConfigDict(
-    dict(
-      patch=(2, 16, 16),
-      qkv_bias='qv',
-      init='videomae',
-      dtype='bfloat16',
-      remat='none',
-      attention='auto',
-    )
-  )
   c.drop_path = 0.1  # of student and decoders
-  # The teachers; a list of one distils that one only.
-  c.teachers = TEACHERS
-  # @image_teacher and @video_teacher are trained first, by phases of this run;
-  # else a run folder, or published weights (folder, file, hub id).
-  # dtype: also 'float32', or 'float8' on GPUs that have it.
-  c.image = ml_collections.ConfigDict(dict(teacher='', dtype='bfloat16'))
-  c.video = ml_collections.ConfigDict(dict(teacher='', dtype='bfloat16'))
-  c.image_teacher = _teacher_section(
-    masks='frames:0.75',
-    pixel_norm='patch',
-    decoder=dict(width=512, depth=8, num_heads=16),
-  )
-  c.video_teacher = _teacher_section(
-    masks='tube:0.9',
-    pixel_norm='patch_channel',
-    decoder=dict(width=384, depth=4, num_heads=6),
-  )
+  # `vit` is shared by the student and the teachers of its run.
+  c.update(teachers_lib.defaults())
   c.lambda_base = 1.0
   c.lambda_pg = 0.05  # PSD; 0: no guidance by the previous student
   c.lambda_df = 1.0  # DARE; 0: no memory of patches is kept
@@ -107,14 +81,6 @@ def default() -> ml_collections.ConfigDict:
   return c
 
 
-def _teacher_section(**fields: Any) -> ml_collections.ConfigDict:
-  section = ml_collections.ConfigDict(
-    dict(steps=100_000, encoder=salt_config.encoder_section(), **fields)
-  )
-  section.encoder.size = 'B'
-  return section
-
-
 def build(
   config: ml_collections.ConfigDict,
   video: tuple[int, ...],
@@ -137,21 +103,7 @@ def build(
         f'method.{knob}: found {config[knob]!r}, wanted one of {values}'
       )
   _check(config)
-  own, modules = [], {}
-  for name in config.teachers:
-    source = config[name].teacher
-    phase = f'{name}_teacher'
-    if source == f'@{phase}':
-      own.append(pmd_teachers.MAKERS[name](phase, config, video))
-      modules[name] = own[-1].encoder
-    elif not source or source.startswith('@'):
-      raise ValueError(
-        f'method.{name}.teacher: found {source!r}; wanted a run folder, '
-        'published weights (folder, file or hub id), or '
-        f'@{phase} to train it first. Without one it would be a random model'
-      )
-    else:
-      modules[name] = _fitted(resolve(source), config.vit.patch)
+  own, modules = teachers_lib.find(config, config.teachers, video, resolve)
   student = _student(config, modules)
   # Fields of the method and keys of its config have the same names.
   taken = set(pmd.Pmd.__dataclass_fields__) & set(config)
@@ -168,10 +120,9 @@ def _check(config: ml_collections.ConfigDict) -> None:
       f'method.mask_ratios, method.steps: found {ratios} and {steps}; wanted '
       'rising ratios, and as many numbers of steps'
     )
-  unknown = [n for n in config.teachers if n not in TEACHERS]
-  if unknown or not config.teachers:
+  if not config.teachers:
     raise ValueError(
-      f'method.teachers: found {config.teachers}, wanted some of {TEACHERS}'
+      f'method.teachers: found (), wanted some of {teachers_lib.NAMES}'
     )
   if config.masks_per_clip < 1 or config.window < 1:
     raise ValueError(
@@ -217,13 +168,7 @@ def _distil(
   """Returns a phase for each mask ratio."""
   grid = layers.grid_of((1, *video), student.encoder.patch)
   encoder, done = student.encoder, []
-  teachers = {
-    # Targets come from evaluation mode: no drop path in a teacher.
-    name: base.Teacher(
-      _still(module), config[name].teacher, dtype=config[name].dtype
-    )
-    for name, module in modules.items()
-  }
+  teachers = teachers_lib.frozen(config, modules)
   align = {
     name: student_lib.Alignment(module.width, encoder.dtype)
     for name, module in modules.items()
@@ -291,19 +236,6 @@ def _masks(
   return tuple(dataclasses.replace(s, rule='masked_floor') for s in specs)
 
 
-def _fitted(module: nn.Module, patch: layers.Grid) -> nn.Module:
-  """Returns a teacher that cuts a clip as the student does, if it is of images.
-
-  It then looks at the first frame of each of the student's patches, resized
-  where its own patches have another side.
-  """
-  if not isinstance(module, framewise.Framewise):
-    return module
-  every, side, _ = patch
-  cell = None if side == module.image.patch[1] else side
-  return module.clone(every=every, cell=cell)
-
-
 def _row_shape(
   config: ml_collections.ConfigDict, grid: layers.Grid
 ) -> tuple[int]:
@@ -311,11 +243,9 @@ def _row_shape(
   return (h * w if config.rows_shape == 'tube' else t * h * w,)
 
 
-def _still(module: nn.Module) -> nn.Module:
-  """Returns a network without drop path anywhere."""
-  if isinstance(module, student_lib.Student):
-    return module.clone(
-      encoder=_still(module.encoder),
-      decoder={name: _still(x) for name, x in module.decoder.items()},
-    )
-  return module.clone(drop_path=0.0)
+def _still(student: student_lib.Student) -> student_lib.Student:
+  """Returns a student without drop path anywhere."""
+  return student.clone(
+    encoder=student.encoder.clone(drop_path=0.0),
+    decoder={n: x.clone(drop_path=0.0) for n, x in student.decoder.items()},
+  )

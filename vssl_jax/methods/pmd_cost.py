@@ -3,7 +3,7 @@
 from typing import Any
 
 from vssl_jax import flops
-from vssl_jax.methods import base, difficulty
+from vssl_jax.methods import base, difficulty, teachers
 from vssl_jax.models import layers
 from vssl_jax.models import student as student_lib
 
@@ -31,14 +31,9 @@ def cost(phase: Any, video: tuple[int, ...]) -> base.Cost:
       trained += 3 * 2.0 * visible * width * align.out_width * maps
   for spec, now in zip(phase.previous_masks, phase.masks, strict=False):
     frozen += _guide(student, spec.counts(grid), now.counts(grid), grid)
-  frozen += sum(
-    flops.forward(
-      teacher.module, layers.grid_of((1, *video), teacher.module.patch)
-    )
-    for name, teacher in phase.teachers.items()
-    if name != 'previous'
-  )
-  return base.Cost(trained, float(frozen), kept)
+  outside = {n: t for n, t in phase.teachers.items() if n != 'previous'}
+  frozen += teachers.cost(outside, video)
+  return base.Cost(trained, frozen, kept)
 
 
 def _guide(

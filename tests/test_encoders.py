@@ -137,6 +137,7 @@ def test_a_source_that_is_nothing_is_an_error(tmp_path):
     encoders.load(str(tmp_path / 'nothing_here'))
 
 
+@pytest.mark.slow
 def test_a_student_may_start_from_a_run(run, tmp_path):
   """`init_from`: the first state holds the source's values."""
   config = conftest.tiny_config(run.parent / 'clips' / 'train', tmp_path / 'r')

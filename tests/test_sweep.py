@@ -38,6 +38,7 @@ def found():
     return sweep.phases(compared, steps=3, say=lines.append), lines
 
 
+@pytest.mark.slow
 def test_ratios_fall_with_every_lock(found):
   rows = found[0]['results']
   assert [row['phase'] for row in rows] == ['pixels', 'lock_01']
@@ -49,6 +50,7 @@ def test_ratios_fall_with_every_lock(found):
   assert json.loads(json.dumps(found[0])) == found[0]
 
 
+@pytest.mark.slow
 def test_what_is_locked_has_neither_moments_nor_gradients(found):
   first, last = found[0]['results']
   locked = last['frozen_parameters'] - first['frozen_parameters']
@@ -59,6 +61,7 @@ def test_what_is_locked_has_neither_moments_nor_gradients(found):
   assert moments == 2 * gradients
 
 
+@pytest.mark.slow
 def test_the_table_has_a_line_for_each_phase(found):
   lines = found[1]
   assert lines[0].split() == ['phase', 'frozen', *sweep.RATIOS]
@@ -68,6 +71,7 @@ def test_the_table_has_a_line_for_each_phase(found):
   assert lines[-1].startswith('1 is: ')
 
 
+@pytest.mark.slow
 def test_phases_that_do_not_fit_beside_each_other_run_alone(found, monkeypatch):
   groups, rows = [], iter(found[0]['results'])
 

@@ -131,6 +131,7 @@ def one_frame_accuracy(train, test):
   return np.mean((x_test @ weights).argmax(1) == y_test)
 
 
+@pytest.mark.slow
 def test_no_single_frame_gives_the_class_away():
   train, labels = clips(1000, 'train')
   test, answers = clips(600, 'test')

@@ -70,7 +70,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param('features kept', marks=pytest.mark.slow),
+    'new crops, absolute error',
+  ],
+)
 def test_depth_is_learned_and_reported(
   name, scenes, encoder, tmp_path, monkeypatch, capsys
 ):

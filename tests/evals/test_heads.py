@@ -40,7 +40,9 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize('name', NETWORKS)
+@pytest.mark.parametrize(
+  'name', ['linear', pytest.param('attentive', marks=pytest.mark.slow)]
+)
 def test_twenty_heads_at_once_are_twenty_heads_apart(name):
   network, batches = NETWORKS[name], list(rows())
   spec = spec_of(network)
@@ -74,6 +76,7 @@ def test_twenty_heads_at_once_are_twenty_heads_apart(name):
     )
 
 
+@pytest.mark.slow
 def test_warmup_and_decay_of_matrices_alone_are_those_of_optax():
   network, batches = NETWORKS['attentive'], list(rows(5))
   spec = spec_of(network, (1e-2,), (0.5,), steps=5, warmup=2, decay='matrices')

@@ -82,7 +82,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize('name', CASES)
+SLOW = ('attentive, several views', 'readout, several clips')
+
+
+@pytest.mark.parametrize(
+  'name',
+  [pytest.param(x, marks=[pytest.mark.slow] * (x in SLOW)) for x in CASES],
+)
 def test_colours_are_told_apart(name, videos, tmp_path, capsys, encoder):
   before = jax.tree.map(np.asarray, encoder.params)
   assert run.run(config_of(videos, tmp_path, **CASES[name])) == 0

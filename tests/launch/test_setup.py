@@ -145,6 +145,7 @@ def test_installs_again_when_something_changed(clone):
   assert clone.installs()[4:] == [str(moved)]
 
 
+@pytest.mark.slow
 def test_recovers_from_an_interrupted_install(clone):
   assert clone.run(STUB_PIP='kill')[0] == -9
   assert (clone.root / '.venv/half-unpacked').exists()
@@ -158,6 +159,7 @@ def test_recovers_from_an_interrupted_install(clone):
   assert len(clone.installs()) == 3
 
 
+@pytest.mark.slow
 def test_a_failed_install_starts_nothing(clone):
   status, out, err = clone.run(STUB_PIP='fail')
   assert (status, out) == (1, '')

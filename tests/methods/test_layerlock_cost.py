@@ -90,7 +90,8 @@ def _compiled(depth, batch=16, **knobs):
   return compiled.cost_analysis()['flops'], closed
 
 
-@pytest.mark.parametrize('depth', [2, pytest.param(6, marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize('depth', [2, 6])
 def test_the_backward_pass_of_locked_blocks_is_gone(depth):
   found, closed = _compiled(0, **PIXELS)
   locked_found, locked_closed = _compiled(depth, **PIXELS)

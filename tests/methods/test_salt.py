@@ -54,18 +54,30 @@ def _rng(step=0):
   return rngs.Rng(jax.random.key(7), jnp.int32(step))
 
 
-def _run(method, phase, teachers=None, batch=None, params=None, step=0):
-  batch = batch or _batch()
-  if params is None:
-    params = method.init(jax.random.key(1), batch['video'], phase)
-  return method.loss(params, teachers or {}, batch, _rng(step), phase)
+def _init(method, phase):
+  init = jax.jit(lambda video: method.init(jax.random.key(1), video, phase))
+  return init(_batch()['video'])
+
+
+def _loss(method, phase):
+  """(params, teachers, batch, step) -> loss and aux, compiled as a whole."""
+  return jax.jit(
+    lambda params, teachers, batch, step=0: method.loss(
+      params, teachers, batch, _rng(step), phase
+    )
+  )
+
+
+def _run(method, phase, teachers=None, params=None):
+  params = _init(method, phase) if params is None else params
+  return _loss(method, phase)(params, teachers or {}, _batch())
 
 
 def test_pixel_loss_is_the_mean_over_masks_of_the_mean_squared_error():
   method = _build()
   phase = method.phases()[0]
   batch = _batch()
-  params = method.init(jax.random.key(1), batch['video'], phase)
+  params = _init(method, phase)
   loss, aux = _run(method, phase, params=params)
   terms = []
   pixels = batch['video'].astype(np.float64) / 255
@@ -77,11 +89,11 @@ def test_pixel_loss_is_the_mean_over_masks_of_the_mean_squared_error():
   target = patches.reshape(3, 32, 384)
   for token, spec in enumerate(SPECS):
     mask, _ = spec.draw(_rng(), batch, GRID)
-    z = phase.encoder.apply(
+    z = jax.jit(phase.encoder.apply)(
       {'params': params['encoder']}, batch['video'], mask.visible
     )
-    p = phase.decoder.apply(
-      {'params': params['decoder']}, z, mask, GRID, token=token
+    p = jax.jit(phase.decoder.apply, static_argnums=(3, 4))(
+      {'params': params['decoder']}, z, mask, GRID, token
     )
     want = np.take_along_axis(target, np.asarray(mask.masked)[..., None], 1)
     terms.append(np.mean((np.asarray(p) - want) ** 2))
@@ -124,11 +136,11 @@ def _latent(values, target, **kwargs):
   """The latent loss with fixed predictions and a fixed teacher."""
   method = _build(latent_student=kwargs)
   phase = _with_teacher(method.phases()[1], Fixed())
-  params = method.init(jax.random.key(1), _batch()['video'], phase)
+  params = _init(method, phase)
   params = dict(params, predictor={'values': jnp.asarray(values)})
   phase = dataclasses.replace(phase, predictor=Oracle())
   teachers = {'target': {'values': jnp.asarray(target)}}
-  return method.loss(params, teachers, _batch(), _rng(), phase)
+  return _loss(method, phase)(params, teachers, _batch())
 
 
 def test_latent_loss_in_numpy():
@@ -189,21 +201,21 @@ def _student(**kwargs):
   method = _build(latent_student=kwargs)
   phase = method.phases()[1]
   video = _batch()['video']
-  teacher = phase.teachers['target'].module.init(jax.random.key(9), video)
+  init = jax.jit(phase.teachers['target'].module.init)
+  teacher = init(jax.random.key(9), video)
   return method, phase, {'target': teacher['params']}
 
 
 def test_no_gradient_reaches_the_teacher():
   method, phase, teachers = _student(teacher_dtype='float32')
-  params = method.init(jax.random.key(1), _batch()['video'], phase)
-  grads = jax.grad(
-    lambda t: method.loss(params, t, _batch(), _rng(), phase)[0]
-  )(teachers)
+  params = _init(method, phase)
+  loss = _loss(method, phase)
+  grads = jax.jit(jax.grad(lambda t: loss(params, t, _batch())[0]))(teachers)
   assert all(not np.any(g) for g in jax.tree.leaves(grads))
   # And the loss does depend on it.
   moved = jax.tree.map(lambda x: x + 0.1, teachers)
-  a = method.loss(params, teachers, _batch(), _rng(), phase)[0]
-  assert method.loss(params, moved, _batch(), _rng(), phase)[0] != a
+  a = loss(params, teachers, _batch())[0]
+  assert loss(params, moved, _batch())[0] != a
 
 
 def test_masked_pixels_reach_the_loss_only_through_the_target():
@@ -212,7 +224,7 @@ def test_masked_pixels_reach_the_loss_only_through_the_target():
   spec = phase.masks[0]
   phase = dataclasses.replace(_with_teacher(phase, Fixed()), masks=(spec,))
   teachers = {'target': {'values': jnp.ones(SHAPE)}}
-  params = method.init(jax.random.key(1), _batch()['video'], phase)
+  params = _init(method, phase)
   # Nothing is learned from a predictor that starts at zero output.
   params = jax.tree.map(lambda x: x + 0.01, params)
 
@@ -220,7 +232,9 @@ def test_masked_pixels_reach_the_loss_only_through_the_target():
     batch = dict(_batch(), video=video)
     return method.loss(params, teachers, batch, _rng(), phase)[0]
 
-  grad = np.asarray(jax.grad(loss)(_batch()['video'].astype(np.float32) / 255))
+  grad = np.asarray(
+    jax.jit(jax.grad(loss))(_batch()['video'].astype(np.float32) / 255)
+  )
   patches = np.asarray(losses.patchify(jnp.asarray(grad), (2, 8, 8)))
   touched = np.abs(patches).sum((2, 3)) > 0
   mask, _ = spec.draw(_rng(), _batch(), GRID)
@@ -228,16 +242,15 @@ def test_masked_pixels_reach_the_loss_only_through_the_target():
     assert set(np.flatnonzero(row)) == set(visible.tolist())
 
 
+@pytest.mark.slow
 def test_every_parameter_gets_a_gradient():
   method, phase, teachers = _student()
-  video = _batch()['video']
   for phase in (method.phases()[0], phase):
-    params = method.init(jax.random.key(1), video, phase)
+    params = _init(method, phase)
     params = jax.tree.map(lambda x: x + 0.01, params)
-    grads = jax.grad(
-      lambda p, phase=phase: method.loss(p, teachers, _batch(), _rng(), phase)[
-        0
-      ]
+    loss = _loss(method, phase)
+    grads = jax.jit(
+      jax.grad(lambda p, loss=loss: loss(p, teachers, _batch())[0])
     )(params)
     for name, g in trees.named_leaves(grads):
       assert np.any(g), name
@@ -247,10 +260,10 @@ def test_mask_tokens_are_shared_or_one_per_mask():
   method, phase, teachers = _student()
   for count in (1, 2):
     shared, shared_phase, _ = _student(mask_tokens=count)
-    params = shared.init(jax.random.key(1), _batch()['video'], shared_phase)
+    params = _init(shared, shared_phase)
     tokens = [n for n in params['predictor'] if n.startswith('mask_token')]
     assert len(tokens) == count
-    loss, _ = shared.loss(params, teachers, _batch(), _rng(), shared_phase)
+    loss, _ = _loss(shared, shared_phase)(params, teachers, _batch())
     assert np.isfinite(loss)
   del method, phase
 
@@ -259,10 +272,12 @@ def test_mask_tokens_are_shared_or_one_per_mask():
 def test_the_loss_depends_on_seed_step_and_clip_only():
   method, phase, teachers = _student()
   batch = _batch(4)
-  params = method.init(jax.random.key(1), batch['video'], phase)
+  params = _init(method, phase)
+
+  loss = _loss(method, phase)
 
   def at(batch, step=0):
-    return float(method.loss(params, teachers, batch, _rng(step), phase)[0])
+    return float(loss(params, teachers, batch, step)[0])
 
   order = np.array([2, 0, 3, 1])
   shuffled = dict(
@@ -283,7 +298,7 @@ def test_student_and_teacher_of_other_sizes():
   teacher = phase.teachers['target'].module
   assert (teacher.width, phase.encoder.width) == (24, 48)
   teachers = {'target': teacher.init(jax.random.key(0), video)['params']}
-  params = method.init(jax.random.key(1), video, phase)
+  params = _init(method, phase)
   assert params['predictor']['head']['kernel'].shape == (24, 24)
   assert np.isfinite(_run(method, phase, teachers, params=params)[0])
 
@@ -369,7 +384,7 @@ def test_encode_is_the_encoder_with_its_final_norm():
   method = _build()
   phase = method.phases()[1]
   video = _batch()['video']
-  params = method.init(jax.random.key(1), video, phase)
+  params = _init(method, phase)
   tokens = method.encode(params, video)
   assert tokens.shape == (3, 32, 24)
   np.testing.assert_allclose(np.mean(tokens, -1), 0, atol=1e-5)

@@ -54,6 +54,7 @@ def test_constant_features_raise_it():
   assert health.collapsed(_panel(constant.astype(np.float32)), before)
 
 
+@pytest.mark.slow
 def test_a_run_logs_the_panel(tiny):
   tiny.health.update(dict(every=4.0, clips=32))
   assert trainer.train(tiny) == 0

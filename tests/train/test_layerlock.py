@@ -11,7 +11,8 @@ from vssl_jax import encoders, trees
 from vssl_jax.train import ahead, begin, trainer
 from vssl_jax.train import run as run_lib
 
-SLOW = pytest.mark.slow
+# Whole runs. What freezing does in one step stands in test_freezing.py.
+pytestmark = pytest.mark.slow
 
 
 def _copy(config):
@@ -174,13 +175,7 @@ def test_without_locks_the_losses_are_those_before_the_first(
 
 @pytest.mark.parametrize(
   'step',
-  [
-    8,  # a boundary between locks
-    10,  # inside a lock
-    pytest.param(2, marks=SLOW),
-    pytest.param(4, marks=SLOW),
-    pytest.param(6, marks=SLOW),
-  ],
+  [2, 4, 6, 8, 10],  # 4 and 8 are boundaries between locks
 )
 def test_resume_is_bit_exact(finished, tmp_path, step):
   """Invariant 9: the optimizer's tree differs from phase to phase."""
@@ -225,7 +220,6 @@ def half(clips, tmp_path_factory):
   return config
 
 
-@SLOW
 def test_frozen_matrices_are_kept_in_half_the_bytes(half):
   found = locks.states(half.workdir)
   for step, k in ((1, 0), (2, 1), (3, 2)):
@@ -250,7 +244,6 @@ def test_frozen_matrices_are_kept_in_half_the_bytes(half):
   assert np.isfinite(encoder(clip)).all()
 
 
-@SLOW
 def test_a_run_with_frozen_matrices_in_half_resumes(half, tmp_path):
   config = _cut(half, tmp_path, 3)
   assert trainer.train(config) == 0
@@ -258,7 +251,6 @@ def test_a_run_with_frozen_matrices_in_half_resumes(half, tmp_path):
   assert locks.sums(want) == locks.sums(got)
 
 
-@SLOW
 def test_vjepa_with_locks_and_an_average_that_catches_up(clips, tmp_path):
   """The average of a frozen leaf comes to it by half with every step."""
   config = locks.tiny(clips, tmp_path / 'run', '((0, 2), (1, 4))')

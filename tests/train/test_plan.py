@@ -191,6 +191,7 @@ def test_a_long_run_is_told_by_its_ends(tmp_path, monkeypatch):
   assert names == [(f'lock_{i}', str(10 * i + i // 5)) for i in range(6)]
 
 
+@pytest.mark.slow
 def test_a_compiler_speaks_of_its_own_machine_only(tmp_path):
   config = _config(tmp_path)
   config.method.phases = ('pixel_teacher',)

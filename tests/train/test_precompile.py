@@ -67,6 +67,7 @@ def run(tiny, tmp_path, monkeypatch):
   return run
 
 
+@pytest.mark.slow
 def test_the_bits_are_the_same_and_the_switch_is_told(run, tmp_path, capsys):
   specs = {'seen': base.RowSpec(())}
   plan = [dataclasses.replace(phase, row_specs=specs) for phase in _plan()]

@@ -97,6 +97,7 @@ def test_auto_is_decided_once_and_kept(locks, tmp_path, capsys):
   assert trial.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_suggest_prints_what_the_drift_says(locks, tmp_path, capsys):
   assert main.main([*locks, '--suggest']) == 0
   line = capsys.readouterr().out.splitlines()[-1]

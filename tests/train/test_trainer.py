@@ -122,6 +122,7 @@ def test_starting_a_finished_run_again_does_nothing(finished, tmp_path):
   assert (copy / 'metrics.jsonl').read_text() == before
 
 
+@pytest.mark.slow
 def test_rotten_values_give_way_to_the_state_before(finished, tmp_path):
   config, workdir = finished
   copy = tmp_path / 'run'
@@ -198,6 +199,7 @@ def test_the_mesh_does_not_change_the_losses(finished, tmp_path, mesh):
   )
 
 
+@pytest.mark.slow
 def test_a_student_alone_from_a_finished_teacher(finished, tmp_path):
   """`phases=('latent_student',)` starts with the chained run's loss."""
   config, workdir = finished
@@ -243,7 +245,11 @@ def test_the_last_logged_step_survives_half_a_line(tmp_path):
 @pytest.mark.parametrize(
   ('decay', 'message'),
   [
-    (1e3, r"parameter '\w+/\S+' holds a value that is not finite"),
+    pytest.param(
+      1e3,
+      r"parameter '\w+/\S+' holds a value that is not finite",
+      marks=pytest.mark.slow,
+    ),
     # Parameters stay finite, and no loss is any more.
     (0.0, r'4 steps in a row had a loss or gradient that is not finite'),
   ],

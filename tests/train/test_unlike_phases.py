@@ -56,6 +56,7 @@ class _Stop:
     return []
 
 
+@pytest.mark.slow
 def test_a_stopped_run_spends_no_time_on_pictures(unlike):
   unlike.method.phases = ('pixel_teacher',)
   status = main.JOBS['train'](unlike, watchers=[_Stop()])

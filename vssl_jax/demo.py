@@ -21,6 +21,7 @@ from vssl_jax import encoders
 from vssl_jax.data import pipeline, synthetic
 from vssl_jax.evals import features, knn, linear, probe
 from vssl_jax.show import drift
+from vssl_jax.show import masks as mask_pictures
 from vssl_jax.train import provenance, rewind, trainer
 
 # Videos to pretrain on, to train the probe on, and to test it on.
@@ -177,6 +178,7 @@ def run(
   if status:
     return status
   drift.save_in(config.workdir)
+  mask_pictures.save_in(config.workdir)
   report = measure(config, videos)
   (workdir / 'demo.json').write_text(json.dumps(report, indent=1))
   print(summary(report, config))

@@ -27,15 +27,16 @@ from vssl_jax import config as config_lib
 from vssl_jax import flags as flags_lib
 from vssl_jax.evals import depth, finetune, plans
 from vssl_jax.evals import run as evaluation
-from vssl_jax.show import drift
+from vssl_jax.show import drift, masks
 from vssl_jax.train import plan, precompile, replay, rewind, suggest, trainer
 
 
 def _train(config: ml_collections.ConfigDict, **kwargs: Any) -> int:
-  """Pretrains, and draws how the layers moved if it came to its end."""
+  """Pretrains; if it came to its end, draws masks and how layers moved."""
   status = suggest.train(config, **kwargs)
   if not status:
     drift.save_in(config.workdir)
+    masks.save_in(config.workdir)
   return status
 
 

@@ -83,3 +83,13 @@ def test_an_unknown_normalisation_is_an_error(clips, mask):
 
 def test_grey_clips_have_three_channels(clips):
   assert pixels.rgb(clips[..., :1]).shape == clips.shape
+
+
+def test_patches_are_as_bright_as_their_scores(clips):
+  scores = np.float32([[0, 2, 4, 1, 3, 3, 0, 0], [0] * 8])
+  found = pixels.lit(clips, scores, PATCH)
+  wanted = [0, 0.5, 1, 0.25, 1, 1, 0, 0]  # over the highest of a time step
+  for token, light in enumerate(wanted):
+    box = clips[0][_box(token)]
+    np.testing.assert_allclose(found[0][_box(token)], light * box, atol=0.51)
+  assert not found[1].any()

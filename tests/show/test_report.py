@@ -10,7 +10,7 @@ from vssl_jax import losses, masking
 from vssl_jax.data import synthetic
 from vssl_jax.models import layers
 from vssl_jax.show import __main__ as program
-from vssl_jax.show import page, report, sheet
+from vssl_jax.show import opened, page, report, sheet
 from vssl_jax.train import trainer
 
 
@@ -58,9 +58,9 @@ def test_the_page_refers_to_files_that_exist(finished):
 
 @pytest.mark.slow
 def test_what_is_shown_is_what_the_loss_measures(finished):
-  shown = report._open(finished, 2)
+  shown = opened.open_run(finished, 2)
   phase, student = shown.method.phases()
-  params, rng = report._params(finished, phase), report._rng(shown)
+  params, rng = opened.params(finished, phase), opened.rng(shown)
   found = shown.method.reconstruct(params, shown.batch, rng, phase)
   targets = losses.pixel_targets(
     layers.to_unit(shown.batch['video']),

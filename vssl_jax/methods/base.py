@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Num
 
 from vssl_jax import masking, rngs, trees
+from vssl_jax.models import layers
 
 Params = Mapping[str, Any]  # role -> tree: {'encoder': ..., 'predictor': ...}
 TARGETS = 'targets/'  # of the entries of a batch
@@ -59,6 +60,19 @@ class Cost(NamedTuple):
   def total(self) -> float:
     """FLOPs of the step per clip."""
     return self.trained + self.frozen
+
+
+class Seen(NamedTuple):
+  """A mask of a step, for pictures.
+
+  Attributes:
+    mask: of the encoder's tokens.
+    scores: float32 [B, N], how much a teacher makes of each token, where the
+      mask was drawn by that.
+  """
+
+  mask: masking.Mask
+  scores: Array | None = None
 
 
 class Reconstruction(NamedTuple):
@@ -348,6 +362,25 @@ class Method(abc.ABC):
     return phase.encoder.apply(
       {'params': params['encoder']}, video, depth=depth
     )
+
+  def masks(
+    self,
+    teachers: Mapping[str, Any],
+    batch: Mapping[str, Any],
+    rng: rngs.Rng,
+    phase: Phase,
+  ) -> Mapping[str, Seen]:
+    """Returns the masks of a step by name, for pictures.
+
+    Empty where a phase has none. Arguments as in `loss`; teachers may be
+    missing where no mask goes by what they say.
+    """
+    del teachers
+    grid = layers.grid_of(batch['video'].shape, phase.encoder.patch)
+    return {
+      spec.name: Seen(spec.draw(rng, batch, grid)[0])
+      for spec in getattr(phase, 'masks', ())
+    }
 
   def reconstruct(
     self,

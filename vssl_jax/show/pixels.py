@@ -60,6 +60,21 @@ def masked(clips: Clips, mask: masking.Mask, patch: Patch) -> Clips:
   return join(out, patch, clips.shape)
 
 
+def lit(clips: Clips, scores: Float[np.ndarray, 'B N'], patch: Patch) -> Clips:
+  """Returns clips as bright as the scores of their patches.
+
+  Args:
+    clips: whole ones.
+    scores: not negative; the highest of a time step is full brightness.
+    patch: (frames, rows, columns) of a patch.
+  """
+  patches, steps = cut(clips, patch), clips.shape[1] // patch[0]
+  light = scores.reshape(len(clips), steps, -1)
+  light = light / np.maximum(light.max(2, keepdims=True), 1e-30)
+  out = patches * light.reshape(len(clips), -1, 1, 1)
+  return join(out.round().astype(np.uint8), patch, clips.shape)
+
+
 def restore(
   predicted: Float[np.ndarray, 'B M PC'],
   truth: Float[np.ndarray, 'B M P C'],

@@ -4,49 +4,34 @@ A phase is drawn by what its method offers: `masks` of the phase,
 `Method.reconstruct`, and `Method.encode`.
 """
 
-import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 
 from vssl_jax import config as config_lib
-from vssl_jax import encoders, methods, rngs
-from vssl_jax.data import pipeline
+from vssl_jax import encoders, rngs
 from vssl_jax.methods import base
 from vssl_jax.models import layers
-from vssl_jax.show import colours, curves, drift, page, pixels, sheet
-from vssl_jax.train import checkpoint, manifests
+from vssl_jax.show import (
+  colours,
+  curves,
+  drift,
+  masks,
+  opened,
+  page,
+  pixels,
+  sheet,
+)
+from vssl_jax.train import checkpoint
 
 TRUTH_USED = (
   "each predicted patch is un-normalised with the true patch's mean and "
   'deviation, so brightness and contrast are not predicted'
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Shown:
-  """A run opened for pictures.
-
-  Attributes:
-    folder: the run's.
-    record: its `run.json`.
-    config: the config in it.
-    method: built from that.
-    batch: `video` and `index` of the clips to draw.
-  """
-
-  folder: pathlib.Path
-  record: dict[str, Any]
-  config: ml_collections.ConfigDict
-  method: base.Method
-  batch: dict[str, np.ndarray]
 
 
 def write(
@@ -72,7 +57,7 @@ def write(
           f'{run}: found no {name}, wanted the folder of a run '
           '(its --config.workdir)'
         )
-  shown = _open(runs[0], clips)
+  shown = opened.open_run(runs[0], clips)
   out = runs[0] / 'report'
   out.mkdir(exist_ok=True)
   sections = [_curves(out, runs), *_layers(out, runs[0])]
@@ -82,23 +67,6 @@ def write(
   path = out / 'index.html'
   path.write_text(text)
   return path
-
-
-def _open(folder: pathlib.Path, clips: int) -> Shown:
-  if clips < 1:
-    raise ValueError(f'--clips: found {clips}, wanted at least 1')
-  record = json.loads((folder / 'run.json').read_text())
-  config = config_lib.from_json(record['config'])
-  method = methods.build(
-    config.method, tuple(record['video']), encoders.module_of
-  )
-  data = config.data.to_dict() | {'workers': 0}
-  first = next(iter(pipeline.evaluation(data, batch_size=clips)))
-  there = first['weight'] > 0
-  batch = {k: np.asarray(first[k])[there] for k in ('video', 'index')}
-  if not there.any():
-    raise ValueError(f'{folder}: none of the first {clips} videos can be read')
-  return Shown(folder, record, config, method, batch)
 
 
 def _curves(out: pathlib.Path, runs: Sequence[pathlib.Path]) -> page.Section:
@@ -118,13 +86,19 @@ def _layers(out: pathlib.Path, run: pathlib.Path) -> list[page.Section]:
   return [page.Section('How the layers move', pictures)]
 
 
-def _phase(out: pathlib.Path, shown: Shown, phase: base.Phase) -> page.Section:
+def _phase(
+  out: pathlib.Path, shown: opened.Shown, phase: base.Phase
+) -> page.Section:
   """Draws what a phase offers; without a checkpoint, its masks alone."""
-  pictures = list(_masks(out, shown, phase))
-  title, params = f'Phase {phase.name}', _params(shown.folder, phase)
+  pictures, missing = [], ''
+  try:
+    pictures += masks.draw(out, shown, phase)
+  except (ValueError, OSError, checkpoint.CheckpointError) as error:
+    missing = f' No masks, which go by a teacher: {error}.'
+  title, params = f'Phase {phase.name}', opened.params(shown.folder, phase)
   if params is None:
     note = 'No checkpoint: not begun, or not one of checkpoint.keep_phases.'
-    return page.Section(title, pictures, note)
+    return page.Section(title, pictures, note + missing)
   pictures += _reconstructions(out, shown, phase, params)
   pictures += _features(out, shown, phase, params)
   averages = [
@@ -132,69 +106,17 @@ def _phase(out: pathlib.Path, shown: Shown, phase: base.Phase) -> page.Section:
     for part in encoders.parts(shown.folder)
     if part.startswith(f'{phase.name}/')
   ]
-  note = f'Its encoder: {shown.folder}@{phase.name}.'
+  note = f'Its encoder: {shown.folder}@{phase.name}.{missing}'
   for average in averages:
-    mean = _params(shown.folder, phase, f'ema/{average}')
+    mean = opened.params(shown.folder, phase, f'ema/{average}')
     both = {**params, 'encoder': mean}
     pictures += _features(out, shown, phase, both, average)
     note += f' Its average {average}: {shown.folder}@{phase.name}/{average}.'
   return page.Section(title, pictures, note)
 
 
-def _params(
-  folder: pathlib.Path, phase: base.Phase, subtree: str = 'params'
-) -> Any:
-  """Returns the newest parameters of a phase, None if none are saved."""
-  found = [s for s in manifests.listing(folder) if s.phase == phase.name]
-  found = [s for s in found if not manifests.damage(s)]
-  if not found:
-    return None
-  saved = max(found, key=lambda s: s.step)
-  place = SingleDeviceSharding(jax.local_devices()[0])
-  target = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-    saved.shapes(subtree),
-  )
-  return checkpoint.restore(saved, target, subtree)
-
-
-def _rng(shown: Shown) -> rngs.Rng:
-  return rngs.Rng(jax.random.key(shown.config.seed), jax.numpy.int32(0))
-
-
-def _frames(clips: np.ndarray, i: int) -> list[np.ndarray]:
-  return list(sheet.some(pixels.rgb(clips[i])))
-
-
-def _masks(
-  out: pathlib.Path, shown: Shown, phase: base.Phase
-) -> list[page.Picture]:
-  """One picture per mask: the clips, and what the encoder sees of them."""
-  pictures = []
-  video = shown.batch['video']
-  for spec in getattr(phase, 'masks', ()):
-    grid = layers.grid_of(video.shape, phase.encoder.patch)
-    mask, _ = spec.draw(_rng(shown), shown.batch, grid)
-    seen = pixels.masked(video, mask, phase.encoder.patch)
-    rows = {}
-    for i in range(len(video)):
-      rows[f'clip {i}'] = _frames(video, i)
-      rows[f'clip {i}, what the encoder sees'] = _frames(seen, i)
-    visible, hidden = (x.shape[1] for x in mask)
-    rest = int(np.prod(grid)) - visible - hidden
-    caption = (
-      f'{phase.name}, mask {spec.name}: {visible} tokens are seen and {hidden} '
-      'are to be predicted (grey)'
-      + (f'; {rest} are neither (dark).' if rest else '.')
-    )
-    name = f'{phase.name}-mask-{spec.name or "all"}.png'
-    sheet.save(out / name, rows, caption)
-    pictures.append(page.Picture(name, caption))
-  return pictures
-
-
 def _reconstructions(
-  out: pathlib.Path, shown: Shown, phase: base.Phase, params: Any
+  out: pathlib.Path, shown: opened.Shown, phase: base.Phase, params: Any
 ) -> list[page.Picture]:
   """One picture per mask of a phase that predicts pixels."""
   kinds: dict[str, tuple[str, int]] = {}
@@ -206,7 +128,7 @@ def _reconstructions(
     kinds.update({name: (r.kind, r.every) for name, r in found.items()})
     return {name: (r.mask, r.predicted) for name, r in found.items()}
 
-  found = predict(params, shown.batch, _rng(shown))
+  found = predict(params, shown.batch, opened.rng(shown))
   pictures = []
   for label, (mask, output) in found.items():
     (kind, every), predicted = kinds[label], np.asarray(output, np.float32)
@@ -216,9 +138,9 @@ def _reconstructions(
     made = pixels.reconstructed(video, mask, predicted, kind, patch)
     rows = {}
     for i in range(len(video)):
-      rows[f'clip {i}'] = _frames(video, i)
-      rows[f'clip {i}, what the encoder sees'] = _frames(seen, i)
-      rows[f'clip {i}, predicted'] = _frames(made, i)
+      rows[f'clip {i}'] = opened.frames(video, i)
+      rows[f'clip {i}, what the encoder sees'] = opened.frames(seen, i)
+      rows[f'clip {i}, predicted'] = opened.frames(made, i)
     how = (
       'no statistics of the truth are used' if kind == 'none' else TRUTH_USED
     )
@@ -234,7 +156,7 @@ def _reconstructions(
 
 def _features(
   out: pathlib.Path,
-  shown: Shown,
+  shown: opened.Shown,
   phase: base.Phase,
   params: Any,
   average: str = '',
@@ -246,7 +168,7 @@ def _features(
   grid = layers.grid_of(video.shape, patch)
   rows = {}
   for i in range(len(video)):
-    rows[f'clip {i}'] = _frames(video, i)
+    rows[f'clip {i}'] = opened.frames(video, i)
     painted = colours.of_clip(tokens[i], grid, patch)
     rows[f'clip {i}, features'] = list(sheet.some(painted))
   whose = f'average {average} of the encoder' if average else 'encoder'
@@ -260,7 +182,7 @@ def _features(
   return [page.Picture(name, caption)]
 
 
-def _facts(shown: Shown) -> dict[str, Any]:
+def _facts(shown: opened.Shown) -> dict[str, Any]:
   """Returns what the head of the page says."""
   made = shown.record['provenance']
   lines = curves.read(shown.folder / 'metrics.jsonl')

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 from vssl_jax import config as config_lib
 from vssl_jax import methods, sharding, trees, weights
 from vssl_jax.methods import base
-from vssl_jax.models import framewise, layers
+from vssl_jax.models import framewise, hiera, layers
 from vssl_jax.train import checkpoint, manifests
 
 
@@ -78,23 +78,34 @@ class Encoder:
 
     Learned positions are resized to the grid of these clips, trilinear; other
     positions are formulas and need nothing. Image models have one table for
-    all frames.
+    all frames, Hiera one of space and one of time, for its first stage.
 
     Args:
       video: (T, H, W, C).
     """
-    grid = layers.grid_of((1, *video), self.module.patch)
+    t, h, w = layers.grid_of((1, *video), self.module.patch)
     if isinstance(self.module, framewise.Framewise):
-      grid = (1, *grid[1:])
-    found = self.params.get('positions')
-    if found is None or found.shape[:3] == grid:
+      t = 1
+    network = getattr(self.module, 'image', self.module)
+    if isinstance(network, hiera.Hiera):
+      h, w = (n * 2**network.q_pool for n in (h, w))
+    wanted = {
+      'positions': (t, h, w),
+      'positions_space': (1, h, w),
+      'positions_time': (t, 1, 1),
+    }
+    params = dict(self.params)
+    for name, grid in wanted.items():
+      found = params.get(name)
+      if found is None or found.shape[:3] == grid:
+        continue
+      logging.getLogger(__name__).info(
+        '%s: learned %s resized from a grid of %s tokens to %s',
+        self.name, name, found.shape[:3], grid,
+      )  # fmt: skip
+      params[name] = weights.resize(np.asarray(found), (*grid, found.shape[3]))
+    if all(params[name] is x for name, x in self.params.items()):
       return self
-    logging.getLogger(__name__).info(
-      '%s: learned positions resized from a grid of %s tokens to %s',
-      self.name, found.shape[:3], grid,
-    )  # fmt: skip
-    table = weights.resize(np.asarray(found), (*grid, found.shape[3]))
-    params = {**self.params, 'positions': table}
     return dataclasses.replace(self, params=params)
 
   def shapes(self, video: tuple[int, ...]) -> jax.ShapeDtypeStruct:

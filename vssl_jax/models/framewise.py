@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Num, Shaped
 
 from vssl_jax import masking
-from vssl_jax.models import layers, vit
+from vssl_jax.models import hiera, layers, vit
 
 
 class Framewise(nn.Module):
@@ -31,7 +31,7 @@ class Framewise(nn.Module):
       encoder's patches, and frames as they are.
   """
 
-  image: vit.Vit
+  image: vit.Vit | hiera.Hiera
   every: int = 2
   cell: int | None = None
 
@@ -55,7 +55,7 @@ class Framewise(nn.Module):
   @nn.nowrap
   def clone(self, **fields: Any) -> 'Framewise':
     """Returns a copy; fields of the image encoder are replaced there."""
-    known = set(vit.Vit.__dataclass_fields__) - {'parent', 'name'}
+    known = set(self.image.__dataclass_fields__) - {'parent', 'name'}
     inner = {n: fields.pop(n) for n in [*fields] if n in known}
     if inner:
       fields['image'] = self.image.clone(**inner)
@@ -96,7 +96,7 @@ class Framewise(nn.Module):
   @property
   def products(self) -> str:
     """Type of the blocks' products with their weights, see `vit.Vit`."""
-    return self.image.products
+    return getattr(self.image, 'products', 'same')
 
   def __call__(
     self,
@@ -108,20 +108,25 @@ class Framewise(nn.Module):
 
     Args:
       video: uint8, or floats in [0, 1].
-      visible: flat indices of the tokens to embed, ascending, as many of each
-        frame; None for all.
+      visible: flat indices of the tokens to embed, of Hiera of the units to
+        keep, ascending, as many of each frame; None for all.
       **options: `depth`, `upto`, `features`, `attention_to`, `deterministic`
-        and others of `vit.Vit`.
+        and others of the image encoder.
 
     Returns:
-      Tokens as from `vit.Vit`, those of all frames in a row.
+      Tokens as from the image encoder, those of all frames in a row; stages of
+      Hiera with the frames along time.
 
     Raises:
       ValueError: visible tokens that frames cannot share equally.
     """
     grid = layers.grid_of(video.shape, self.patch)
     if visible is not None:
-      visible = _within(visible, grid)
+      cells = grid
+      if isinstance(self.image, hiera.Hiera):
+        left = self.image.unit[1] // 2**self.image.q_pool
+        cells = (grid[0], grid[1] // left, grid[2] // left)
+      visible = _within(visible, cells)
     frames = video[:, :: self.every]
     frames = frames.reshape(-1, 1, *frames.shape[2:])
     if self.patch[1:] != self.image.patch[1:]:

@@ -65,8 +65,6 @@ class Hiera(nn.Module):
     padding: zeros around a clip, frames and pixels.
     separable: learned positions are one table of space and one of time, and
       not one of both.
-    grid: tokens (t, h, w) of the first stage that learned positions are for;
-      None for those of the clip that parameters are made with.
     final_norm: layer norm without parameters on the tokens of the last stage.
     init_family: of initial values: `classifier` as released for training with
       labels, or `mae`.
@@ -81,14 +79,13 @@ class Hiera(nn.Module):
   """
 
   channels: int
-  depths: tuple[int, int, int, int]
+  depths: tuple[int, ...]
   num_heads: int
   q_pool: int = 2
   kernel: layers.Grid = (3, 7, 7)
   stride: layers.Grid = (2, 4, 4)
   padding: layers.Grid = (1, 3, 3)
   separable: bool = True
-  grid: layers.Grid | None = None
   final_norm: bool = True
   init_family: str = 'mae'
   gelu: str = 'exact'
@@ -246,7 +243,7 @@ class Hiera(nn.Module):
       dtype=jnp.dtype(self.dtype),
       param_dtype=jnp.float32,
       kernel_init=layers.kernel_init(INITS[self.init_family], 'embed'),
-      bias_init=_conv_bias(math.prod(self.kernel) * len(self.mean)),
+      bias_init=layers.fan_in_bias(math.prod(self.kernel) * len(self.mean)),
       conv_general_dilated=_conv,
       name='embed',
     )(x)
@@ -256,7 +253,7 @@ class Hiera(nn.Module):
 
   def _table(self, grid: layers.Grid) -> Float[Array, 't h w D']:
     """Returns what is added to the tokens of the first stage."""
-    t, h, w = self.grid or grid
+    t, h, w = grid
     shapes = {'positions': (t, h, w)}
     if self.separable:
       shapes = {'positions_space': (1, h, w), 'positions_time': (t, 1, 1)}
@@ -274,16 +271,6 @@ class Hiera(nn.Module):
         'Encoder.at(video), which resize the tables'
       )
     return total
-
-
-def _conv_bias(fan_in: int) -> layers.Initializer:
-  """Returns the start of a convolution's bias as torch leaves it."""
-  bound = 1 / math.sqrt(fan_in)
-
-  def init(key: Array, shape: Sequence[int], dtype: Any) -> Array:
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-  return init
 
 
 def _conv(x: Array, weight: Array, *args: Any, **kwargs: Any) -> Array:

@@ -109,6 +109,16 @@ def fan_in_uniform(key: Array, shape: Sequence[int], dtype: Any) -> Array:
   return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+def fan_in_bias(fan_in: int) -> Initializer:
+  """Returns what draws a bias in +-1/sqrt(fan in), the start of torch's."""
+  bound = 1 / math.sqrt(fan_in)
+
+  def init(key: Array, shape: Sequence[int], dtype: Any) -> Array:
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return init
+
+
 def _glorot_of_three(key: Array, shape: Sequence[int], dtype: Any) -> Array:
   """Draws one of three kernels [D, E], in Glorot's bound of one [D, 3E]."""
   fan_in, fan_out = shape

@@ -67,3 +67,24 @@ def pool(x: Shaped[Array, 'B N ...'], units: int) -> Shaped[Array, 'B M ...']:
   """
   x = x.reshape(x.shape[0], units, 4, -1, *x.shape[2:])
   return jnp.max(x, axis=2).reshape(x.shape[0], -1, *x.shape[4:])
+
+
+def cells(x: Shaped[Array, 'B K 1 h w D'], side: int) -> Shaped[Array, 'B N P']:
+  """Cuts each unit into side x side cells, as a strided convolution does.
+
+  Returns:
+    One row of (row, column, channel) values per cell, in raster order inside
+    a unit, units one after another.
+
+  Raises:
+    ValueError: a unit cannot be cut like this.
+  """
+  batch, count, _, h, w, width = x.shape
+  if h % side or w % side:
+    raise ValueError(
+      f'a unit has {h} x {w} tokens, which cannot be cut into {side} x {side}; '
+      'Hiera leaves 2 x 2 of a unit with q_pool=2'
+    )
+  x = x.reshape(batch, count, side, h // side, side, w // side, width)
+  x = x.transpose(0, 1, 2, 4, 3, 5, 6)
+  return x.reshape(batch, count * side * side, -1)

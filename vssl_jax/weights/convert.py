@@ -70,12 +70,13 @@ def _conv_to_theirs(x: np.ndarray, patch: tuple[int, ...]) -> np.ndarray:
 
 Form = Callable[[np.ndarray], np.ndarray]
 # torch multiplies by [out, in], we by [in, out]; a convolution whose stride is
-# its kernel is a product with its flattened kernel.
+# its kernel is a product with its flattened kernel, another one stays whole.
 FORMS: dict[str, Form] = {
   'same': lambda x: x,
   'dense': lambda x: x.T,
   'conv': _conv_to_ours,
   'image_conv': lambda x: _conv_to_ours(x[:, :, None]),
+  'whole_conv': lambda x: x.transpose(2, 3, 4, 1, 0),
   'token': lambda x: x.reshape(1, -1),
   'class_row': lambda x: x[0, :1],
   'grid_rows': _grid_rows,
@@ -89,6 +90,7 @@ AXES = {
   'dense': 2,
   'conv': 5,
   'image_conv': 4,
+  'whole_conv': 5,
   'patches': 5,
   'heads': 3,
   'head_bias': 2,
@@ -182,7 +184,8 @@ def piece(x: np.ndarray, row: pairs.Row, source: str) -> np.ndarray:
 
 
 def _is_table(name: str, x: np.ndarray, shape: tuple[int, ...]) -> bool:
-  table = name.rsplit('/', maxsplit=1)[-1] == 'positions' and x.ndim == 4
+  last = name.rsplit('/', maxsplit=1)[-1]
+  table = last.startswith('positions') and x.ndim == 4
   return table and x.shape[-1] == shape[-1]
 
 

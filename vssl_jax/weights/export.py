@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 
 from vssl_jax import trees
-from vssl_jax.models import framewise, vit
+from vssl_jax.models import framewise, hiera, vit
 from vssl_jax.weights import convert, modules, read, tables
 from vssl_jax.weights import source as source_lib
 
+Encoder = vit.Vit | hiera.Hiera | framewise.Framewise
 LAYOUTS = ('auto', 'vjepa2', 'videomae', source_lib.OURS)
 
 
 def export(
-  encoder: vit.Vit | framewise.Framewise,
+  encoder: Encoder,
   params: Any,
   folder: str | os.PathLike[str],
   *,
@@ -69,12 +70,12 @@ def export(
   return layout
 
 
-def _obstacle(
-  encoder: vit.Vit | framewise.Framewise, layout: str, video: Sequence[int]
-) -> str:
+def _obstacle(encoder: Encoder, layout: str, video: Sequence[int]) -> str:
   """Returns the first field that a published layout cannot express."""
   if isinstance(encoder, framewise.Framewise):
     return 'an encoder of single frames'
+  if isinstance(encoder, hiera.Hiera):
+    return 'stages'
   wanted = dict(modules.FIELDS[layout], gelu=('exact', 'tanh'))
   wanted |= {'class_token': False, 'layer_scale': False}
   del wanted['init_family']
@@ -92,7 +93,7 @@ def _obstacle(
 
 
 def _config(
-  encoder: vit.Vit | framewise.Framewise, layout: str, video: Sequence[int]
+  encoder: Encoder, layout: str, video: Sequence[int]
 ) -> dict[str, Any]:
   if isinstance(encoder, framewise.Framewise):
     frames = {'every': encoder.every, 'cell': encoder.cell}
@@ -103,7 +104,8 @@ def _config(
       for f in dataclasses.fields(encoder)
       if f.name not in ('parent', 'name')
     }
-    return {'model_type': layout, 'vit': fields, 'video': list(video)}
+    kind = 'hiera' if isinstance(encoder, hiera.Hiera) else 'vit'
+    return {'model_type': layout, kind: fields, 'video': list(video)}
   mlp = encoder.block_spec.mlp_width
   config = {
     'model_type': layout,

@@ -6,8 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from vssl_jax.models import decoder, framewise, positions, predictor, vit
-from vssl_jax.weights import convert, pairs, read
+from vssl_jax.models import (
+  decoder,
+  framewise,
+  hiera,
+  positions,
+  predictor,
+  vit,
+)
+from vssl_jax.weights import convert, hiera_files, hiera_tables, pairs, read
 from vssl_jax.weights import source as source_lib
 
 # Attention heads by width, for files that come without a config.
@@ -62,12 +69,15 @@ def build(found: source_lib.Found, part: str, num_heads: int | None) -> Any:
     WeightsError: the file does not tell the network.
   """
   if found.layout is None:
-    if 'vit' not in found.config or part != 'encoder':
+    if not {'vit', 'hiera'} & {*found.config} or part != 'encoder':
       raise read.WeightsError(
         f'{found.source}: weights of layout {source_lib.OURS} are encoders and '
         'need the config.json that was written beside them'
       )
-    encoder = vit.make(found.config['vit'])
+    if 'hiera' in found.config:
+      encoder = hiera.make(found.config['hiera'])
+    else:
+      encoder = vit.make(found.config['vit'])
     if 'framewise' in found.config:
       return framewise.Framewise(encoder, **found.config['framewise'])
     return encoder
@@ -77,6 +87,9 @@ def build(found: source_lib.Found, part: str, num_heads: int | None) -> Any:
       f'{sorted(found.layout.parts)}'
     )
   table = found.layout.parts[part]
+  if found.layout.family == hiera_tables.FAMILY:
+    with _says_what_is_missing(found.source):
+      return hiera_files.build(found, part, num_heads)
   shapes = {n: x.shape for n, (_, x) in found.tensors(part).items()}
   if found.layout.family == 'scaling4d':
     with _says_what_is_missing(found.source):

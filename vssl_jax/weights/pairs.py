@@ -94,6 +94,7 @@ KINDS = {
   'dense': _pair('kernel', 'dense'),
   'conv': _pair('kernel', 'conv'),
   'image_conv': _pair('kernel', 'image_conv'),
+  'whole_conv': _pair('kernel', 'whole_conv'),
   'norm': _pair('scale', 'same'),
   'no_bias': lambda ours, theirs, tokens: [
     Row(f'{ours}/kernel', f'{theirs}.weight', 'dense')
@@ -139,8 +140,8 @@ class Layout:
     renames: (pattern, replacement) that bring all variants to the table's
       names: prefixes, and names that changed between releases.
     others: patterns of names that belong to neither part; never an error.
-    family: `vjepa2`, `videomae`, `scaling4d` or `image`, which decides the
-      fields of the network.
+    family: `vjepa2`, `videomae`, `scaling4d`, `image` or `hiera`, which
+      decides the fields of the network.
   """
 
   name: str

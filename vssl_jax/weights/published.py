@@ -13,14 +13,21 @@ import jax
 import jax.numpy as jnp
 
 from vssl_jax import masking
-from vssl_jax.models import framewise, layers, positions, vit
-from vssl_jax.weights import convert, modules, pairs, read
+from vssl_jax.models import framewise, hiera, hiera_mae, layers, positions, vit
+from vssl_jax.weights import (
+  convert,
+  hiera_files,
+  hiera_tables,
+  modules,
+  pairs,
+  read,
+)
 from vssl_jax.weights import source as source_lib
 
 
 def describe(
   source: str | os.PathLike[str],
-) -> vit.Vit | framewise.Framewise:
+) -> vit.Vit | hiera.Hiera | framewise.Framewise:
   """Returns the encoder of a source without reading its parameters.
 
   Image models come as `framewise.Framewise`, on every second frame.
@@ -43,7 +50,7 @@ def clip_shape(source: str | os.PathLike[str]) -> tuple[int, int, int, int]:
     return t, h, w, c
   if grid is not None:
     module = modules.build(found, 'encoder', None)
-    t, h, w = (n * p for n, p in zip(grid, module.patch, strict=True))
+    t, h, w = _pixels(grid, module)
     return 16 if isinstance(module, framewise.Framewise) else t, h, w, 3
   frames = config.get('frames_per_clip', config.get('num_frames', 16))
   side = config.get('crop_size', config.get('image_size', 224))
@@ -71,8 +78,9 @@ def load_published(
     part: `encoder`, or `head` for the predictor or decoder beside it.
     num_heads: attention heads, for a file without a config whose width says
       nothing about them.
-    grid: tokens (t, h, w) to resize learned positions to; None for the
-      file's own. Image models have one table for all frames.
+    grid: tokens (t, h, w) to resize learned positions to, of Hiera those of
+      the first stage; None for the file's own. Image models have one table
+      for all frames.
     allow_missing: patterns of our names that may stay unfilled.
     allow_unused: patterns of their keys that may fill nothing, beside other
       parts of the published model.
@@ -88,7 +96,9 @@ def load_published(
   found = source_lib.open_source(source)
   module = modules.build(found, part, num_heads).clone(**fields)
   named = found.tensors(part)
-  shapes = _shapes(module, named, grid or _grid(found))
+  if found.layout and found.layout.family == hiera_tables.FAMILY:
+    named = hiera_files.tensors(found, part)
+  shapes = _shapes(module, named, grid or _grid(found, part))
   rows, others = _rows(found, part, module, named)
   keys = {name: key for name, (key, _) in named.items()}
   params, report = convert.to_ours(
@@ -125,14 +135,18 @@ def _rows(
         for row in other.rows(other.depth(named), tokens)
       ]
   image = getattr(module, 'image', None)
-  if image is not None and image.positions in positions.TABLES:
+  if isinstance(image, vit.Vit) and image.positions in positions.TABLES:
     # Computed again, so that it fits every grid.
     others += [f'{r.theirs}$' for r in rows if r.ours == 'positions']
   return rows, tuple(others)
 
 
-def _grid(found: source_lib.Found) -> layers.Grid | None:
+def _grid(found: source_lib.Found, part: str = 'encoder') -> layers.Grid | None:
   """Returns the tokens (t, h, w) of learned positions, None without them."""
+  if found.layout is None and 'hiera' in found.config:
+    return hiera_files.grid(found)
+  if found.layout is not None and found.layout.family == hiera_tables.FAMILY:
+    return hiera_files.grid(found, part)
   name = 'positions'
   if found.layout is not None:
     rows = found.layout.parts['encoder'].rows(0)
@@ -147,6 +161,14 @@ def _grid(found: source_lib.Found) -> layers.Grid | None:
   return t, h, w
 
 
+def _pixels(grid: layers.Grid, module: Any) -> layers.Grid:
+  """Returns (T, H, W) of a clip by the grid of its learned positions."""
+  cell = getattr(module, 'image', module)
+  cell = cell.stride if isinstance(cell, hiera.Hiera) else module.patch
+  t, h, w = (n * p for n, p in zip(grid, cell, strict=True))
+  return t, h, w
+
+
 def _shapes(
   module: Any, named: Mapping[str, Any], grid: layers.Grid | None
 ) -> Any:
@@ -154,17 +176,18 @@ def _shapes(
   key = jax.random.key(0)
   if isinstance(module, framewise.Framewise):
     module, grid = module.image, (1, *(grid or (1, 1, 1))[1:])
-  if isinstance(module, vit.Vit):
-    sizes = zip(grid or (1, 1, 1), module.patch, strict=True)
-    size = [n * p for n, p in sizes]
+  if isinstance(module, vit.Vit | hiera.Hiera):
+    size = _pixels(grid or (1, 1, 1), module)
     clip = jax.ShapeDtypeStruct((1, *size, len(module.mean)), jnp.uint8)
     return jax.eval_shape(module.init, key, clip)['params']
   index = jnp.zeros((1, 1), jnp.int32)
+  mask = masking.Mask(index, index)
+  if isinstance(module, hiera_mae.Decoder):
+    ends, grid = hiera_files.ends(named), (grid[0], grid[1] // 2, grid[2] // 2)
+    return jax.eval_shape(lambda: module.init(key, ends, mask, grid))['params']
   width = _in_width(module, named)
   return jax.eval_shape(
-    lambda: module.init(
-      key, jnp.zeros((1, 1, width)), masking.Mask(index, index), (1, 1, 1)
-    )
+    lambda: module.init(key, jnp.zeros((1, 1, width)), mask, (1, 1, 1))
   )['params']
 
 

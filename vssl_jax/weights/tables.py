@@ -1,6 +1,6 @@
 """Names of published weights and of ours, one table per layout of videos."""
 
-from vssl_jax.weights import image_tables, pairs
+from vssl_jax.weights import hiera_tables, image_tables, pairs
 
 _VJEPA2_BLOCK = (
   ('norm_1', 'norm1', 'norm'),
@@ -136,8 +136,9 @@ SCALING4D = {
   ),
 }
 
-# Those of images come first: their names are the others' and more.
+# Those of Hiera and of images come first: their names are the others' and more.
 LAYOUTS = (
+  *hiera_tables.LAYOUTS,
   *image_tables.LAYOUTS,
   pairs.Layout(
     'V-JEPA 2 (transformers)',

@@ -11,9 +11,18 @@ from collections.abc import Iterable
 
 import flax.linen as nn
 
-from vssl_jax.models import decoder, framewise, layers, predictor, vit
+from vssl_jax.models import (
+  decoder,
+  framewise,
+  hiera,
+  hiera_cost,
+  hiera_mae,
+  layers,
+  predictor,
+  vit,
+)
 
-Head = predictor.Predictor | decoder.VideoMaeDecoder
+Head = predictor.Predictor | decoder.VideoMaeDecoder | hiera_mae.Decoder
 FRAMEWISE = framewise.Framewise | framewise.FramewiseDecoder
 
 
@@ -29,8 +38,8 @@ def forward(
   Args:
     module: an encoder, predictor or decoder.
     grid: tokens of the whole clip along (time, height, width).
-    tokens: for an encoder the visible tokens (None for all); for a predictor
-      or decoder (visible, masked).
+    tokens: for an encoder the visible tokens (None for all), of Hiera those
+      of the last stage; for a predictor or decoder (visible, masked).
     in_width: width of the tokens that enter a predictor or decoder.
     depth: blocks of an encoder that run; None for all that encode.
 
@@ -45,6 +54,12 @@ def forward(
     n = math.prod(grid) if tokens is None else tokens
     depth = module.encoder_depth if depth is None else depth
     return embedding(module, n) + depth * block(module, n)
+  if isinstance(module, hiera.Hiera):
+    n = math.prod(grid) if tokens is None else tokens
+    count = hiera_cost.units(module, n)
+    return hiera_cost.embedding(module, grid) + sum(
+      hiera_cost.block(step, count) for step in module.plan()[:depth]
+    )
   if isinstance(module, Head):
     if not isinstance(tokens, tuple) or in_width is None:
       raise TypeError(
@@ -53,10 +68,13 @@ def forward(
       )
     visible, masked = tokens
     ends = 2.0 * (visible * in_width + masked * module.out_width) * module.width
+    if isinstance(module, hiera_mae.Decoder):
+      ends += hiera_cost.fusion(visible, in_width)
     return ends + module.depth * block(module, visible + masked)
   raise TypeError(
-    f'no FLOP count for {type(module).__name__}; known are Vit, Predictor, '
-    'VideoMaeDecoder and, on frames, Framewise and FramewiseDecoder'
+    f'no FLOP count for {type(module).__name__}; known are Vit, Hiera, '
+    'Predictor, VideoMaeDecoder, the Decoder of Hiera-MAE and, on frames, '
+    'Framewise and FramewiseDecoder'
   )
 
 
@@ -94,6 +112,13 @@ def train(
     n = math.prod(grid) if tokens is None else tokens
     total -= embedding(module, n) * (2 if frozen else 1)
     total -= 2 * frozen * block(module, n)
+  if isinstance(module, hiera.Hiera):
+    n = math.prod(grid) if tokens is None else tokens
+    count = hiera_cost.units(module, n)
+    total -= hiera_cost.embedding(module, grid) * (2 if frozen else 1)
+    total -= 2 * sum(
+      hiera_cost.block(step, count) for step in module.plan()[:frozen]
+    )
   return total
 
 
@@ -119,6 +144,12 @@ def activations(
     return activations(inner, tokens, count)
   count = module.depth if count is None else count
   size = 2 if module.dtype == 'bfloat16' else 4
+  if isinstance(module, hiera.Hiera):
+    steps = module.plan()[module.depth - count :]
+    both = [hiera_cost.kept(step, module.remat) for step in steps]
+    more = max((whole - part for whole, part in both), default=0)
+    total = sum(part for _, part in both) + more
+    return float(size * hiera_cost.units(module, tokens) * total)
   mlp = module.mlp_width or 4 * module.width
   whole = 8 * module.width + 2 * mlp
   kept = {

@@ -230,9 +230,7 @@ class Hiera(nn.Module):
     unit_grid: layers.Grid,
   ) -> Float[Array, 'B K n D']:
     """Returns the tokens of the first stage, those of a unit together."""
-    shape = (1, 1, 1, 1, len(self.mean))
-    x = layers.to_unit(video) - jnp.asarray(self.mean).reshape(shape)
-    x = x / jnp.asarray(self.std).reshape(shape)
+    x = layers.normalise(layers.to_unit(video), self.mean, self.std)
     if units is not None:
       x = _without_hidden(x, units, unit_grid)
     x = nn.Conv(

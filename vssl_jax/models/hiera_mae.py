@@ -8,10 +8,18 @@ from collections.abc import Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Num
 
-from vssl_jax import masking, unit_masks
-from vssl_jax.models import blocks, layers, positions, predictor, unrolled
+from vssl_jax import losses, masking, unit_masks
+from vssl_jax.models import (
+  blocks,
+  hiera,
+  layers,
+  positions,
+  predictor,
+  unrolled,
+)
 
 
 class Decoder(nn.Module):
@@ -104,12 +112,12 @@ class Decoder(nn.Module):
     """Returns the sum of all scales, 2 x 2 tokens of each unit."""
     *earlier, last = ends
     side, width = unit_masks.SIDE, last.shape[-1]
-    total = unrolled.cells(last, side).reshape(last.shape[0], -1, width)
-    if total.shape[1] != last.shape[1] * side**2:
+    if last.shape[3:5] != (side, side):
       raise ValueError(
         f'the last stage has {last.shape[3]} x {last.shape[4]} tokens in a '
         f'unit, wanted {side} x {side}; Hiera leaves these with q_pool=2'
       )
+    total = unrolled.cells(last, side)
     for i, end in enumerate(earlier, 1):
       rows = unrolled.cells(end, side)
       if rows.shape[2] > end.shape[-1]:  # larger than the last
@@ -121,3 +129,28 @@ class Decoder(nn.Module):
           dtype=self.dtype,
         )(rows)
     return total
+
+
+def targets(
+  video: Num[Array | np.ndarray, 'B T H W C'],
+  encoder: hiera.Hiera,
+  pixel_norm: str = 'patch',
+) -> Float[Array, 'B N P']:
+  """Returns the pixels to predict for every token of a clip.
+
+  They are those of a token's first frame, as the encoder sees them: its mean
+  and deviation of colours come first, then `losses.pixel_targets`.
+
+  Args:
+    video: uint8, or floats in [0, 1].
+    encoder: that makes the tokens.
+    pixel_norm: `patch` as published, all values of a patch together; or
+      another of `losses.PIXEL_NORMS`.
+
+  Returns:
+    (row, column, channel) values of each token, in raster order.
+  """
+  every, *side = encoder.patch
+  frames = layers.to_unit(video[:, ::every])
+  frames = layers.normalise(frames, encoder.mean, encoder.std)
+  return losses.pixel_targets(frames, (1, *side), pixel_norm)

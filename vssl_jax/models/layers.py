@@ -91,11 +91,17 @@ def patchify(
 
 
 def normalise(
-  patches: Float[Array, 'B N P'],
+  patches: Float[Array | np.ndarray, 'B N *P'],
   mean: tuple[float, ...],
   std: tuple[float, ...],
-) -> Float[Array, 'B N P']:
-  """Subtracts a mean and divides by a deviation per colour channel."""
+) -> Float[Array, 'B N *P']:
+  """Subtracts a mean and divides by a deviation per colour channel.
+
+  Args:
+    patches: or a clip; channels are the innermost axis, or part of it.
+    mean: one value per channel.
+    std: likewise.
+  """
   colours = patches.reshape(*patches.shape[:2], -1, len(mean))
   shape = (1, 1, 1, len(mean))
   colours = colours - jnp.asarray(mean, jnp.float32).reshape(shape)

@@ -64,6 +64,8 @@ def test_unknown_knobs_are_refused():
   with pytest.raises(ValueError, match="clip_scope: found 'nonsense'"):
     zero = lambda s: jnp.float32(0)
     optimizer.make(_optim(clip_scope='nonsense'), {'a': 'train'}, zero, zero)
+  with pytest.raises(ValueError, match="rule: found 'adam', wanted 'adamw'"):
+    optimizer.make(_optim(rule='adam'), {'a': 'train'}, zero, zero)
 
 
 def _grads(step):
@@ -124,6 +126,18 @@ def test_without_clipping_it_is_optax_adamw():
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), params, want
   )
+
+
+def test_sgd_against_numpy():
+  """Decay is in front of the momentum, as in torch."""
+  params = _run(_optim(rule='sgd', clip=0.0), 0.1, 0.3)
+  want = jax.tree.map(np.float64, _grads(100))
+  for role, name, decay in (('encoder', 'kernel', 0.3), ('head', 'bias', 0.0)):
+    x, speed = want[role][name], 0.0
+    for t in range(5):
+      speed = 0.9 * speed + _grads(t)[role][name] + decay * x
+      x = x - 0.1 * speed
+    np.testing.assert_allclose(params[role][name], x, rtol=1e-5, atol=1e-6)
 
 
 def test_clipping_per_role_differs_from_joint():

@@ -1,4 +1,4 @@
-"""AdamW with the schedules that the methods need, over a tree of labels.
+"""AdamW or SGD with the schedules that methods need, over a tree of labels.
 
 Learning rate and weight decay are functions of the step inside the phase and
 not of the optimizer's own count, so a skipped step does not shift them.
@@ -41,6 +41,9 @@ def default() -> ml_collections.ConfigDict:
       # Mask tokens and other learned tokens [1, D] are decayed in all the
       # published codes.
       decay_tokens=True,
+      # 'sgd': momentum b1; weight decay is added to the gradient in front of
+      # it, as in torch. b2 and eps have no meaning there.
+      rule='adamw',
       b1=0.9,
       b2=0.95,
       eps=1e-8,
@@ -213,12 +216,25 @@ def make(
       "'joint' or 'per_role'"
     )
 
+  if optim.rule not in ('adamw', 'sgd'):
+    raise ValueError(
+      f"optim.rule: found {optim.rule!r}, wanted 'adamw' or 'sgd'"
+    )
+
   def trained() -> optax.GradientTransformationExtraArgs:
     clip = [optax.clip_by_global_norm(optim.clip)] if optim.clip else []
+    if optim.rule == 'sgd':
+      return optax.chain(
+        *clip,
+        _decay(decay, optim.decay_tokens),
+        optax.trace(optim.b1),
+        _scale(lr),
+      )
     return optax.chain(
       *clip,
       optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
-      _decay_and_scale(lr, decay, optim.decay_tokens),
+      _decay(decay, optim.decay_tokens),
+      _scale(lr),
     )
 
   branches = labels if optim.clip_scope == 'joint' else _by_role(labels)
@@ -246,20 +262,33 @@ def _by_role(labels: Any) -> Any:
   return trees.map_named(one, labels)
 
 
-def _decay_and_scale(
-  lr: Schedule, decay: Schedule, decay_tokens: bool
+def _decay(
+  decay: Schedule, decay_tokens: bool
 ) -> optax.GradientTransformationExtraArgs:
-  """Turns Adam's direction u into -lr * (u + decay * p)."""
+  """Turns a direction u into u + decay * p."""
 
   def update(
     updates: Any, state: Any, params: Any, *, step: Any, **_: Any
   ) -> tuple[Any, Any]:
-    rate, wd = lr(step), decay(step)
-    mask = decayed(params, decay_tokens)
+    wd, mask = decay(step), decayed(params, decay_tokens)
     updates = jax.tree.map(
-      lambda u, p, d: -rate * (u + wd * p if d else u), updates, params, mask
+      lambda u, p, d: u + wd * p if d else u, updates, params, mask
     )
     return updates, state
+
+  return optax.GradientTransformationExtraArgs(
+    lambda params: optax.EmptyState(), update
+  )
+
+
+def _scale(lr: Schedule) -> optax.GradientTransformationExtraArgs:
+  """Turns a direction u into -lr * u."""
+
+  def update(
+    updates: Any, state: Any, params: Any = None, *, step: Any, **_: Any
+  ) -> tuple[Any, Any]:
+    rate = lr(step)
+    return jax.tree.map(lambda u: -rate * u, updates), state
 
   return optax.GradientTransformationExtraArgs(
     lambda params: optax.EmptyState(), update

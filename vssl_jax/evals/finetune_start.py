@@ -11,11 +11,11 @@ from jax.experimental import multihost_utils
 from vssl_jax import encoders, trees, weights
 from vssl_jax.data import options
 from vssl_jax.evals import finetune_videos
-from vssl_jax.models import vit
+from vssl_jax.models import hiera, vit
 from vssl_jax.train import manifests, optimizer
 
 # Fields of an encoder that fine-tuning decides and weights do not.
-OURS = ('drop_path', 'remat', 'attention', 'final_norm', 'loops')
+OURS = ('drop_path', 'remat', 'attention', 'final_norm', 'loops', 'q_pool')
 LR_BATCH = 256  # videos that optim.lr is for
 
 
@@ -79,22 +79,31 @@ def set_encoder(c: ml_collections.ConfigDict, module: Any) -> None:
   """Writes an encoder's shape into a config.
 
   Raises:
-    ValueError: it is no ViT of ours.
+    ValueError: it is no ViT and no Hiera of ours.
   """
-  if not isinstance(module, vit.Vit):
-    raise ValueError(
-      f'config.encoder: found a {type(module).__name__}, wanted a Vit'
-    )
+  _check(module, 'config.encoder')
   fields = {
     f.name: getattr(module, f.name)
     for f in dataclasses.fields(module)
     if f.name not in ('parent', 'name', *OURS)
   }
-  fields['depth'], fields['decoder_blocks'] = module.encoder_depth, 0
-  fields['mlp_width'] = module.mlp_width or 4 * module.width
   with c.unlocked():
+    if isinstance(module, hiera.Hiera):
+      c.method.family = 'hiera'
+      c.method.hiera = ml_collections.ConfigDict(fields)
+      return
+    fields['depth'], fields['decoder_blocks'] = module.encoder_depth, 0
+    fields['mlp_width'] = module.mlp_width or 4 * module.width
+    c.method.family = 'vit'
     c.method.encoder.update({n: fields.pop(n) for n in vit.FIELDS})
     c.method.vit = ml_collections.ConfigDict(fields)
+
+
+def _check(module: Any, name: str) -> None:
+  if not isinstance(module, vit.Vit | hiera.Hiera):
+    raise ValueError(
+      f'{name}: found a {type(module).__name__}, wanted a Vit or a Hiera'
+    )
 
 
 def write(
@@ -127,16 +136,16 @@ def write(
 
 def _write(
   encoder: encoders.Encoder, video: tuple[int, ...], folder: pathlib.Path
-) -> vit.Vit:
+) -> vit.Vit | hiera.Hiera:
   """Writes an encoder's part that is fine-tuned and returns its module."""
   full = encoder.module
-  if not isinstance(full, vit.Vit):
-    raise ValueError(
-      f'{encoder.name}: found a {type(full).__name__}, wanted a Vit'
+  _check(full, encoder.name)
+  if isinstance(full, hiera.Hiera):
+    module = full.clone(final_norm=False)
+  else:
+    module = full.clone(
+      depth=full.encoder_depth, decoder_blocks=0, final_norm=False, loops=()
     )
-  module = full.clone(
-    depth=full.encoder_depth, decoder_blocks=0, final_norm=False, loops=()
-  )
   clip = jax.ShapeDtypeStruct((1, *video), 'uint8')
   shapes = jax.eval_shape(module.init, jax.random.key(0), clip)['params']
   found = dict(trees.named_leaves(encoder.at(video).params))

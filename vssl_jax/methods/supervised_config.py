@@ -7,7 +7,7 @@ import ml_collections
 
 from vssl_jax import mixing
 from vssl_jax.methods import salt_config, supervised
-from vssl_jax.models import classifier
+from vssl_jax.models import classifier, hiera
 
 
 def default() -> ml_collections.ConfigDict:
@@ -19,7 +19,9 @@ def default() -> ml_collections.ConfigDict:
   c.steps = 0
   c.classes = 0
   c.source = ''  # folder of the weights that the encoder starts from
-  # The encoder, where it starts at random.
+  # The encoder, where it starts at random; `family` says which of the two
+  # sections counts.
+  c.family = 'vit'  # 'hiera'
   c.encoder = salt_config.encoder_section()
   c.encoder.size = 'B'
   # models/vit.py explains each field.
@@ -32,7 +34,12 @@ def default() -> ml_collections.ConfigDict:
       dtype='bfloat16',
     )
   )
+  # A row of hiera.SIZES; models/hiera.py explains further fields.
+  c.hiera = ml_collections.ConfigDict(
+    dict(size='B', init_family='classifier', dtype='bfloat16')
+  )
   # These hold for every start.
+  c.q_pool = 3  # of Hiera: one token of a mask unit is left; pretrained with 2
   c.remat = 'none'
   c.attention = 'auto'
   c.drop_path = 0.1  # of the last block; linear from 0
@@ -69,14 +76,11 @@ def build(
         f'method.{name}: found {config[name]}, wanted at least 1; the job '
         "'finetune' finds it out, from --config.finetune.train"
       )
-  encoder = salt_config.make_encoder(
-    config.encoder,
-    config.vit,
-    remat=config.remat,
-    attention=config.attention,
-    drop_path=config.drop_path,
-    final_norm=False,  # the head has its own
-  )
+  if config.family not in ('vit', 'hiera'):
+    raise ValueError(
+      f"method.family: found {config.family!r}, wanted 'vit' or 'hiera'"
+    )
+  encoder = _encoder(config)
   fields = ('mixup', 'cutmix', 'probability', 'switch', 'smoothing')
   return supervised.Supervised(
     supervised.Labels(
@@ -90,3 +94,18 @@ def build(
       mix=mixing.Mix(**{name: config[name] for name in fields}),
     )
   )
+
+
+def _encoder(config: ml_collections.ConfigDict) -> nn.Module:
+  """Returns the encoder, without a final norm: the head has its own."""
+  fields = dict(
+    remat=config.remat,
+    attention=config.attention,
+    drop_path=config.drop_path,
+    final_norm=False,
+  )
+  if config.family == 'vit':
+    return salt_config.make_encoder(config.encoder, config.vit, **fields)
+  shape = dict(config.hiera)
+  size = shape.pop('size', {})  # of weights: all fields are there
+  return hiera.make(size, q_pool=config.q_pool, **fields, **shape)

@@ -2,7 +2,8 @@
 
 Makes labelled video, runs a method on it and probes the encoder; needs
 nothing but a CPU. `:salt` (default) is both phases of SALT, `:layerlock` an
-MAE with three locks. `vssl_jax/demo.py` explains the choices.
+MAE with three locks, `:pmd` and `:kdhiera` (interpretation of the abstract)
+students of two teachers. `vssl_jax/demo.py` explains the choices.
 Command: bash launch/local.sh --config=configs/demo.py:layerlock
 """
 

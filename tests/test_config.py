@@ -160,19 +160,27 @@ VARIANTS = {
   'mvd_k400.py': ['', 'S', 'B', 'L'],
   'pmd_k400.py': ['', 'S', 'B', 'L', 'B-self'],
   'pmd_single_gpu.py': ['', 'mvd', 'self'],
+  'kdhiera_k400.py': ['', 'B', 'L', 'B-self', 'L-self'],
+  'kdhiera_single_gpu.py': ['', 'mae', 'self'],
+  'hiera_mae_k400.py': ['', 'B', 'B+', 'L', 'H'],
   'salt_single_gpu.py': [''],
   'layerlock_2b.py': ['', 'S', 'B', 'L', 'H', 'G', 'L-mae', 'L-vjepa'],
   'layerlock_4b.py': [''],
   'layerlock_single_gpu.py': ['', 'mae', 'subset', 'pixels'],
-  'demo.py': ['', 'salt', 'layerlock', 'pmd'],
+  'demo.py': ['', 'salt', 'layerlock', 'pmd', 'kdhiera'],
 }
 
 
 def _published(source):
   """Returns encoders as the hub has them under these names."""
-  size = {'base': 'B', 'large': 'L'}[source.rsplit('-', 1)[1]]
-  if source.startswith('facebook/vit-mae'):
+  name = source.rsplit('-', 1)[1].removeprefix('vit').removesuffix('16')
+  size = {'s': 'S', 'b': 'B', 'base': 'B', 'large': 'L'}[name]
+  if source.startswith('facebook/'):
     image = dict(patch=(1, 16, 16), positions='sincos_2d', class_token=True)
+    if source.startswith('facebook/dino'):
+      image['positions'] = 'learned'
+    if source.startswith('facebook/dinov2'):
+      image['patch'] = (1, 14, 14)
     return framewise.Framewise(vit.make(size, **image))
   return vit.make(size, positions='sinusoid_1d', qkv_bias='qv')
 

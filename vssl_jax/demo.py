@@ -39,7 +39,12 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
     ValueError: no demo of that name.
   """
   variant = variant or 'salt'
-  methods = {'salt': _salt, 'layerlock': _layerlock, 'pmd': _pmd}
+  methods = {
+    'salt': _salt,
+    'layerlock': _layerlock,
+    'pmd': _pmd,
+    'kdhiera': _kdhiera,
+  }
   if variant not in methods:
     raise ValueError(
       f'demo.py: found :{variant}, wanted one of {list(methods)}'
@@ -157,6 +162,33 @@ def _pmd(c: ml_collections.ConfigDict) -> None:
   m.steps = (CLIPS['pretrain'] // 16 * 3,) * 4
   m.window = CLIPS['pretrain'] // 16
   c.optim.warmup = 200
+
+
+def _kdhiera(c: ml_collections.ConfigDict) -> None:
+  """Two teachers from nothing, then a Hiera that follows all their layers.
+
+  The teachers are PMD's but for one block more, so that each of the four
+  stages has a layer to follow; trained for half as long. A unit is 16 pixels,
+  as a picture has 32: the convolution's stride is 2 where it would be 4. Of
+  the four units of a time step two are visible.
+  """
+  m = c.method
+  m.vit.update(dict(patch=(2, 8, 8), dtype='float32'))
+  shape = dict(size='Ti', width=64, depth=4, num_heads=4, mlp_width=256)
+  head = dict(width=64, depth=1, num_heads=4)
+  for section, steps in ((m.image_teacher, 300), (m.video_teacher, 1500)):
+    section.encoder.update(shape)
+    section.decoder.update(head)
+    section.steps = steps
+  m.video_teacher.masks = 'causal:0.5'
+  for name in ('image', 'video'):
+    m[name].update(dict(teacher=f'@{name}_teacher', dtype='float32'))
+    m[name].layers = (1, 2, 3, 4)
+  m.scores = 'column_mean'  # an MAE of our own has no class token
+  m.encoder.update(dict(channels=32, depths=(1, 1, 2, 1), num_heads=1))
+  m.hiera.update(dict(stride=(2, 2, 2), dtype='float32'))
+  m.drop_path, m.mask_ratio, m.steps = 0.0, 0.5, 1000
+  c.optim.warmup = 100
 
 
 def run(

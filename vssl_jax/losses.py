@@ -64,6 +64,23 @@ def _difference(prediction: Array, target: Array) -> Array:
   return prediction.astype(jnp.float32) - target.astype(jnp.float32)
 
 
+def cosine(
+  prediction: Float[Array, 'B K D'], target: Float[Array, 'B K D']
+) -> Float[Array, 'B K']:
+  """Returns the cosine of the angle between each token and its target.
+
+  2 - 2 cosine is the squared distance of both at length 1 (UMT, arXiv
+  2303.16058).
+  """
+  return jnp.sum(_unit_length(prediction) * _unit_length(target), axis=-1)
+
+
+def _unit_length(x: Array) -> Array:
+  x = x.astype(jnp.float32)
+  square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+  return x / jnp.sqrt(jnp.maximum(square, 1e-12))
+
+
 def layer_norm0(
   x: Float[Array, '*batch D'], eps: float = 1e-6
 ) -> Float[Array, '*batch D']:

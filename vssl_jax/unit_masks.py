@@ -114,6 +114,15 @@ def pool(
   return jnp.mean(cells, axis=(3, 5)).reshape(-1, t, h * w)
 
 
+def spread(
+  scores: Float[Array, 'B t S'], unit_grid: masking.Grid
+) -> Float[Array, 'B N']:
+  """Returns the score of each token's unit, for pictures."""
+  cells = scores.reshape(-1, *unit_grid)
+  cells = jnp.repeat(jnp.repeat(cells, SIDE, axis=2), SIDE, axis=3)
+  return cells.reshape(scores.shape[0], -1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Units:
   """A mask of units as a static field of a phase.
@@ -155,7 +164,7 @@ class Units:
       rng: of the step.
       batch: `index` int32 [B] and perhaps `repeat`, see `Rng.per_example`.
       unit_grid: units along (time, height, width).
-      scores: of all units by time step; None where the mode needs none.
+      scores: of all units by time step; `random` and `uniform` need none.
 
     Raises:
       ValueError: a mode that needs scores, and none are given.
@@ -163,14 +172,16 @@ class Units:
     keys = rng.per_example(f'mask/{self.name}' if self.name else 'mask', batch)
     if self.mode == 'random':
       mask = random_units(keys, unit_grid, self.mask_ratio)
-    elif scores is None:
+    elif scores is None and self.mode != 'uniform':
       raise ValueError(
         f'mask of units: selection {self.mode!r} needs scores and there are '
         "none; wanted a teacher that gives them, or units='random'"
       )
     else:
+      shape = (len(keys), unit_grid[0], math.prod(unit_grid[1:]))
       visible = self.counts(unit_grid)[0] // unit_grid[0]
-      mask = from_attention(keys, scores, visible, self.mode, self.tube)
+      given = jnp.ones(shape) if scores is None else scores
+      mask = from_attention(keys, given, visible, self.mode, self.tube)
     told = {
       f'{kind}_units': jnp.float32(index.shape[1])
       for kind, index in zip(mask._fields, mask, strict=True)

@@ -1,14 +1,17 @@
-"""Processor seconds of PMD's step by how its targets are come by.
+"""Processor seconds of a step by how the targets of its teachers are come by.
 
     python tests/benchmarks/teacher_cost.py --out=teacher_cost.jsonl
+    python tests/benchmarks/teacher_cost.py --method=kdhiera \
+      --out=teacher_cost.jsonl
 
 The step asks its teachers under 1, 2 and 4 masks a clip, or reads from the
 disk what they said (`cache_targets`; the files are in the page cache, as on a
 machine with memory for them). Small widths for a CPU (those of pmd_terms.py)
-and the last phase, which has the guide as well. Ways take turns, step by step;
-a step's seconds are those of all threads of this process, so that others on
-the machine hardly matter. Clips and parameters are random. Further arguments
-are those of a config, such as --config.method.encoder.depth=4.
+and the last phase, which in PMD has the guide as well. Ways take turns, step
+by step; a step's seconds are those of all threads of this process, so that
+others on the machine hardly matter. Clips and parameters are random. Further
+arguments are those of a config, such as
+--config.method.image_teacher.encoder.depth=4.
 """
 
 import argparse
@@ -25,10 +28,37 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from tests.benchmarks import pmd_terms
+from vssl_jax import config as config_lib
 from vssl_jax import encoders, methods, sharding, timing
 from vssl_jax.data import options
 from vssl_jax.train import ahead, provenance, target_plan, target_store
 from vssl_jax.train import run as run_lib
+
+
+def pmd(assignments):
+  """Returns PMD of small widths, whose teachers are its own."""
+  return pmd_terms.config('', assignments)
+
+
+def kdhiera(assignments):
+  """Returns KDHiera with the same teachers: a student of 192 channels too."""
+  like = pmd_terms.config('', [])
+  _, c = config_lib.load('configs/kdhiera_k400.py:B-self')
+  c.batch_size = like.batch_size
+  c.data.frames, c.data.size = like.data.frames, like.data.size
+  c.data.repeats = like.data.repeats
+  m = c.method
+  m.vit.update(like.method.vit.to_dict())
+  m.encoder.update(dict(size='T', channels=24))
+  m.hiera.update(dict(stride=(2, 2, 2), dtype='float32'))
+  for name in ('image', 'video'):
+    m[name].dtype = 'float32'
+    own = f'{name}_teacher'
+    m[own].encoder.update(like.method[own].encoder.to_dict())
+  return config_lib.override(c, assignments)
+
+
+METHODS = {'pmd': pmd, 'kdhiera': kdhiera}
 
 
 def prepare(config, masks, mesh):
@@ -107,10 +137,11 @@ def measure(calls, steps):
 def main():
   """Measures, prints a row for each way, and adds a line to the file."""
   parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--method', choices=sorted(METHODS), default='pmd')
   parser.add_argument('--steps', type=int, default=10)
   parser.add_argument('--out', type=pathlib.Path)
   args, rest = parser.parse_known_args()
-  config = pmd_terms.config('', [x.removeprefix('--config.') for x in rest])
+  config = METHODS[args.method]([x.removeprefix('--config.') for x in rest])
   mesh, calls, frozen = sharding.make_mesh(), {}, {}
   with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
     for masks in (1, 2, 4):
@@ -132,6 +163,7 @@ def main():
   for name, found in results.items():
     print(name, json.dumps(found))
   line = {
+    'method': args.method,
     'batch_size': config.batch_size,
     'steps': args.steps,
     'bytes_per_clip': row,

@@ -11,6 +11,7 @@ import ml_collections
 
 from vssl_jax.methods import (
   base,
+  kdhiera_config,
   layerlock_config,
   pmd_config,
   salt_config,
@@ -18,6 +19,7 @@ from vssl_jax.methods import (
 )
 
 METHODS = {
+  'kdhiera': kdhiera_config,
   'layerlock': layerlock_config,
   'pmd': pmd_config,
   'salt': salt_config,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Int32, Num
 
 from vssl_jax import losses, masking, unit_masks
 from vssl_jax.models import (
@@ -154,3 +154,42 @@ def targets(
   frames = layers.to_unit(video[:, ::every])
   frames = layers.normalise(frames, encoder.mean, encoder.std)
   return losses.pixel_targets(frames, (1, *side), pixel_norm)
+
+
+def as_raw(
+  predicted: Float[Array, 'B M P'],
+  index: Int32[Array, 'B M'],
+  video: Num[Array | np.ndarray, 'B T H W C'],
+  encoder: hiera.Hiera,
+  pixel_norm: str = 'patch',
+) -> Float[Array, 'B M P']:
+  """Returns predictions as if colours had not been normalised, for pictures.
+
+  Args:
+    predicted: in the units of `targets`.
+    index: of the tokens that they are for.
+    video: uint8, or floats in [0, 1].
+    encoder: that makes the tokens.
+    pixel_norm: of `targets`.
+
+  Returns:
+    The same in the units of `losses.pixel_targets` of the clip itself.
+  """
+  if pixel_norm == 'patch_channel':  # takes colours' mean and deviation out
+    return predicted
+  mean, std = (jnp.tile(jnp.asarray(x), predicted.shape[2] // len(x))
+               for x in (encoder.mean, encoder.std))  # fmt: skip
+  mean, std = mean.reshape(1, 1, -1), std.reshape(1, 1, -1)
+  if pixel_norm == 'none':
+    return predicted * std + mean
+  every, *side = encoder.patch
+  raw = layers.patchify(layers.to_unit(video[:, ::every]), (1, *side))
+  raw = masking.gather(raw, index)
+  (m, s), (seen_m, seen_s) = (
+    (
+      jnp.mean(x, axis=2, keepdims=True),
+      jnp.sqrt(jnp.var(x, axis=2, ddof=1, keepdims=True) + 1e-6),
+    )
+    for x in (raw, (raw - mean) / std)
+  )
+  return ((predicted * seen_s + seen_m) * std + mean - m) / s

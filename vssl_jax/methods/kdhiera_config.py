@@ -1,0 +1,276 @@
+"""The knobs of KDHiera, interpretation of the abstract, and its builder.
+
+Hiera-MAE is one of its cases: no teachers, random units, pixels as targets.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import ml_collections
+
+from vssl_jax import losses, unit_masks
+from vssl_jax.methods import kdhiera
+from vssl_jax.methods import teachers as teachers_lib
+from vssl_jax.models import attended, framewise, hiera, hiera_mae, stage_heads
+
+SCORES = (*attended.KINDS, 'feature_norm', 'uniform')
+KNOBS = {
+  'targets': ('visible', 'masked', kdhiera.PIXELS),
+  'units': ('attention', 'random'),
+  'scores': SCORES,
+  'selection': unit_masks.MODES,
+  'mask_teacher': teachers_lib.NAMES,
+  'feature_loss': ('cosine', *losses.TOKEN_DISTANCES),
+  'target_norm': tuple(losses.TARGET_NORMS),
+  'pixel_norm': tuple(losses.PIXEL_NORMS),
+}
+STAGES = 4
+# Of what chance would keep, by `mask/attention_kept`.
+CLEARLY = 1.1
+
+
+def default() -> ml_collections.ConfigDict:
+  """Returns every knob of KDHiera, student Hiera-B: all values are ours."""
+  c = ml_collections.ConfigDict()
+  c.name = 'kdhiera'
+  c.steps = 140_400  # 300 epochs of 240k clips at batch 512
+  # The student: a row of hiera.SIZES; () and 0 take the values of the size.
+  c.encoder = ml_collections.ConfigDict(
+    dict(size='B', channels=0, depths=(), num_heads=0)
+  )
+  # models/hiera.py explains each field.
+  c.hiera = ml_collections.ConfigDict(
+    dict(
+      kernel=(3, 7, 7),
+      stride=(2, 4, 4),
+      padding=(1, 3, 3),
+      init='mae',
+      dtype='bfloat16',
+      remat='none',
+      attention='auto',
+    )
+  )
+  c.drop_path = 0.1  # of the student
+  c.update(teachers_lib.defaults())
+  for name in teachers_lib.NAMES:
+    # Blocks of the teacher after which its features are followed.
+    c[name].layers = (3, 6, 9, 12)
+    c[name].weight = 1.0
+  # 'visible': the visible tokens of all stages follow layers of the teachers;
+  # 'masked': a decoder for each teacher predicts these layers where the
+  # student sees nothing; 'pixels': a decoder predicts pixels there.
+  c.targets = 'visible'
+  c.stages = (1, 2, 3, 4)  # which follows each of `layers`, under 'visible'
+  c.layer_weights = ()  # of each of `layers`, over their sum; (): all the same
+  c.feature_loss = 'cosine'  # 'mse', 'smooth_l1'
+  c.target_norm = 'ln'  # 'none'
+  c.head_pos = False  # fixed positions in front of the heads of stages
+  c.decoder = ml_collections.ConfigDict(dict(width=512, depth=2, num_heads=8))
+  c.pixel_norm = 'patch'  # 'patch_channel', 'none'
+  # --- masks
+  c.mask_ratio = 0.9
+  c.masks_per_clip = 1  # more amortise the teachers
+  c.units = 'attention'  # 'random': all units alike, as Hiera-MAE
+  c.mask_teacher = 'image'  # whose attention; it need not be among `teachers`
+  # 'cls': of the class token; 'column_mean': of all patches, for teachers
+  # without a class token or with one that learned nothing (MAE);
+  # 'feature_norm': length of the last features; 'uniform'.
+  c.scores = 'cls'
+  c.selection = 'sample'  # 'top', 'low', 'uniform'
+  c.tube = False  # the same units at every time step
+  return c
+
+
+def build(
+  config: ml_collections.ConfigDict,
+  video: tuple[int, ...],
+  resolve: Callable[[str], nn.Module],
+) -> kdhiera.Kdhiera:
+  """Builds the method from its section of the config.
+
+  Args:
+    config: `config.method`.
+    video: (T, H, W, C) of a clip.
+    resolve: source of an outside teacher -> its module.
+
+  Raises:
+    ValueError: a knob with an unknown value, a teacher without a source, or
+      layers, stages and weights that do not fit together.
+  """
+  for knob, values in KNOBS.items():
+    if config[knob] not in values:
+      raise ValueError(
+        f'method.{knob}: found {config[knob]!r}, wanted one of {values}'
+      )
+  asked = config.mask_teacher if _by_teacher(config) else ''
+  distilled = tuple(config.teachers)
+  if config.targets == kdhiera.PIXELS:
+    distilled = ()
+  elif not distilled:
+    raise ValueError(
+      f'method.teachers: found (), wanted some of {teachers_lib.NAMES}, or '
+      "method.targets='pixels'"
+    )
+  names = dict.fromkeys((*distilled, *filter(None, (asked,))))
+  own, modules = teachers_lib.find(config, tuple(names), video, resolve)
+  _check_scores(config, asked, modules)
+  encoder = make_encoder(config)
+  pairs = {n: _pairs(config, n, modules[n].depth) for n in distilled}
+  if config.targets == kdhiera.PIXELS:
+    pairs = {kdhiera.PIXELS: (kdhiera.Pair('patch', 0, 1.0),)}
+  masks = _masks(config)
+  grid = encoder.unit_grid((1, *video))
+  visible, masked = masks[0].counts(grid)  # refuses a clip that is too small
+  plan = kdhiera.Distil(
+    name='distill',
+    steps=config.steps,
+    encoder=encoder,
+    heads={
+      name: _head(config, name, encoder, modules, pairs[name], video)
+      for name in pairs
+    },
+    pairs=pairs,
+    compared='visible' if config.targets == 'visible' else 'masked',
+    masks=masks,
+    mask_teacher=asked,
+    teachers=teachers_lib.frozen(config, modules),
+    init='fresh',
+    opt='fresh',
+    rows='fresh',
+    alarms=_alarms(config, asked, visible / (visible + masked)),
+  )
+  taken = {*kdhiera.Kdhiera.__dataclass_fields__} & {*config}
+  return kdhiera.Kdhiera(
+    plan=(*own, plan), **{name: config[name] for name in taken}
+  )
+
+
+def make_encoder(config: ml_collections.ConfigDict) -> hiera.Hiera:
+  """Returns the student: it leaves 2 x 2 tokens of a unit."""
+  shape = {k: v for k, v in config.encoder.items() if k != 'size' and v}
+  return hiera.make(
+    config.encoder.size,
+    **shape,
+    **config.hiera,
+    q_pool=2,
+    drop_path=config.drop_path,
+  )
+
+
+def _by_teacher(config: ml_collections.ConfigDict) -> bool:
+  """Returns whether masks go by what a teacher says."""
+  return config.units == 'attention' and config.scores != 'uniform'
+
+
+def _check_scores(
+  config: ml_collections.ConfigDict, name: str, modules: Mapping[str, Any]
+) -> None:
+  if not name or config.scores != 'cls':
+    return
+  module = modules[name]
+  image = module.image if isinstance(module, framewise.Framewise) else module
+  if not image.class_token:
+    raise ValueError(
+      f"method.scores: found 'cls', and the {name} teacher "
+      f"({config[name].teacher}) has no class token; wanted 'column_mean'"
+    )
+
+
+def _pairs(
+  config: ml_collections.ConfigDict, teacher: str, depth: int
+) -> tuple[kdhiera.Pair, ...]:
+  """Returns what is compared with a teacher, the weights summing to its own."""
+  taken, stages = tuple(config[teacher].layers), tuple(config.stages)
+  if not taken or any(not 1 <= n <= depth for n in taken):
+    raise ValueError(
+      f'method.{teacher}.layers: found {taken}, wanted some of 1 to {depth}, '
+      "the teacher's blocks"
+    )
+  if len(set(taken)) < len(taken):
+    raise ValueError(
+      f'method.{teacher}.layers: found {taken}, one of them twice'
+    )
+  names = [f'layer_{n:02d}' for n in taken]
+  if config.targets == 'visible':
+    if len(stages) != len(taken) or not {*stages} <= {*range(1, STAGES + 1)}:
+      raise ValueError(
+        f'method.stages: found {stages} for method.{teacher}.layers={taken}; '
+        f'wanted one of 1 to {STAGES} for each layer'
+      )
+    names = [
+      f'stage_{stage}' if stages.count(stage) == 1 else f'stage_{stage}_{name}'
+      for stage, name in zip(stages, names, strict=True)
+    ]
+  weights = tuple(config.layer_weights) or (1.0,) * len(taken)
+  if len(weights) != len(taken) or min(weights) < 0 or not sum(weights):
+    raise ValueError(
+      f'method.layer_weights: found {weights} for method.{teacher}.layers='
+      f'{taken}; wanted a weight of 0 or more for each, and not all 0'
+    )
+  return tuple(
+    kdhiera.Pair(name, layer, config[teacher].weight * weight / sum(weights))
+    for name, layer, weight in zip(names, taken, weights, strict=True)
+  )
+
+
+def _masks(
+  config: ml_collections.ConfigDict,
+) -> tuple[unit_masks.Units, ...]:
+  if config.masks_per_clip < 1:
+    raise ValueError(
+      f'method.masks_per_clip: found {config.masks_per_clip}, wanted 1 or more'
+    )
+  mode = config.selection
+  if config.units == 'random':
+    mode = 'random'
+  elif config.scores == 'uniform':
+    mode = 'uniform'
+  names = ['']
+  if config.masks_per_clip > 1:
+    names = [str(i + 1) for i in range(config.masks_per_clip)]
+  return tuple(
+    unit_masks.Units(name, config.mask_ratio, mode, config.tube)
+    for name in names
+  )
+
+
+def _head(
+  config: ml_collections.ConfigDict,
+  name: str,
+  encoder: hiera.Hiera,
+  modules: Mapping[str, Any],
+  pairs: tuple[kdhiera.Pair, ...],
+  video: tuple[int, ...],
+) -> nn.Module:
+  """Returns the heads of the stages, or a decoder with all layers' channels."""
+  if config.targets == 'visible':
+    stages = dict(zip([p.name for p in pairs], config.stages, strict=True))
+    return stage_heads.StageHeads(
+      stages,
+      modules[name].width,
+      head_pos=config.head_pos,
+      dtype=encoder.dtype,
+    )
+  _, py, px = encoder.patch
+  width = py * px * video[-1] if name == kdhiera.PIXELS else modules[name].width
+  return hiera_mae.Decoder(
+    out_width=width * len(pairs),
+    **config.decoder,
+    dtype=encoder.dtype,
+    remat=encoder.remat,
+    attention=encoder.attention,
+  )
+
+
+def _alarms(
+  config: ml_collections.ConfigDict, asked: str, chance: float
+) -> dict[str, tuple[float, str]]:
+  if not asked or config.selection not in ('sample', 'top'):
+    return {}
+  text = (
+    f'masks drawn by chance would show {chance:.3g} of what the {asked} '
+    f'teacher attends to, and these hardly show more: its {config.scores} '
+    'says nothing of the clips. Wanted another method.scores or teacher'
+  )
+  return {'mask/attention_kept': (min(CLEARLY * chance, 1.0), text)}

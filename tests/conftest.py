@@ -96,7 +96,11 @@ def pytest_collection_modifyitems(config, items):
       left_out[item] = 'SLURM: no cluster answers; see launch/README.md'
   items[:] = [item for item in items if item not in left_out]
   # Rooms with long files come first, so that two workers end together.
-  items.sort(key=lambda item: item.path.parent.name not in LONG)
+  first = LONG_SLOW if _slow(config) else LONG
+  items.sort(key=lambda item: item.path.parent.name not in first)
+  for item in items:
+    if item.get_closest_marker('slow'):
+      item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
   config.hook.pytest_deselected(items=list(left_out))
   config.stash[LEFT_OUT] = list(left_out.values())
   if hasattr(config, 'workeroutput'):
@@ -104,6 +108,8 @@ def pytest_collection_modifyitems(config, items):
 
 
 LONG = ('train', 'methods', 'evals')
+LONG_SLOW = ('tests', 'launch', 'train')  # a demo, a README, a notebook
+SLOW_SECONDS = 900
 LEFT_OUT = pytest.StashKey[list[str]]()
 
 

@@ -27,7 +27,6 @@ NONE = dict(lambda_pg=0.0, lambda_df=0.0, lambda_al=0.0)
 FIRST = ('base', 'all')  # of three seeds and fine-tuned; the others of one
 TUNED, SPLIT = 'weizmann4_64', {'train': 'fold!=0,1,2', 'test': 'fold=0,1,2'}
 SCRATCH = 'from scratch'
-TERM = 'loss/base/'  # in every line that the log has of a student
 METHODS = {
   'base': NONE,
   '+PSD': NONE | dict(lambda_pg=0.05),
@@ -54,21 +53,26 @@ def cells():
   yield from ((name, seed) for seed in SEEDS[1:] for name in first)
 
 
-def config(seed, data, workdir):
-  """Returns the config of a run that trains its teachers first."""
-  from vssl_jax import config as config_lib
-
-  c = config_lib.default('pmd')
-  c.seed, c.workdir, c.batch_size = seed, str(workdir), real_video.BATCH
-  c.data.source = str(data)
+def recipe(c, data, warmup):
+  """Fills in what the runs of every method share."""
+  c.batch_size, c.data.source = real_video.BATCH, str(data)
   c.data.update(dict(frames=real_video.FRAMES, stride=2, flip=False))
   c.data.size = (real_video.SIZE,) * 2
   c.data.crop = 'multi_scale'
   c.data.isolate = False  # shards of our own making
   c.optim.update(dict(lr=1e-3, lr_start=0.0, lr_end=1e-5, clip=1.0))
-  c.optim.update(dict(lr_batch=real_video.BATCH, warmup=TEACHER_STEPS // 10))
+  c.optim.update(dict(lr_batch=real_video.BATCH, warmup=warmup))
   c.optim.update(dict(weight_decay=0.05, weight_decay_end=0.05))
   c.checkpoint.every, c.log.every = 10_000, 200
+
+
+def config(seed, data, workdir):
+  """Returns the config of a run that trains its teachers first."""
+  from vssl_jax import config as config_lib
+
+  c = config_lib.default('pmd')
+  c.seed, c.workdir = seed, str(workdir)
+  recipe(c, data, TEACHER_STEPS // 10)
   m = c.method
   m.vit.update(dict(patch=PATCH, dtype='float32'))
   head = dict(width=64, depth=1, num_heads=4)
@@ -99,26 +103,51 @@ def teachers(seed, shards):
   return folder
 
 
+def tuning(c, data, seed, folder):
+  """Fills in what every fine-tuning shares."""
+  c.seed, c.workdir = seed, str(folder)
+  c.data.update(dict(stride=2, size=(real_video.SIZE,) * 2))
+  c.data.update(dict(label_column='label', isolate=False))
+  labels = (str(data / TUNED / 'labels.csv'),)
+  c.finetune.update(dict(train=labels, valid=labels, test=labels))
+  c.finetune.train_where = SPLIT['train']
+  c.finetune.valid_where = c.finetune.test_where = SPLIT['test']
+  c.finetune.update(dict(batch_size=8, epochs=40, clips=1))
+
+
+def tuned(found):
+  """Returns right answers and clips of a fine-tuning's report.
+
+  The last epoch's: with so few clips nothing is chosen by them.
+  """
+  last, total = found['history'][-1], found['test']['evaluated']
+  return {'right': round(last['accuracy'] * total), 'count': total}
+
+
 def tune(encode, data, seed, folder):
   """Returns right answers and clips of a fine-tuned encoder's test."""
   from vssl_jax import config as config_lib
   from vssl_jax.evals import finetune
 
   _, c = config_lib.load('configs/finetune_fast.py')
-  c.seed, c.workdir = seed, str(folder)
-  c.data.update(dict(stride=2, size=(real_video.SIZE,) * 2))
-  c.data.update(dict(label_column='label', isolate=False))
+  tuning(c, data, seed, folder)
   c.method.encoder.update(SHAPE)
   c.method.vit.update(dict(patch=PATCH, positions='sincos_3d_mvd'))
-  labels = (str(data / TUNED / 'labels.csv'),)
-  c.finetune.update(dict(train=labels, valid=labels, test=labels))
-  c.finetune.train_where = SPLIT['train']
-  c.finetune.valid_where = c.finetune.test_where = SPLIT['test']
-  c.finetune.update(dict(batch_size=8, epochs=40, clips=1))
-  found = finetune.evaluate(c, encode)
-  # The last epoch's: with so few clips nothing is chosen by them.
-  last, total = found['history'][-1], found['test']['evaluated']
-  return {'right': round(last['accuracy'] * total), 'count': total}
+  return tuned(finetune.evaluate(c, encode))
+
+
+def spent(c, folder):
+  """Returns a run's FLOPs, and the last line of its log."""
+  from vssl_jax import encoders, methods
+
+  clip = (real_video.FRAMES, real_video.SIZE, real_video.SIZE, 3)
+  method = methods.build(c.method, clip, encoders.module_of)
+  flops = sum(
+    method.cost(p, clip).total * p.steps * c.batch_size for p in method.phases()
+  )
+  log = pathlib.Path(folder, 'metrics.jsonl').read_text().splitlines()
+  logged = [x for x in map(json.loads, log) if ' loss/' in ' '.join(x)]
+  return flops, {k: x for k, x in logged[-1].items() if '/' in k}
 
 
 def run_cell(name, seed, data, shards):
@@ -127,10 +156,10 @@ def run_cell(name, seed, data, shards):
 
   if name == SCRATCH:
     with tempfile.TemporaryDirectory() as folder:
-      tuned = tune(None, data, seed, folder)
-    line = {'cell': name, 'seed': seed, 'tuned': tuned}
+      right = tune(None, data, seed, folder)
+    line = {'cell': name, 'seed': seed, 'tuned': right}
     return line | provenance.describe()
-  from vssl_jax import encoders, methods
+  from vssl_jax import encoders
   from vssl_jax.train import trainer
 
   made_by = teachers(seed, shards)
@@ -147,19 +176,12 @@ def run_cell(name, seed, data, shards):
     c.optim.warmup = STEPS // 10
     assert trainer.train(c) == 0
     trained = time.time()
-    clip = (real_video.FRAMES, real_video.SIZE, real_video.SIZE, 3)
-    method = methods.build(c.method, clip, encoders.module_of)
-    flops = sum(
-      method.cost(p, clip).total * p.steps * c.batch_size
-      for p in method.phases()
-    )
-    log = pathlib.Path(folder, 'metrics.jsonl').read_text().splitlines()
-    logged = [x for x in map(json.loads, log) if TERM in ' '.join(x)]
+    flops, last = spent(c, folder)
     encode = encoders.load(folder)
-    tuned = None
+    right = None
     if name in FIRST:
       with tempfile.TemporaryDirectory() as other:
-        tuned = tune(encode, data, seed, other)
+        right = tune(encode, data, seed, other)
     sets = {
       s: real_video.probe(encode, data / s, stride)
       for s, stride in real_video.SETS.items()
@@ -168,9 +190,9 @@ def run_cell(name, seed, data, shards):
     'cell': name,
     'seed': seed,
     'sets': sets,
-    'tuned': tuned,
+    'tuned': right,
     'flops': flops,
-    'last': {k: x for k, x in logged[-1].items() if '/' in k},
+    'last': last,
     'steps': STEPS,
     'clips': STEPS * real_video.BATCH,
     'train_seconds': round(trained - start, 1),
@@ -179,22 +201,27 @@ def run_cell(name, seed, data, shards):
   }
 
 
+def rows(lines, names):
+  """Returns the lines of a Markdown table of some cells."""
+  heads = [*real_video.SETS, 'fine-tuned', 'TFLOP']
+  found = ['| run | ' + ' | '.join(heads) + ' |', '|---' * 5 + '|']
+  for name in names:
+    of = [x for x in lines if x['cell'] == name]
+    probed = [x['sets'] for x in of if 'sets' in x]
+    shown = [real_video._cell([x[s] for x in probed]) for s in real_video.SETS]
+    tunings = [x['tuned'] for x in of if x['tuned']]
+    right, count = (sum(x[k] for x in tunings) for k in ('right', 'count'))
+    shown.append(f'{right} of {count}' if tunings else 'not run')
+    flops = [x['flops'] for x in of if 'flops' in x]
+    shown.append(f'{flops[0] / 1e12:.1f}' if flops else 'not run')
+    found.append(f'| {name} | ' + ' | '.join(shown) + ' |')
+  return '\n'.join(found)
+
+
 def table(out):
   """Returns the lines of a Markdown table; cells not reached say so."""
   lines = [json.loads(x) for x in out.read_text().splitlines()]
-  heads = [*real_video.SETS, 'fine-tuned', 'TFLOP']
-  rows = ['| run | ' + ' | '.join(heads) + ' |', '|---' * 5 + '|']
-  for name in (*METHODS, SCRATCH):
-    found = [x for x in lines if x['cell'] == name]
-    probed = [x['sets'] for x in found if 'sets' in x]
-    shown = [real_video._cell([x[s] for x in probed]) for s in real_video.SETS]
-    tuned = [x['tuned'] for x in found if x['tuned']]
-    right, count = (sum(x[k] for x in tuned) for k in ('right', 'count'))
-    shown.append(f'{right} of {count}' if tuned else 'not run')
-    flops = [x['flops'] for x in found if 'flops' in x]
-    shown.append(f'{flops[0] / 1e12:.1f}' if flops else 'not run')
-    rows.append(f'| {name} | ' + ' | '.join(shown) + ' |')
-  return '\n'.join(rows)
+  return rows(lines, (*METHODS, SCRATCH))
 
 
 if __name__ == '__main__':

@@ -1,0 +1,143 @@
+"""KDHiera, interpretation of the abstract, on real video, small.
+
+    python tests/benchmarks/real_kdhiera.py --data=<folder> --out=<file.jsonl>
+    python tests/benchmarks/real_kdhiera.py --out=<file.jsonl> --table
+
+The folder and the probes are those of `real_video.py`, the fine-tuning is that
+of `real_pmd.py`. An image and a video teacher are trained once for each seed,
+on the same videos; every run then has the same steps and clips. Finished cells
+are not run again. Each cell is a process of its own.
+"""
+
+import json
+import tempfile
+import time
+
+import real_pmd
+import real_video
+
+STEPS, TEACHER_STEPS = 600, 500
+# Units of 16 pixels: four of the sixteen of a time step are visible.
+RATIO, STRIDE, PATCH = 0.75, (2, 2, 2), (2, 8, 8)
+SHAPE = dict(size='Ti', width=96, depth=4, num_heads=4, mlp_width=384)
+STUDENT = dict(channels=32, depths=(1, 2, 3, 1), num_heads=1)
+LAST = dict(stages=(4,), image=dict(layers=(4,)), video=dict(layers=(4,)))
+SCRATCH = 'from scratch'
+METHODS = {
+  'Hiera-MAE': dict(targets='pixels', units='random', teachers=()),
+  'KDHiera, last layer': LAST,
+  'KDHiera, four layers': {},
+  'KDHiera, four layers, random mask': dict(units='random'),
+}
+SEEDS = (0, 1, 2)
+
+
+def cells():
+  """Yields (name, seed) of every run."""
+  yield from ((name, seed) for seed in SEEDS for name in (*METHODS, SCRATCH))
+
+
+def config(seed, data, workdir):
+  """Returns the config of a run that trains its teachers first."""
+  from vssl_jax import config as config_lib
+
+  c = config_lib.default('kdhiera')
+  c.seed, c.workdir = seed, str(workdir)
+  real_pmd.recipe(c, data, TEACHER_STEPS // 10)
+  m = c.method
+  m.vit.update(dict(patch=PATCH, dtype='float32'))
+  head = dict(width=64, depth=1, num_heads=4)
+  for name in ('image', 'video'):
+    section = m[f'{name}_teacher']
+    section.steps = TEACHER_STEPS
+    section.encoder.update(SHAPE)
+    section.decoder.update(head)
+    m[name].update(dict(teacher=f'@{name}_teacher', dtype='float32'))
+    m[name].layers = (1, 2, 3, 4)
+  m.video_teacher.masks = 'tube:0.75'
+  m.encoder.update(STUDENT)
+  m.hiera.update(dict(stride=STRIDE, dtype='float32'))
+  m.decoder.update(dict(width=64, depth=2, num_heads=4))
+  m.scores = 'column_mean'  # an MAE of our own has no class token
+  m.drop_path, m.mask_ratio, m.steps = 0.0, RATIO, STEPS
+  return c
+
+
+def teachers(seed, shards):
+  """Returns the folder of the run that trained the teachers of a seed."""
+  from vssl_jax.train import trainer
+
+  folder = shards.with_name(f'{shards.name}-units-teachers-{seed}')
+  c = config(seed, shards, folder)
+  # The step that follows makes a run of it that has an end.
+  c.method.steps, c.optim.warmup = 1, 0
+  assert trainer.train(c) == 0
+  return folder
+
+
+def tune(encode, data, seed, folder):
+  """Returns right answers and clips of a fine-tuned Hiera's test."""
+  from vssl_jax import config as config_lib
+  from vssl_jax.evals import finetune
+
+  _, c = config_lib.load('configs/finetune_fast.py')
+  real_pmd.tuning(c, data, seed, folder)
+  c.method.family = 'hiera'
+  c.method.hiera.update(dict(size='B', **STUDENT))
+  c.method.hiera.update(dict(stride=STRIDE, dtype='float32'))
+  return real_pmd.tuned(finetune.evaluate(c, encode))
+
+
+def run_cell(name, seed, data, shards):
+  """Trains one cell under the seed's teachers, probes and fine-tunes it."""
+  from vssl_jax.train import provenance
+
+  if name == SCRATCH:
+    with tempfile.TemporaryDirectory() as folder:
+      right = tune(None, data, seed, folder)
+    line = {'cell': name, 'seed': seed, 'tuned': right}
+    return line | provenance.describe()
+  from vssl_jax import encoders
+  from vssl_jax.train import trainer
+
+  made_by = teachers(seed, shards)
+  start = time.time()
+  with tempfile.TemporaryDirectory() as folder:
+    c = config(seed, shards, folder)
+    for teacher in ('image', 'video'):
+      c.method[teacher].teacher = f'{made_by}@{teacher}_teacher'
+    c.method.update(METHODS[name])
+    c.optim.warmup = STEPS // 10
+    assert trainer.train(c) == 0
+    trained = time.time()
+    flops, last = real_pmd.spent(c, folder)
+    encode = encoders.load(folder)
+    with tempfile.TemporaryDirectory() as other:
+      right = tune(encode, data, seed, other)
+    sets = {
+      s: real_video.probe(encode, data / s, stride)
+      for s, stride in real_video.SETS.items()
+    }
+  return {
+    'cell': name,
+    'seed': seed,
+    'sets': sets,
+    'tuned': right,
+    'flops': flops,
+    'last': last,
+    'steps': STEPS,
+    'clips': STEPS * real_video.BATCH,
+    'train_seconds': round(trained - start, 1),
+    'cpu_seconds': round(time.process_time(), 1),
+    **provenance.describe(),
+  }
+
+
+def table(out):
+  """Returns the lines of a Markdown table; cells not reached say so."""
+  lines = [json.loads(x) for x in out.read_text().splitlines()]
+  return real_pmd.rows(lines, (*METHODS, SCRATCH))
+
+
+if __name__ == '__main__':
+  real_video.main(__doc__, cells, run_cell, table)

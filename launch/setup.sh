@@ -123,6 +123,7 @@ stamp() {
     printf '%s\n' "$root"
     "$venv/bin/python" -VV
     cat "$root/pyproject.toml" "$root/setup.cfg" "$root/launch/constraints.txt"
+    cat "$root/launch/parity.txt"
   } | cksum
 }
 
@@ -182,4 +183,9 @@ install() {
     ${quiet[@]+"${quiet[@]}"} -c "$root/launch/constraints.txt" \
     -e "$root${extras:+[$extras]}" >&2 ||
     fail 'pip failed (its message is above); start again when that is mended.'
+  if [[ ,$extras, == *,parity,* ]]; then
+    "$venv/bin/python" -m pip install --disable-pip-version-check \
+      ${quiet[@]+"${quiet[@]}"} --no-deps -r "$root/launch/parity.txt" >&2 ||
+      fail 'pip failed (its message is above); start again when that is mended.'
+  fi
 }

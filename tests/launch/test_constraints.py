@@ -80,6 +80,16 @@ def test_torch_is_one_release_and_only_of_parity():
       assert not names.keys() & {'torch', 'transformers', 'timm'}
 
 
+def test_what_parity_has_alone_is_one_version_and_no_other_requirement():
+  lines = (ROOT / 'launch/parity.txt').read_text().splitlines()
+  lines = [line for line in lines if not line.startswith('#')]
+  assert lines
+  declared = {w.name for group in _declared().values() for w in group}
+  for line in lines:
+    assert re.fullmatch(r'[a-z0-9-]+==[0-9.]+', line)
+    assert line.split('==')[0] not in declared
+
+
 def test_the_hook_and_the_tests_use_the_same_ruff():
   text = (ROOT / '.pre-commit-config.yaml').read_text()
   assert re.findall(r'rev: v([\d.]+)', text) == [_pins('3.13')['ruff']]

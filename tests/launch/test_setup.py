@@ -89,7 +89,9 @@ class Clone:
 
   def installs(self):
     """Returns what pip was asked to install, call by call."""
-    return [line.split(' -e ')[1] for line in self.log.read_text().splitlines()]
+    return [
+      line.split(' -e ')[-1] for line in self.log.read_text().splitlines()
+    ]
 
 
 @pytest.fixture
@@ -143,6 +145,15 @@ def test_installs_again_when_something_changed(clone):
   status, _, err = clone.run()
   assert status == 0, err
   assert clone.installs()[4:] == [str(moved)]
+
+
+def test_parity_has_packages_without_what_they_ask_for(clone):
+  for _ in range(2):  # the second time all of it is there
+    status, _, err = clone.run(script='test.sh', VSSL_EXTRAS='parity')
+    assert status == 0, err
+  first, second = clone.installs()
+  assert first == f'{clone.root}[test,parity]'
+  assert second.endswith(f' --no-deps -r {clone.root}/launch/parity.txt')
 
 
 @pytest.mark.slow

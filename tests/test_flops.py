@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import pytest
 
 from vssl_jax import flops, masking
-from vssl_jax.models import decoder, framewise, predictor, vit
+from vssl_jax.models import (
+  decoder,
+  framewise,
+  hiera,
+  hiera_mae,
+  predictor,
+  vit,
+)
 
 GRID = (8, 14, 14)  # 16 x 224 x 224 in tubelets of 2 x 16 x 16
 SHORT_LONG = ((320, 656), (80, 1096))
@@ -59,6 +66,60 @@ def test_a_decoder_on_frames():
   found = flops.train(module, GRID, (392, 1176), 768)
   assert found == 8 * flops.train(inner, (1, 14, 14), (49, 147), 768)
   assert flops.activations(module, 1568) == flops.activations(inner, 1568)
+
+
+# Paper, arXiv 2306.00989: B 102, B+ 133, L 413, H 1159; the others by its
+# code. With two poolings all tokens, and then 39, 40, 80 and 104 units.
+HIERA = {
+  'T': (50.85, 71.79, 6.41, 6.55, 12.43, 16.15),
+  'S': (69.51, 90.44, 7.59, 7.76, 15.01, 19.62),
+  'B': (101.73, 134.53, 10.79, 11.05, 21.86, 28.74),
+  'B+': (132.30, 175.02, 14.38, 14.73, 29.19, 38.33),
+  'L': (412.13, 502.54, 40.52, 41.55, 84.04, 110.76),
+  'H': (1157.80, 1415.63, 123.99, 127.16, 255.99, 335.45),
+}
+
+
+@pytest.mark.parametrize('size', HIERA)
+def test_hiera(size):
+  three, two = (hiera.make(size, q_pool=n) for n in (3, 2))
+  found = [flops.forward(three, (8, 7, 7)), flops.forward(two, GRID)]
+  found += [flops.forward(two, GRID, 4 * n) for n in (39, 40, 80, 104)]
+  for one, gmacs in zip(found, HIERA[size], strict=True):
+    assert one / 2e9 == pytest.approx(gmacs, abs=0.006)
+
+
+@pytest.mark.parametrize(('size', 'tflop'), [('B', 0.428), ('L', 0.609)])
+def test_hiera_mae_step(size, tflop):
+  encoder, head = hiera.make(size), hiera_mae.Decoder(768)
+  found = flops.train(encoder, GRID, 4 * 39)
+  found += flops.train(head, GRID, (4 * 39, 4 * 353), encoder.width)
+  # The published figure has the gradient of the pixels, which nobody needs.
+  conv = 2 * 8 * 56 * 56 * 3 * 7 * 7 * 3 * encoder.channels
+  assert (found + conv) / 1e12 == pytest.approx(tflop, rel=2e-3)
+
+
+def test_hiera_in_part():
+  encoder = hiera.make('T')
+  whole = flops.forward(encoder, GRID)
+  parts = [flops.forward(encoder, GRID, depth=n) for n in range(13)]
+  assert parts == sorted(parts)
+  assert parts[-1] == whole
+  conv = parts[0]
+  assert flops.train(encoder, GRID) == 3 * whole - conv
+  frozen = flops.train(encoder, GRID, frozen=4)
+  assert frozen == pytest.approx(3 * whole - 2 * parts[4])
+  # Units are independent until the third stage; their cost is their share.
+  few = flops.forward(encoder, GRID, 4 * 49, depth=3) - conv
+  assert few == pytest.approx((parts[3] - conv) / 8)
+  with pytest.raises(ValueError, match='multiple of the 4'):
+    flops.forward(encoder, GRID, 39)
+  kept = [
+    flops.activations(encoder.clone(remat=r), 156)
+    for r in ('none', 'dots', 'full')
+  ]
+  assert kept == sorted(kept, reverse=True)
+  assert flops.activations(encoder, 312) == 2 * kept[0]
 
 
 def both_masks(encoder, head):
@@ -115,6 +176,25 @@ def test_encoder_agrees_with_the_compiler():
     wanted = flops.forward(encoder, (4, 7, 7), count)
     assert found == pytest.approx(wanted, rel=0.02)
     assert found > wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('q_pool', [2, 3])
+def test_hiera_agrees_with_the_compiler(q_pool):
+  encoder = hiera.make(
+    {'channels': 128, 'depths': (1, 1, 2, 1), 'num_heads': 1},
+    dtype='float32',
+    q_pool=q_pool,
+  )
+  video = jax.ShapeDtypeStruct((1, 8, 64, 64, 3), jnp.uint8)
+  params = jax.eval_shape(encoder.init, jax.random.key(0), video)
+  units = jax.ShapeDtypeStruct((1, 10), jnp.int32)
+  left = 4 ** (3 - q_pool)
+  grid = {2: (4, 4, 4), 3: (4, 2, 2)}[q_pool]
+  for index, count in ((None, None), (units, 10 * left)):
+    found = compiled(encoder.apply, params, video, index)
+    wanted = flops.forward(encoder, grid, count)
+    assert found == pytest.approx(wanted, rel=0.04)
 
 
 @pytest.mark.parametrize('kind', ['predictor', 'videomae'])

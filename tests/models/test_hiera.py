@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from vssl_jax import trees
-from vssl_jax.models import hiera, unrolled
+from vssl_jax.models import framewise, hiera, unrolled
 
 KEY = jax.random.key(0)
-TINY = dict(channels=8, depths=(1, 1, 2, 1), num_heads=1)
+TINY = dict(channels=8, depths=(1, 1, 1, 1), num_heads=1)
 UNITS = jnp.array([[0, 3, 6, 13], [1, 2, 9, 15]], jnp.int32)
 GRID = (4, 2, 2)
 
@@ -128,36 +128,105 @@ def test_pooling_is_that_of_neighbours():
   np.testing.assert_array_equal(found, wanted)
 
 
-@pytest.mark.parametrize(('q_pool', 'last'), [(2, 2), (3, 1)])
-def test_shapes_of_stages(video, params, q_pool, last):
-  encoder = small(q_pool=q_pool)
-  dense = call(encoder, params, video, features=True)
-  kept = call(encoder, params, video, UNITS, features=True)
+EVERY = jnp.tile(jnp.arange(16, dtype=jnp.int32)[None], (2, 1))
+
+
+@pytest.fixture(scope='module')
+def two(video, params):
+  """What two poolings make of the whole clip and of units.
+
+  Compiled once: what the calls share is computed once too.
+  """
+
+  def run(params):
+    apply = functools.partial(small().apply, {'params': params}, video)
+    return {
+      'dense': apply(features=True),
+      'kept': apply(UNITS, features=True),
+      'every': apply(EVERY, features=True),
+      'tokens': apply(),
+    }
+
+  return jax.jit(run)(params)
+
+
+def normed(x):
+  x = np.asarray(x, np.float64)
+  x = x - x.mean(-1, keepdims=True)
+  return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+
+
+def check_stages(found, last):
   for i, side in enumerate((8, 4, 2, last)):
     width = 8 * 2**i
-    assert dense[i].shape == (2, 4, 2 * side, 2 * side, width)
-    assert kept[i].shape == (2, 4, 1, side, side, width)
-  tokens = call(encoder, params, video)
-  assert tokens.shape == (2, 16 * last**2, encoder.width)
-  assert tokens.dtype == jnp.float32
-  # The tokens are those of the last stage in raster order, after a norm.
-  x = np.asarray(dense[-1], np.float64).reshape(2, -1, encoder.width)
-  x -= x.mean(-1, keepdims=True)
-  x /= np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
-  np.testing.assert_allclose(tokens, x, atol=1e-4)
-  raw = call(encoder.clone(final_norm=False), params, video)
-  np.testing.assert_allclose(raw, dense[-1].reshape(raw.shape), atol=1e-6)
-
-
-@pytest.mark.parametrize('q_pool', [2, 3])
-def test_all_units_kept_is_the_whole_clip(video, params, q_pool):
-  encoder = small(q_pool=q_pool)
-  every = jnp.tile(jnp.arange(16, dtype=jnp.int32)[None], (2, 1))
-  dense = call(encoder, params, video, features=True)
-  kept = call(encoder, params, video, every, features=True)
-  for a, b in zip(kept, dense, strict=True):
+    assert found['dense'][i].shape == (2, 4, 2 * side, 2 * side, width)
+    assert found['kept'][i].shape == (2, 4, 1, side, side, width)
+  # Tokens are those of the last stage in raster order, after a norm.
+  wanted = normed(found['dense'][-1]).reshape(found['tokens'].shape)
+  np.testing.assert_allclose(found['tokens'], wanted, atol=1e-4)
+  assert found['tokens'].dtype == jnp.float32
+  # All units kept is the whole clip.
+  for a, b in zip(found['every'], found['dense'], strict=True):
     together = unrolled.together(jnp.asarray(a), GRID)
     np.testing.assert_allclose(together, b, atol=1e-5)
+
+
+def test_two_poolings(two):
+  check_stages(two, 2)
+
+
+@pytest.mark.slow
+def test_three_poolings(video, params):
+  apply = functools.partial(small(q_pool=3).apply, {'params': params}, video)
+  found = jax.jit(
+    lambda: {
+      'dense': apply(features=True),
+      'kept': apply(UNITS, features=True),
+      'every': apply(EVERY, features=True),
+      'tokens': apply(),
+    }
+  )()
+  check_stages(found, 1)
+
+
+@pytest.mark.slow
+def test_tokens_of_units_and_without_a_norm(video, params, two):
+  kept = call(small(), params, video, UNITS)
+  wanted = normed(two['kept'][-1]).reshape(kept.shape)
+  np.testing.assert_allclose(kept, wanted, atol=1e-4)
+  raw = call(small(final_norm=False), params, video)
+  np.testing.assert_allclose(
+    raw, two['dense'][-1].reshape(raw.shape), atol=1e-4
+  )
+
+
+def test_units_of_the_first_stages_do_not_meet(video, params, two):
+  """Nor in the first block of the third, which has the second one's windows."""
+  few = call(small(), params, video, UNITS[:, :2], features=True)
+  # The convolution sees neighbours that are kept, of which these have none.
+  for i in range(3):
+    np.testing.assert_allclose(two['kept'][i][1, 1], few[i][1, 1], atol=1e-5)
+  assert jnp.abs(two['kept'][3][1, 1] - few[3][1, 1]).max() > 1e-2
+
+
+# 4DS takes int((blocks + 1) * fraction) - 2 of the blocks.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('fraction', 'stage', 'ends'),
+  [(0.5, 0, True), (0.7, 1, True), (0.9, 2, False), (1.0, 2, True)],
+)
+def test_a_tap_gives_the_tokens_of_its_stage(video, fraction, stage, ends):
+  encoder = small(depths=(1, 1, 2, 1))
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda x: 0.2 * rng.standard_normal(x.shape).astype(np.float32),
+    jax.eval_shape(encoder.init, KEY, video)['params'],
+  )
+  found = call(encoder, params, video, depth=fraction)
+  dense = call(encoder, params, video, features=True)
+  wanted = np.asarray(dense[stage]).reshape(2, -1, 8 * 2**stage)
+  assert found.shape == wanted.shape
+  assert np.allclose(found, wanted, atol=1e-5) == ends
 
 
 def shown():
@@ -169,37 +238,174 @@ def shown():
   return found.reshape(2, 8, 64, 64, 1)
 
 
-def test_hidden_pixels_change_nothing(video, params):
-  other = np.random.default_rng(1).integers(0, 256, video.shape, np.uint8)
-  other = np.where(shown(), video, other)
-  assert (other != video).any()
-  a = call(small(), params, video, UNITS, features=True)
-  b = call(small(), params, other, UNITS, features=True)
-  for x, y in zip(a, b, strict=True):
-    np.testing.assert_array_equal(x, y)
-  seen = call(small(), params, np.where(shown(), other + 1, video), UNITS)
-  assert jnp.abs(seen - call(small(), params, video, UNITS)).max() > 1e-2
-
-
-def test_hidden_pixels_have_no_gradient(video, params):
-  clip = jnp.asarray(video, jnp.float32) / 255
+@pytest.fixture(scope='module')
+def ends_and_gradient(params):
+  """Of the pixels, under a sum over all stages."""
 
   def total(clip):
     ends = small().apply({'params': params}, clip, UNITS, features=True)
-    return sum(jnp.sum(x**3) for x in ends)
+    return sum(jnp.sum(x**3) for x in ends), ends
 
-  grad = np.asarray(jax.jit(jax.grad(total))(clip))
+  run = jax.jit(jax.grad(total, has_aux=True))
+  return lambda clip: run(jnp.asarray(clip, jnp.float32) / 255)
+
+
+def test_hidden_pixels_change_nothing(video, ends_and_gradient):
+  other = np.random.default_rng(1).integers(0, 256, video.shape, np.uint8)
+  _, found = ends_and_gradient(video)
+  _, again = ends_and_gradient(np.where(shown(), video, other))
+  for x, y in zip(found, again, strict=True):
+    np.testing.assert_array_equal(x, y)
+  _, again = ends_and_gradient(np.where(shown(), other, video))
+  for x, y in zip(found, again, strict=True):
+    assert jnp.abs(x - y).max() > 1e-2
+
+
+def test_hidden_pixels_have_no_gradient(video, ends_and_gradient):
+  grad = np.asarray(ends_and_gradient(video)[0])
   assert not grad[np.broadcast_to(~shown(), grad.shape)].any()
   assert np.abs(grad[np.broadcast_to(shown(), grad.shape)]).min() > 0
 
 
-def test_units_of_the_first_stages_do_not_meet(video, params):
-  """Attention stays within units until the third stage."""
-  fewer = UNITS[:, :2]
-  many = call(small(), params, video, UNITS, features=True)
-  few = call(small(), params, video, fewer, features=True)
-  # But for the convolution, which sees pixels of neighbours that are kept;
-  # these units have none.
-  for i in (0, 1):
-    np.testing.assert_allclose(many[i][1, 1], few[i][1, 1], atol=1e-5)
-  assert jnp.abs(many[2][1, 1] - few[2][1, 1]).max() > 1e-2
+@pytest.mark.slow
+@pytest.mark.parametrize('remat', ['dots', 'full'])
+def test_rematerialisation_changes_no_number(video, params, remat):
+  def gradients(encoder):
+    def total(p):
+      return jnp.sum(encoder.apply({'params': p}, video, UNITS) ** 3)
+
+    compiled = jax.jit(jax.grad(total)).lower(params).compile()
+    return compiled(params), compiled.cost_analysis()['flops']
+
+  (plain, flops), (again, more) = (
+    gradients(small(remat=r)) for r in ('none', remat)
+  )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-2),
+    plain,
+    again,
+  )
+  assert more > flops
+
+
+@pytest.mark.slow
+def test_drop_path_leaves_out_branches_per_example(video, params):
+  encoder = small(drop_path=0.5)
+  many = np.repeat(video[:1], 32, 0)
+  units = jnp.tile(UNITS[:1, :1], (32, 1))
+  plain = call(encoder, params, many, units, features=True)
+  found = call(
+    encoder,
+    params,
+    many,
+    units,
+    features=True,
+    deterministic=False,
+    rngs={'dropout': KEY},
+  )
+  # The rate of the first of four blocks is 0, of the second 1 / 6, of the
+  # last 0.5; both branches of a block are drawn.
+  changed = np.stack(
+    [
+      np.abs(np.asarray(a) - np.asarray(b)).max(axis=(1, 2, 3, 4, 5)) > 0.01
+      for a, b in zip(found, plain, strict=True)
+    ]
+  )
+  assert not changed[0].any()
+  # A branch that stays is larger by 1 / (1 - rate), so all others change.
+  assert changed[1:].all()
+  both = np.asarray(found[1]) - np.asarray(plain[1])
+  # Attention's branch stays or not, and the MLP's.
+  assert len(np.unique(both.reshape(32, -1)[:, 0].round(3))) == 4
+
+
+@pytest.mark.slow
+def test_bfloat16_is_close_to_float32(video, params):
+  exact = call(small(), params, video, UNITS)
+  half = call(small(dtype='bfloat16'), params, video, UNITS)
+  assert half.dtype == jnp.float32
+  assert 1e-4 < jnp.abs(exact - half).mean() < 0.05
+
+
+def test_starts():
+  """As released: see `layers.kernel_init`."""
+  clip = jnp.zeros((1, 2, 32, 32, 3), jnp.uint8)
+
+  def start(init):
+    encoder = small(channels=32, init=init)
+
+    def some(key):  # what is not returned is not compiled
+      params = encoder.init(key, clip)['params']
+      block = params['block_01']
+      return {
+        'embed': params['embed'],
+        'positions_space': params['positions_space'],
+        'q': block['attn']['q'],
+        'shortcut': block['shortcut'],
+        'norm': block['norm_1'],
+        'fc1': block['mlp']['fc1'],
+      }
+
+    return jax.jit(some)(KEY)
+
+  for init, bias in (('classifier', 0.02), ('mae', 0.0)):
+    params = start(init)
+    assert (params['norm']['scale'] == 1).all()
+    assert 0.8 < jnp.abs(params['embed']['bias']).max() * 21 <= 1  # sqrt(441)
+    for name in ('q', 'shortcut', 'norm', 'fc1'):
+      assert (params[name]['bias'] == jnp.float32(bias)).all(), name
+    assert 0.01 < params['positions_space'].std() < 0.03
+    if init == 'classifier':
+      for name in ('embed', 'q', 'shortcut', 'fc1'):
+        assert 0.019 < params[name]['kernel'].std() < 0.021, name
+      continue
+    # The second stage makes q, k and v, 3 * 64 channels, of 32 at once.
+    fans = {'q': 32 + 3 * 64, 'shortcut': 32 + 64, 'fc1': 64 + 256}
+    fans['embed'] = 3 * 7 * 7 * 3 + 32
+    for name, fan in fans.items():
+      limit = np.sqrt(6 / fan)
+      assert 0.95 * limit < params[name]['kernel'].max() <= limit, name
+
+
+@pytest.mark.slow
+def test_an_image_model_on_frames(video):
+  image = small(**hiera.IMAGE)
+  module = framewise.Framewise(image)
+  frames = video[:, ::2].reshape(8, 1, 64, 64, 3)
+  shape = jax.eval_shape(image.init, KEY, frames)['params']
+  assert shape['positions'].shape == (1, 16, 16, 8)
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda x: 0.2 * rng.standard_normal(x.shape).astype(np.float32), shape
+  )
+  assert not trees.difference(
+    jax.eval_shape(module.init, KEY, video)['params'], shape
+  )
+  assert (module.patch, module.width) == ((2, 16, 16), 64)
+  own = call(image, params, frames, features=True)
+  found = call(module, params, video, features=True)
+  for a, b in zip(found, own, strict=True):
+    assert a.shape[:2] == (2, 4)
+    np.testing.assert_allclose(a.reshape(b.shape), b, atol=1e-5)
+  # Of every frame units 0 and 3.
+  units = np.array([0, 3, 4, 7, 8, 11, 12, 15], np.int32)
+  kept = call(module, params, video, jnp.asarray(np.stack([units, units])))
+  own = call(image, params, frames, jnp.tile(jnp.array([[0, 3]]), (8, 1)))
+  np.testing.assert_allclose(kept.reshape(own.shape), own, atol=1e-5)
+
+
+def test_what_is_no_hiera_says_so(video):
+  with pytest.raises(ValueError, match=r"'XL'.*'B\+'"):
+    hiera.make('XL')
+  with pytest.raises(ValueError, match="'q_pol'; nearest: 'q_pool'"):
+    hiera.make('B', q_pol=3)
+  with pytest.raises(ValueError, match='of 4 stages'):
+    small(depths=[1, 2, 3])
+  with pytest.raises(ValueError, match='q_pool is 4'):
+    small(q_pool=4)
+  with pytest.raises(ValueError, match=r"'vjepa'.*classifier"):
+    small(init='vjepa')
+  with pytest.raises(ValueError, match='48, 64'):
+    jax.eval_shape(small().init, KEY, video[:, :, :48])
+  assert small(depths=[1, 1, 1, 1], mean=[0.5] * 3).mean == (0.5, 0.5, 0.5)
+  assert hash(small()) == hash(small())

@@ -57,7 +57,7 @@ def forward(
   if isinstance(module, hiera.Hiera):
     n = math.prod(grid) if tokens is None else tokens
     count = hiera_cost.units(module, n)
-    return hiera_cost.embedding(module, grid) + sum(
+    return hiera_cost.embedding(module, count) + sum(
       hiera_cost.block(step, count) for step in module.plan()[:depth]
     )
   if isinstance(module, Head):
@@ -115,7 +115,7 @@ def train(
   if isinstance(module, hiera.Hiera):
     n = math.prod(grid) if tokens is None else tokens
     count = hiera_cost.units(module, n)
-    total -= hiera_cost.embedding(module, grid) * (2 if frozen else 1)
+    total -= hiera_cost.embedding(module, count) * (2 if frozen else 1)
     total -= 2 * sum(
       hiera_cost.block(step, count) for step in module.plan()[:frozen]
     )

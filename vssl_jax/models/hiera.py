@@ -18,12 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
-from vssl_jax import losses, masking, sharding
+from vssl_jax import losses, sharding
 from vssl_jax.models import (
   blocks,
   hiera_block,
   hiera_plan,
   layers,
+  unit_windows,
   unrolled,
   vit,
 )
@@ -230,24 +231,32 @@ class Hiera(nn.Module):
     unit_grid: layers.Grid,
   ) -> Float[Array, 'B K n D']:
     """Returns the tokens of the first stage, those of a unit together."""
+    batch, dtype = video.shape[0], jnp.dtype(self.dtype)
     x = layers.normalise(layers.to_unit(video), self.mean, self.std)
+    x, padding = x.astype(dtype), self.padding
     if units is not None:
-      x = _without_hidden(x, units, unit_grid)
+      overlap = [k - s for k, s in zip(self.kernel, self.stride, strict=True)]
+      x = unit_windows.without_hidden(x, units, unit_grid)
+      x = unit_windows.around(x, units, unit_grid, tuple(overlap), padding)
+      padding = (0, 0, 0)
     x = nn.Conv(
       self.channels,
       self.kernel,
       self.stride,
-      [(n, n) for n in self.padding],
-      dtype=jnp.dtype(self.dtype),
+      [(n, n) for n in padding],
+      dtype=dtype,
       param_dtype=jnp.float32,
       kernel_init=layers.kernel_init(INITS[self.init_family], 'embed'),
       bias_init=layers.fan_in_bias(math.prod(self.kernel) * len(self.mean)),
       conv_general_dilated=_conv,
       name='embed',
     )(x)
-    x = x + self._table(x.shape[1:4]).astype(x.dtype)[None]
     x = unrolled.unroll(x, hiera_plan.LEVELS)
-    return x if units is None else masking.gather(x, units)
+    x = x.reshape(batch, -1, *x.shape[2:])
+    grid = [n * m for n, m in zip(unit_grid, self.unit, strict=True)]
+    table = self._table(tuple(grid)).astype(dtype)[None]
+    table = unrolled.unroll(table, hiera_plan.LEVELS)
+    return x + (table if units is None else table[0][units])
 
   def _table(self, grid: layers.Grid) -> Float[Array, 't h w D']:
     """Returns what is added to the tokens of the first stage."""
@@ -275,24 +284,6 @@ def _conv(x: Array, weight: Array, *args: Any, **kwargs: Any) -> Array:
   return jax.lax.conv_general_dilated(
     x, sharding.gathered(weight), *args, **kwargs
   )
-
-
-def _without_hidden(
-  x: Float[Array, 'B T H W C'],
-  units: Int[Array, 'B K'],
-  unit_grid: layers.Grid,
-) -> Float[Array, 'B T H W C']:
-  """Returns a clip with zeros in the units that are not kept."""
-  batch, t, h, w = x.shape[0], *unit_grid
-  shown = jnp.zeros((batch, t * h * w), bool)
-  shown = jax.vmap(lambda row, kept: row.at[kept].set(True))(shown, units)
-  cut = (t, x.shape[1] // t, h, x.shape[2] // h, w, x.shape[3] // w)
-  x = jnp.where(
-    shown.reshape(batch, t, 1, h, 1, w, 1, 1),
-    x.reshape(batch, *cut, x.shape[4]),
-    0.0,
-  )
-  return x.reshape(batch, cut[0] * cut[1], cut[2] * cut[3], cut[4] * cut[5], -1)
 
 
 def make(size: str | Mapping[str, Any], **overrides: Any) -> Hiera:

@@ -5,7 +5,7 @@
 
 import math
 
-from vssl_jax.models import hiera, hiera_plan, layers
+from vssl_jax.models import hiera, hiera_plan
 
 
 def units(encoder: hiera.Hiera, tokens: int) -> int:
@@ -23,16 +23,16 @@ def units(encoder: hiera.Hiera, tokens: int) -> int:
   return tokens // left
 
 
-def embedding(encoder: hiera.Hiera, grid: layers.Grid) -> float:
-  """Returns the forward FLOPs of the convolution, which sees hidden units too.
+def embedding(encoder: hiera.Hiera, count: int) -> float:
+  """Returns the forward FLOPs of the convolution.
 
   Args:
     encoder: the network.
-    grid: tokens of the whole clip.
+    count: units that it sees. (The released code runs it over hidden ones
+      too, and published figures count that.)
   """
-  tokens = units(encoder, math.prod(grid)) * hiera_plan.SIDE**2
   pixels = math.prod(encoder.kernel) * len(encoder.mean)
-  return 2.0 * tokens * pixels * encoder.channels
+  return 2.0 * count * hiera_plan.SIDE**2 * pixels * encoder.channels
 
 
 def block(step: hiera_plan.Step, count: int) -> float:

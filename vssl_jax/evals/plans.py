@@ -14,7 +14,7 @@ from vssl_jax.evals import depth as depth_job
 from vssl_jax.evals import heads, lists
 from vssl_jax.evals import job as job_lib
 from vssl_jax.evals import probe as probe_lib
-from vssl_jax.models import layers, vit
+from vssl_jax.models import hiera, layers, vit
 from vssl_jax.train import plan
 
 # Of a head: parameters, gradients and two moments, in float32.
@@ -83,7 +83,7 @@ def _encoder(
     f'parameters, frozen, tapped {job_lib.tap(module, config.probe.depth)}: '
     f'{tokens[0]} tokens of {tokens[1]} a clip of {"x".join(map(str, clip))}'
   )
-  if isinstance(module, vit.Vit):
+  if isinstance(module, vit.Vit | hiera.Hiera):
     cost = flops.forward(module, grid)
     line += f', {cost / 1e12:.3f} TF forward'
   return [line], tokens, grid

@@ -10,7 +10,7 @@ from vssl_jax import losses, masking
 from vssl_jax.data import synthetic
 from vssl_jax.models import layers
 from vssl_jax.show import __main__ as program
-from vssl_jax.show import opened, page, report, sheet
+from vssl_jax.show import masks, opened, page, report, sheet
 from vssl_jax.train import trainer
 
 
@@ -96,6 +96,17 @@ def test_a_folder_that_is_no_run_is_an_error(tmp_path, capsys):
   assert 'found no run.json, wanted the folder of a run' in (
     capsys.readouterr().err
   )
+
+
+def test_masks_that_cannot_be_drawn_end_nothing(tmp_path, capsys):
+  masks.save_in(str(tmp_path))
+  told = capsys.readouterr().err
+  assert f'{tmp_path}: its masks could not be drawn' in told
+
+
+def test_masks_that_ask_no_teacher_are_in_the_report_alone(finished, capsys):
+  masks.save_in(str(finished))
+  assert not capsys.readouterr().err and not [*finished.glob('*mask*.png')]
 
 
 def test_the_page_escapes_what_it_is_given():

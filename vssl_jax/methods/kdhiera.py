@@ -157,10 +157,7 @@ class Kdhiera(base.Method):
       for name, pairs in phase.pairs.items()
       for pair in pairs
     )
-    kept = any(name.startswith(base.TARGETS) for name in batch)
-    cost = self.cost(phase, batch['video'].shape[1:])
-    share = 0.0 if kept else cost.frozen / cost.total
-    return total, base.Aux(metrics | {'teacher_share': jnp.float32(share)})
+    return total, base.Aux(metrics)
 
   def _targets(
     self,

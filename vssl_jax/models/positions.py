@@ -4,7 +4,7 @@ The tables share no formula and are not interchangeable. They are constants:
 no gradient, no weight decay, not in a checkpoint.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -271,6 +271,20 @@ def rope_post_norm(
     for size in sizes
   )
   return _turn(indices, grid, omegas, width)
+
+
+def rope_of(
+  encoder: Any, index: Int[Array, 'R N'], grid: layers.Grid
+) -> Rope | None:
+  """Returns the rotation of an encoder's tokens; arguments as in `rope`."""
+  return rope(
+    encoder.positions,
+    index,
+    grid,
+    encoder.width,
+    encoder.num_heads,
+    encoder.rope_pairing,
+  )
 
 
 def rope(

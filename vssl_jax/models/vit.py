@@ -194,7 +194,7 @@ class Vit(nn.Module):
     if self.class_token:
       outputs = tuple(x[:, 1:] for x in outputs)
     if entering is not None:
-      rope = _rope(self, visible, grid)
+      rope = positions.rope_of(self, visible, grid)
       return outputs, attended.scores(
         self, upto - 1, entering, rope, attention_to
       )
@@ -228,7 +228,7 @@ class Vit(nn.Module):
       self.block_spec,
       self.depth,
       x,
-      _rope(self, index, grid),
+      positions.rope_of(self, index, grid),
       start=start,
       upto=upto,
       deterministic=deterministic,
@@ -269,20 +269,6 @@ class Vit(nn.Module):
     token = (token if row is None else token + row).astype(x.dtype)
     shape = (x.shape[0], 1, self.width)
     return jnp.concatenate([jnp.broadcast_to(token[None], shape), x], axis=1)
-
-
-def _rope(
-  encoder: Vit, index: Int[Array, 'R V'], grid: layers.Grid
-) -> positions.Rope | None:
-  """Returns how the tokens at some places of a grid turn."""
-  return positions.rope(
-    encoder.positions,
-    index,
-    grid,
-    encoder.width,
-    encoder.num_heads,
-    encoder.rope_pairing,
-  )
 
 
 def _join(

@@ -5,7 +5,6 @@ import sys
 
 import jax
 import numpy as np
-from jaxtyping import Float
 
 from vssl_jax.methods import base
 from vssl_jax.models import layers
@@ -76,10 +75,11 @@ def _sheet(
   return page.Picture(file, caption)
 
 
-def _kept(seen: base.Seen) -> Float[np.ndarray, '']:
+def _kept(seen: base.Seen) -> float:
+  """Returns the share of the scores that is visible."""
   scores = np.asarray(seen.scores, np.float32)
   visible = np.take_along_axis(scores, np.asarray(seen.mask.visible), axis=1)
-  return np.mean(visible.sum(1) / scores.sum(1))
+  return float(np.mean(visible.sum(1) / scores.sum(1)))
 
 
 def save_in(workdir: str) -> None:
@@ -92,10 +92,11 @@ def save_in(workdir: str) -> None:
     return  # the teachers are spread over the hosts
   folder = pathlib.Path(workdir)
   try:
-    shown = opened.open_run(folder, CLIPS)
-    for phase in shown.method.phases():
-      if getattr(phase, 'mask_teacher', ''):
-        draw(folder, shown, phase)
+    _, _, method = opened.method_of(folder)
+    asking = [p for p in method.phases() if getattr(p, 'mask_teacher', '')]
+    shown = opened.open_run(folder, CLIPS) if asking else None
+    for phase in asking:
+      draw(folder, shown, phase)
   except Exception as error:  # whatever it is
     print(
       f'{folder}: its masks could not be drawn ({error!r}); the run itself is '

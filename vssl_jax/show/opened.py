@@ -38,6 +38,17 @@ class Shown:
   batch: dict[str, np.ndarray]
 
 
+def method_of(
+  folder: pathlib.Path,
+) -> tuple[dict[str, Any], ml_collections.ConfigDict, base.Method]:
+  """Returns what `run.json` says of a run, its config and its method."""
+  record = json.loads((folder / 'run.json').read_text())
+  config = config_lib.from_json(record['config'])
+  video = tuple(record['video'])
+  method = methods.build(config.method, video, encoders.module_of)
+  return record, config, method
+
+
 def open_run(folder: pathlib.Path, clips: int) -> Shown:
   """Returns a run with its first clips.
 
@@ -46,11 +57,7 @@ def open_run(folder: pathlib.Path, clips: int) -> Shown:
   """
   if clips < 1:
     raise ValueError(f'--clips: found {clips}, wanted at least 1')
-  record = json.loads((folder / 'run.json').read_text())
-  config = config_lib.from_json(record['config'])
-  method = methods.build(
-    config.method, tuple(record['video']), encoders.module_of
-  )
+  record, config, method = method_of(folder)
   data = config.data.to_dict() | {'workers': 0}
   first = next(iter(pipeline.evaluation(data, batch_size=clips)))
   there = first['weight'] > 0

@@ -196,7 +196,7 @@ def test_tokens_of_units_and_without_a_norm(video, params, two):
   np.testing.assert_allclose(kept, wanted, atol=1e-4)
   raw = call(small(final_norm=False), params, video)
   np.testing.assert_allclose(
-    raw, two['dense'][-1].reshape(raw.shape), atol=1e-4
+    raw, two['dense'][-1].reshape(raw.shape), atol=1e-5
   )
 
 
@@ -280,8 +280,12 @@ def test_rematerialisation_changes_no_number(video, params, remat):
   (plain, flops), (again, more) = (
     gradients(small(remat=r)) for r in ('none', remat)
   )
+  # Of the largest of all: a key's bias has no gradient but rounding.
+  largest = max(np.abs(x).max() for x in jax.tree.leaves(plain))
   jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-2),
+    lambda a, b: np.testing.assert_allclose(
+      a, b, rtol=1e-5, atol=1e-6 * largest
+    ),
     plain,
     again,
   )

@@ -4,10 +4,11 @@ import jax
 import numpy as np
 import pytest
 
+from tests.evals import finetune_small as small
 from vssl_jax import config as config_lib
 from vssl_jax import encoders, methods, trees, weights
-from vssl_jax.data import options
-from vssl_jax.evals import finetune_start
+from vssl_jax.data import options, synthetic
+from vssl_jax.evals import finetune, finetune_start, finetuned
 from vssl_jax.models import framewise, hiera, vit
 from vssl_jax.train import optimizer
 from vssl_jax.train import run as run_lib
@@ -59,6 +60,24 @@ def test_the_run_starts_from_the_same_leaves_and_pools_once_more(tmp_path):
   tokens = jax.eval_shape(phase.encoder.apply, {'params': params}, clip)
   assert tokens.shape == (2, 2 * 2 * 2, 64)
   assert method.cost(phase, SHAPE).total > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_hiera_is_fine_tuned_and_tested(tmp_path):
+  """Through the trainer, with layer-wise decay over its named blocks."""
+  synthetic.write(
+    tmp_path / 'videos', clips={'train': 24, 'test': 16}, size=32, frames=8
+  )
+  c = small.config_of(tmp_path / 'videos', tmp_path / 'run', epochs=2)
+  c.data.size = (32, 32)
+  found = finetune.evaluate(c, encoder_of())
+  assert found['method']['family'] == 'hiera' and found['method']['q_pool'] == 3
+  assert found['test']['evaluated'] == 16
+  assert 0 <= found['results']['best']['accuracy'] <= 1
+  model = finetuned.load(str(tmp_path / 'run'))
+  assert model.phase.encoder.q_pool == 3
+  assert model(np.zeros(SHAPE, np.uint8)).shape == (1, len(model.classes))
 
 
 def test_another_encoder_is_refused(tmp_path):

@@ -58,6 +58,9 @@ def _sheet(
   visible, masked = (x.shape[1] for x in seen.mask)
   rest = int(np.prod(grid)) - visible - masked
   label = f'mask {name}' if name else 'its mask'
+  hidden_ones = 'are to be predicted'
+  if getattr(phase, 'compared', '') == 'visible':
+    hidden_ones = 'are hidden'
   caption = (
     f'{phase.name}, {label}: {visible} tokens are seen and {masked} are to be '
     'predicted (grey)' + (f'; {rest} are neither (dark).' if rest else '.')

@@ -62,8 +62,8 @@ def _sheet(
   if getattr(phase, 'compared', '') == 'visible':
     hidden_ones = 'are hidden'
   caption = (
-    f'{phase.name}, {label}: {visible} tokens are seen and {masked} are to be '
-    'predicted (grey)' + (f'; {rest} are neither (dark).' if rest else '.')
+    f'{phase.name}, {label}: {visible} tokens are seen and {masked} '
+    f'{hidden_ones} (grey)' + (f'; {rest} are neither (dark).' if rest else '.')
   )
   if seen.scores is not None:
     kept = _kept(seen)

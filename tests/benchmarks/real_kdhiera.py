@@ -87,7 +87,8 @@ def tune(encode, data, seed, folder):
   _, c = config_lib.load('configs/finetune_fast.py')
   real_pmd.tuning(c, data, seed, folder)
   c.method.family = 'hiera'
-  c.method.hiera.update(dict(size='B', **STUDENT, **SMALL))
+  with c.unlocked():
+    c.method.hiera.update(dict(**STUDENT, **SMALL))
   return real_pmd.tuned(finetune.evaluate(c, encode))
 
 

@@ -141,7 +141,9 @@ def test_heads_start_apart_and_move():
   assert moved.max() < 4e-3
 
 
-@pytest.mark.parametrize('name', NETWORKS)
+@pytest.mark.parametrize(
+  'name', ['linear', pytest.param('attentive', marks=pytest.mark.slow)]
+)
 def test_groups_change_nothing(name):
   batches = list(rows())
   whole = train(spec_of(NETWORKS[name]), batches)

@@ -124,6 +124,7 @@ def test_held_out_share_is_right_for_every_class_and_depends_on_number_only():
   assert not probe.held_out(index, 0.0).any()
 
 
+@pytest.mark.slow
 def test_devices_and_test_batches_change_nothing():
   mesh = jax.make_mesh(
     (2, 1),

@@ -178,6 +178,7 @@ def test_gradients_in_numpy(kind):
     np.testing.assert_allclose(found, slope, rtol=2e-3, atol=2e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_every_stage_has_a_gradient_from_its_own_term():
   """Invariant 2: it reaches its stage and all before it, and none behind."""
   for i in (1, 2, 3, 4):

@@ -247,6 +247,7 @@ def _guided(previous_mask, drop_path):
   return run(3).metrics
 
 
+@pytest.mark.slow
 def test_a_student_agrees_with_itself_on_the_same_mask():
   """Invariant 4: a nested mask shows the guide more, drop path shakes."""
   assert _guided('same', 0.0)['loss/progressive'] == 0

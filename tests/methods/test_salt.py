@@ -256,6 +256,7 @@ def test_every_parameter_gets_a_gradient():
       assert np.any(g), name
 
 
+@pytest.mark.slow
 def test_mask_tokens_are_shared_or_one_per_mask():
   method, phase, teachers = _student()
   for count in (1, 2):
@@ -290,6 +291,7 @@ def test_the_loss_depends_on_seed_step_and_clip_only():
   assert abs(at(other) - at(batch)) > 1e-6
 
 
+@pytest.mark.slow
 def test_student_and_teacher_of_other_sizes():
   method, phase, _ = _student(
     encoder=dict(size='Ti', width=48, depth=1, num_heads=3, mlp_width=48)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from tests.methods import pmd_small
-from vssl_jax import masking
+from vssl_jax import masking, methods
 from vssl_jax.methods import kdhiera_config
 from vssl_jax.models import framewise, hiera, vit
 
@@ -65,7 +65,7 @@ def config(**knobs):
 
 @functools.cache
 def _built(knobs):
-  return kdhiera_config.build(
+  return methods.build(
     config(**{k: dict(v) if isinstance(v, frozenset) else v for k, v in knobs}),
     VIDEO,
     OUTSIDE.__getitem__,

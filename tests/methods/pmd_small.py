@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vssl_jax import masking, rngs, trees
+from vssl_jax import masking, methods, rngs, trees
 from vssl_jax.methods import pmd_config
 from vssl_jax.models import framewise, vit
 from vssl_jax.models import student as student_lib
@@ -69,7 +69,7 @@ def config(depth=3, **knobs):
 
 
 def build(**knobs):
-  return pmd_config.build(config(**knobs), VIDEO, OUTSIDE.__getitem__)
+  return methods.build(config(**knobs), VIDEO, OUTSIDE.__getitem__)
 
 
 def phase(method, name):

@@ -11,7 +11,7 @@ import pytest
 from tests.methods import kdhiera_small as small
 from tests.methods import pmd_numpy as vits
 from tests.methods import pmd_small
-from vssl_jax import losses, trees, unit_masks
+from vssl_jax import losses, methods, trees, unit_masks
 from vssl_jax.methods import kdhiera_config, pixel_phase
 from vssl_jax.models import framewise, hiera, vit
 from vssl_jax.show import pixels
@@ -38,7 +38,7 @@ def _method(size, **knobs):
     c[name].teacher, c[name].layers = size + name[0], LAYERS[size]
   c.decoder.depth = knobs.pop('depth', 2)
   c.update(knobs)
-  return kdhiera_config.build(c, CLIP, _module)
+  return methods.build(c, CLIP, _module)
 
 
 def test_the_phase():
@@ -98,7 +98,7 @@ def test_cost_of_a_step(size, knobs, tera):
     c[name].layers = layers or LAYERS[size]
   c.decoder.depth = knobs.pop('depth', 2)
   c.update(knobs)
-  method = kdhiera_config.build(c, CLIP, _module)
+  method = methods.build(c, CLIP, _module)
   cost = method.cost(method.phases()[0], CLIP)
   assert cost.total / 1e12 == pytest.approx(tera, rel=0.02)
   frozen = {'B': 2 * 320.8e9, 'L': 2 * (492.4e9 + 596.8e9)}[size]
@@ -302,7 +302,7 @@ def test_a_whole_step_of_the_smallest_hiera():
     'videos': small.VIDEO_MODEL.clone(patch=(2, 16, 16)),
   }
   video = (8, 64, 64, 3)
-  method = kdhiera_config.build(c, video, modules.__getitem__)
+  method = methods.build(c, video, modules.__getitem__)
   (phase,) = method.phases()
   assert phase.encoder.unit_grid((1, *video)) == (4, 2, 2)
   clips = np.random.default_rng(0).integers(0, 256, (2, *video), np.uint8)
@@ -359,7 +359,7 @@ def test_a_teacher_of_another_grid_is_refused():
   )  # fmt: skip
   c = small.config()
   modules = {'images': small.IMAGE, 'videos': coarse}
-  method = kdhiera_config.build(c, small.VIDEO, modules.__getitem__)
+  method = methods.build(c, small.VIDEO, modules.__getitem__)
   (phase,) = method.phases()
   shapes = jax.eval_shape(
     lambda: {

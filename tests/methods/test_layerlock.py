@@ -12,7 +12,7 @@ import pytest
 
 from tests.methods import layerlock_numpy as reference
 from vssl_jax import config as config_lib
-from vssl_jax import losses, masking, rngs, trees
+from vssl_jax import losses, masking, methods, rngs, trees
 from vssl_jax.methods import layerlock_config
 from vssl_jax.train import freezing, keeping
 
@@ -45,7 +45,7 @@ def _resolve(source):
 
 
 def _build(**knobs):
-  return layerlock_config.build(_config(**knobs), VIDEO, _resolve)
+  return methods.build(_config(**knobs), VIDEO, _resolve)
 
 
 def _at(method, depth):
@@ -508,7 +508,7 @@ def test_4b_has_the_published_size():
   """Invariant 16: encoder and latents, without heads; all blocks are alike."""
   _, config = config_lib.load('configs/layerlock_4b.py')
   video = (16, 224, 224, 3)
-  method = layerlock_config.build(config.method, video, _resolve)
+  method = methods.build(config.method, video, _resolve)
   phase = method.phases()[0]
   clip = jax.ShapeDtypeStruct((1, *video), jnp.uint8)
 
@@ -535,7 +535,7 @@ def _costs(size, **knobs):
   config.encoder.size, config.total = size, 480_000
   config.update(knobs)
   clip = (16, 224, 224, 3)
-  method = layerlock_config.build(config, clip, _resolve)
+  method = methods.build(config, clip, _resolve)
   steps = [phase.steps for phase in method.phases()]
   costs = [method.cost(p, clip).total / 1e12 for p in method.phases()]
   run = np.dot(costs, steps) / (costs[0] * sum(steps))

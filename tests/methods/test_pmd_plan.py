@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.methods import pmd_small as small
-from vssl_jax import trees
+from vssl_jax import methods, trees
 from vssl_jax.methods import pixel_phase, pmd_config
 from vssl_jax.models import framewise, vit
 
@@ -40,7 +40,7 @@ def _method(student, teacher, mvd=False):
   if mvd:
     c.update(dict(mask_ratios=(0.9,), steps=(400,)))
     c.update(dict(lambda_pg=0.0, lambda_df=0.0, lambda_al=0.0))
-  return pmd_config.build(c, CLIP, _module)
+  return methods.build(c, CLIP, _module)
 
 
 def test_the_four_phases():

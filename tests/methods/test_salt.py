@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vssl_jax import losses, mask_specs, masking, rngs, trees
+from vssl_jax import losses, mask_specs, masking, methods, rngs, trees
 from vssl_jax.methods import base, salt_config
 from vssl_jax.models import predictor, vit
 
@@ -38,7 +38,7 @@ def _build(**sections):
   def resolve(source):
     raise AssertionError(f'{source} is not outside')
 
-  return salt_config.build(_config(**sections), VIDEO, resolve)
+  return methods.build(_config(**sections), VIDEO, resolve)
 
 
 def _batch(size=3):

@@ -48,8 +48,13 @@ def build(
     video: (T, H, W, C) of a clip.
     resolve: source of an outside teacher (run folder, published model) ->
       its module.
+
+  Raises:
+    ValueError: a knob or a plan that cannot run.
   """
-  return _find(config.name).build(config, video, resolve)
+  method = _find(config.name).build(config, video, resolve)
+  base.check(method.phases())
+  return method
 
 
 def undecided(config: ml_collections.ConfigDict) -> tuple[str, ...]:

@@ -398,7 +398,7 @@ class Method(abc.ABC):
 
 
 def check(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
-  """Returns a plan after checking that it can run.
+  """Returns the phases of a run after checking that they can follow.
 
   Raises:
     ValueError: no phase, a name used twice, or a teacher `@phase` that is not

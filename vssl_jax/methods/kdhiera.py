@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vssl_jax import losses, masking, rngs, unit_masks
-from vssl_jax.methods import base, kdhiera_cost, pixel_phase
+from vssl_jax.methods import base, kdhiera_cost
 from vssl_jax.methods import teachers as teachers_lib
 from vssl_jax.models import attended, hiera, hiera_mae
 
@@ -69,7 +69,7 @@ class Kdhiera(base.Method):
   """The loss, and the phases that use it.
 
   Attributes:
-    plan: pixel phases that make teachers, if any, then the distillation.
+    plan: the distillation.
     scores: of the mask's teacher: `cls`, `column_mean` (see
       `attended.scores`), or `feature_norm`, the length of its last features.
     feature_loss: `cosine`, `mse` or `smooth_l1`.
@@ -77,22 +77,20 @@ class Kdhiera(base.Method):
     pixel_norm: of pixels, `hiera_mae.targets`.
   """
 
-  plan: tuple[pixel_phase.PixelTeacher | Distil, ...]
+  plan: tuple[Distil, ...]
   scores: str = 'cls'
   feature_loss: str = 'cosine'
   target_norm: str = 'ln'
   pixel_norm: str = 'patch'
 
   def phases(self) -> tuple[base.Phase, ...]:
-    """Returns the plan, checked."""
-    return base.check(self.plan)
+    """Returns the plan."""
+    return self.plan
 
   def init(
     self, rng: Array, video: base.Video, phase: base.Phase
   ) -> base.Params:
     """Returns random parameters of encoder and heads."""
-    if isinstance(phase, pixel_phase.PixelTeacher):
-      return pixel_phase.init(rng, video, phase)
     key = rngs.stream(rng, 'init/encoder')
     params = {'encoder': phase.encoder.init(key, video)['params']}
     grid = phase.encoder.unit_grid(video.shape)
@@ -115,8 +113,6 @@ class Kdhiera(base.Method):
     self, teachers: Mapping[str, Any], video: base.Video, phase: base.Phase
   ) -> Mapping[str, Float[Array, 'B ...']]:
     """Returns layers of the teachers, and the scores that masks go by."""
-    if isinstance(phase, pixel_phase.PixelTeacher):
-      return {}
     found: dict[str, Array] = {}
     for name in phase.teachers:
       options = {}
@@ -142,8 +138,6 @@ class Kdhiera(base.Method):
     phase: base.Phase,
   ) -> tuple[Float[Array, ''], base.Aux]:
     """Returns the weighed sum over teachers and layers, the mean over masks."""
-    if isinstance(phase, pixel_phase.PixelTeacher):
-      return pixel_phase.loss(params, batch, rng, phase)
     targets = self._targets(teachers, batch, phase)
     parts: dict[str, list[Array]] = {}
     for spec in phase.masks:
@@ -216,8 +210,6 @@ class Kdhiera(base.Method):
     phase: base.Phase,
   ) -> Mapping[str, base.Seen]:
     """Returns masks of tokens, and the scores that they were drawn by."""
-    if isinstance(phase, pixel_phase.PixelTeacher):
-      return super().masks(teachers, batch, rng, phase)
     found = {}
     grid = phase.encoder.unit_grid(batch['video'].shape)
     scores = None
@@ -240,8 +232,6 @@ class Kdhiera(base.Method):
     phase: base.Phase,
   ) -> Mapping[str, base.Reconstruction]:
     """Returns predicted pixels by mask, of phases that predict them."""
-    if isinstance(phase, pixel_phase.PixelTeacher):
-      return pixel_phase.reconstruct(params, batch, rng, phase)
     if PIXELS not in phase.pairs or phase.mask_teacher:
       return {}
     found = {}
@@ -267,8 +257,6 @@ class Kdhiera(base.Method):
 
   def cost(self, phase: base.Phase, video: tuple[int, ...]) -> base.Cost:
     """Returns FLOPs per clip from true token counts."""
-    if isinstance(phase, pixel_phase.PixelTeacher):
-      return pixel_phase.cost(phase, video)
     return kdhiera_cost.cost(phase, video)
 
 

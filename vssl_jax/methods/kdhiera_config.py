@@ -10,7 +10,7 @@ import flax.linen as nn
 import ml_collections
 
 from vssl_jax import losses, unit_masks
-from vssl_jax.methods import kdhiera
+from vssl_jax.methods import base, chain, kdhiera, knobs, pixel_phase
 from vssl_jax.methods import teachers as teachers_lib
 from vssl_jax.models import attended, framewise, hiera, hiera_mae, stage_heads
 
@@ -86,7 +86,7 @@ def build(
   config: ml_collections.ConfigDict,
   video: tuple[int, ...],
   resolve: Callable[[str], nn.Module],
-) -> kdhiera.Kdhiera:
+) -> base.Method:
   """Builds the method from its section of the config.
 
   Args:
@@ -98,11 +98,7 @@ def build(
     ValueError: a knob with an unknown value, a teacher without a source, or
       layers, stages and weights that do not fit together.
   """
-  for knob, values in KNOBS.items():
-    if config[knob] not in values:
-      raise ValueError(
-        f'method.{knob}: found {config[knob]!r}, wanted one of {values}'
-      )
+  knobs.check(config, KNOBS)
   asked = config.mask_teacher if _by_teacher(config) else ''
   distilled = tuple(config.teachers)
   if config.targets == kdhiera.PIXELS:
@@ -141,9 +137,10 @@ def build(
     alarms=_alarms(config, asked, visible / (visible + masked)),
   )
   taken = {*kdhiera.Kdhiera.__dataclass_fields__} & {*config}
-  return kdhiera.Kdhiera(
-    plan=(*own, plan), **{name: config[name] for name in taken}
+  distil = kdhiera.Kdhiera(
+    plan=(plan,), **{name: config[name] for name in taken}
   )
+  return chain.of(pixel_phase.Pixels(own), distil)
 
 
 def make_encoder(config: ml_collections.ConfigDict) -> hiera.Hiera:

@@ -9,7 +9,14 @@ import ml_collections
 import numpy as np
 
 from vssl_jax import losses, mask_specs, sharding
-from vssl_jax.methods import base, layerlock, salt, salt_config, schedules
+from vssl_jax.methods import (
+  base,
+  knobs,
+  layerlock,
+  salt,
+  salt_config,
+  schedules,
+)
 from vssl_jax.models import layers, positions, vit
 
 AUTO = ('schedule',)  # what a short run may decide
@@ -104,11 +111,7 @@ def build(
     ValueError: a knob with an unknown value, or a schedule that does not fit.
   """
   del resolve
-  for knob, values in KNOBS.items():
-    if config[knob] not in values:
-      raise ValueError(
-        f'method.{knob}: found {config[knob]!r}, wanted one of {values}'
-      )
+  knobs.check(config, KNOBS)
   encoder = _encoder(config)
   make = _vjepa if config.base == 'vjepa' else _mae
   return make(config, encoder, _schedule(config, encoder), video)

@@ -33,13 +33,69 @@ class PixelTeacher(base.Phase):
   pixel_loss: str = 'mse'
 
 
-def init(rng: Array, video: base.Video, phase: PixelTeacher) -> base.Params:
-  """Returns random parameters of encoder and decoder."""
-  encoder_key = rngs.stream(rng, 'init/encoder')
-  return {
-    'encoder': phase.encoder.init(encoder_key, video)['params'],
-    'decoder': init_head(rng, video, phase, 'decoder', phase.decoder),
-  }
+@dataclasses.dataclass(frozen=True)
+class Pixels(base.Method):
+  """Phases of masked pixel reconstruction.
+
+  Attributes:
+    plan: in the order they run.
+  """
+
+  plan: tuple[PixelTeacher, ...]
+
+  def phases(self) -> tuple[base.Phase, ...]:
+    """Returns the plan."""
+    return self.plan
+
+  def init(
+    self, rng: Array, video: base.Video, phase: base.Phase
+  ) -> base.Params:
+    """Returns random parameters of encoder and decoder."""
+    encoder_key = rngs.stream(rng, 'init/encoder')
+    return {
+      'encoder': phase.encoder.init(encoder_key, video)['params'],
+      'decoder': init_head(rng, video, phase, 'decoder', phase.decoder),
+    }
+
+  def loss(
+    self,
+    params: base.Params,
+    teachers: Mapping[str, Any],
+    batch: Mapping[str, Any],
+    rng: rngs.Rng,
+    phase: base.Phase,
+  ) -> tuple[Float[Array, ''], base.Aux]:
+    """Returns the mean over masks of the distance to hidden pixels."""
+    del teachers
+    targets = _targets(batch['video'], phase)
+    distance = losses.DISTANCES[phase.pixel_loss]
+    terms, metrics = [], {}
+    for spec, mask, drawn, predicted in _predicted(params, batch, rng, phase):
+      terms.append(distance(predicted, masking.gather(targets, mask.masked)))
+      metrics[f'loss/pixel/{spec.name}'] = terms[-1]
+      metrics |= {f'mask/{spec.name}/{n}': x for n, x in drawn.items()}
+    metrics['prediction/std'] = jnp.std(predicted.astype(jnp.float32))
+    return jnp.mean(jnp.stack(terms)), base.Aux(metrics)
+
+  def reconstruct(
+    self,
+    params: base.Params,
+    batch: Mapping[str, Any],
+    rng: rngs.Rng,
+    phase: base.Phase,
+  ) -> Mapping[str, base.Reconstruction]:
+    """Returns what the decoder predicts, by mask."""
+    found = _predicted(params, batch, rng, phase, deterministic=True)
+    every = max(_every(phase.encoder), 1)
+    return {
+      spec.name: base.Reconstruction(mask, predicted, phase.pixel_norm, every)
+      for spec, mask, _, predicted in found
+    }
+
+  def cost(self, phase: base.Phase, video: tuple[int, ...]) -> base.Cost:
+    """Returns FLOPs per clip from true token counts."""
+    grid = layers.grid_of((1, *video), phase.encoder.patch)
+    return masked_cost(phase.encoder, phase.decoder, phase.masks, grid)
 
 
 def init_head(
@@ -63,24 +119,6 @@ def init_head(
   tokens = jnp.zeros((len(video), visible, phase.encoder.width))
   key = rngs.stream(rng, f'init/{role}')
   return head.init(key, tokens, mask, grid)['params']
-
-
-def loss(
-  params: base.Params,
-  batch: Mapping[str, Any],
-  rng: rngs.Rng,
-  phase: PixelTeacher,
-) -> tuple[Float[Array, ''], base.Aux]:
-  """Returns the mean over masks of the distance to hidden pixels."""
-  targets = _targets(batch['video'], phase)
-  distance = losses.DISTANCES[phase.pixel_loss]
-  terms, metrics = [], {}
-  for spec, mask, drawn, predicted in _predicted(params, batch, rng, phase):
-    terms.append(distance(predicted, masking.gather(targets, mask.masked)))
-    metrics[f'loss/pixel/{spec.name}'] = terms[-1]
-    metrics |= {f'mask/{spec.name}/{n}': x for n, x in drawn.items()}
-  metrics['prediction/std'] = jnp.std(predicted.astype(jnp.float32))
-  return jnp.mean(jnp.stack(terms)), base.Aux(metrics)
 
 
 def _every(encoder: nn.Module) -> int:
@@ -119,27 +157,6 @@ def _predicted(
       {'params': params['decoder']}, tokens, mask, grid, token=token
     )
     yield spec, mask, drawn, predicted
-
-
-def reconstruct(
-  params: base.Params,
-  batch: Mapping[str, Any],
-  rng: rngs.Rng,
-  phase: PixelTeacher,
-) -> dict[str, base.Reconstruction]:
-  """Returns what the decoder predicts, by mask."""
-  found = _predicted(params, batch, rng, phase, deterministic=True)
-  every = max(_every(phase.encoder), 1)
-  return {
-    spec.name: base.Reconstruction(mask, predicted, phase.pixel_norm, every)
-    for spec, mask, _, predicted in found
-  }
-
-
-def cost(phase: PixelTeacher, video: tuple[int, ...]) -> base.Cost:
-  """Returns FLOPs per clip from true token counts."""
-  grid = layers.grid_of((1, *video), phase.encoder.patch)
-  return masked_cost(phase.encoder, phase.decoder, phase.masks, grid)
 
 
 def masked_cost(

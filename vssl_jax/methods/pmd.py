@@ -62,7 +62,7 @@ class Pmd(base.Method):
   """The loss, and the phases that use it.
 
   Attributes:
-    plan: pixel phases that make teachers, if any, then the phases of PMD.
+    plan: in the order they run.
     lambda_base: weight of the distance to the teachers.
     lambda_pg: of the distance to the previous student (PSD).
     lambda_df: of the smoothed and weighed distance (DARE).
@@ -81,7 +81,7 @@ class Pmd(base.Method):
       picture that it was cut from (`crop`).
   """
 
-  plan: tuple[pixel_phase.PixelTeacher | Distil, ...]
+  plan: tuple[Distil, ...]
   lambda_base: float = 1.0
   lambda_pg: float = 0.05
   lambda_df: float = 1.0
@@ -98,15 +98,13 @@ class Pmd(base.Method):
   rows_frame: str = 'grid'
 
   def phases(self) -> tuple[base.Phase, ...]:
-    """Returns the plan, checked."""
-    return base.check(self.plan)
+    """Returns the plan."""
+    return self.plan
 
   def init(
     self, rng: Array, video: base.Video, phase: base.Phase
   ) -> base.Params:
     """Returns random parameters of encoder, decoders and alignment."""
-    if isinstance(phase, pixel_phase.PixelTeacher):
-      return pixel_phase.init(rng, video, phase)
     encoder = phase.student.encoder
     key = rngs.stream(rng, 'init/encoder')
     params = {'encoder': encoder.init(key, video)['params']}
@@ -124,8 +122,6 @@ class Pmd(base.Method):
     self, teachers: Mapping[str, Any], video: base.Video, phase: base.Phase
   ) -> Mapping[str, Float[Array, 'B ...']]:
     """Returns each teacher's last block, and means of its deeper layers."""
-    if isinstance(phase, pixel_phase.PixelTeacher):
-      return {}
     found, norm = {}, losses.TARGET_NORMS[self.align_norm]
     for name in phase.student.decoder:
       layers_of = teachers_lib.stream(phase, name, teachers[name], video)
@@ -151,8 +147,6 @@ class Pmd(base.Method):
     phase: base.Phase,
   ) -> tuple[Float[Array, ''], base.Aux]:
     """Returns lambda_base L_base + lambda_pg L_pg + lambda_df L_df + ..."""
-    if isinstance(phase, pixel_phase.PixelTeacher):
-      return pixel_phase.loss(params, batch, rng, phase)
     targets = self.targets_of(teachers, batch, phase)
     metrics, parts, seen = {}, {}, []
     for i, spec in enumerate(phase.masks):
@@ -334,22 +328,8 @@ class Pmd(base.Method):
       },
     )
 
-  def reconstruct(
-    self,
-    params: base.Params,
-    batch: Mapping[str, Any],
-    rng: rngs.Rng,
-    phase: base.Phase,
-  ) -> Mapping[str, base.Reconstruction]:
-    """Returns what the decoder of a teacher's own phase predicts, by mask."""
-    if not isinstance(phase, pixel_phase.PixelTeacher):
-      return {}
-    return pixel_phase.reconstruct(params, batch, rng, phase)
-
   def cost(self, phase: base.Phase, video: tuple[int, ...]) -> base.Cost:
     """Returns FLOPs per clip from true token counts."""
-    if isinstance(phase, pixel_phase.PixelTeacher):
-      return pixel_phase.cost(phase, video)
     return pmd_cost.cost(phase, video)
 
 

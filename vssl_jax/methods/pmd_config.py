@@ -8,7 +8,15 @@ import flax.linen as nn
 import ml_collections
 
 from vssl_jax import losses, mask_specs
-from vssl_jax.methods import base, difficulty, pmd, salt_config
+from vssl_jax.methods import (
+  base,
+  chain,
+  difficulty,
+  knobs,
+  pixel_phase,
+  pmd,
+  salt_config,
+)
 from vssl_jax.methods import teachers as teachers_lib
 from vssl_jax.models import decoder as decoder_lib
 from vssl_jax.models import layers
@@ -85,7 +93,7 @@ def build(
   config: ml_collections.ConfigDict,
   video: tuple[int, ...],
   resolve: Callable[[str], nn.Module],
-) -> pmd.Pmd:
+) -> base.Method:
   """Builds the method from its section of the config.
 
   Args:
@@ -97,20 +105,17 @@ def build(
     ValueError: a knob with an unknown value, a teacher without a source, or
       ratios and steps that do not fit together.
   """
-  for knob, values in KNOBS.items():
-    if config[knob] not in values:
-      raise ValueError(
-        f'method.{knob}: found {config[knob]!r}, wanted one of {values}'
-      )
+  knobs.check(config, KNOBS)
   _check(config)
   own, modules = teachers_lib.find(config, config.teachers, video, resolve)
   student = _student(config, modules)
   # Fields of the method and keys of its config have the same names.
   taken = set(pmd.Pmd.__dataclass_fields__) & set(config)
-  return pmd.Pmd(
-    plan=(*own, *_distil(config, student, modules, video)),
+  distil = pmd.Pmd(
+    plan=tuple(_distil(config, student, modules, video)),
     **{name: config[name] for name in taken},
   )
+  return chain.of(pixel_phase.Pixels(own), distil)
 
 
 def _check(config: ml_collections.ConfigDict) -> None:
@@ -140,7 +145,7 @@ def _student(
     positions='sincos_3d_mvd',
     drop_path=config.drop_path,
   )
-  fields = decoder_lib.MVD | salt_config.known_shape(
+  fields = decoder_lib.MVD | knobs.shape(
     'method.decoder', config.decoder, decoder_lib.MVD_SIZES
   )
   return student_lib.Student(

@@ -1,10 +1,11 @@
 """SALT: a frozen pixel teacher, then students that predict its latents.
 
-Phase `pixel_teacher` trains an encoder by masked pixel reconstruction under
-multi-block masks. Phase `latent_student` freezes it and trains an encoder of
-any size to predict its latents at masked positions (arXiv 2509.24317). With
-other knobs the same two losses are VideoMAE, V-Pixel and V-JEPA: see
-`methods/README.md` for the table, and for what the paper leaves open.
+Phase `pixel_teacher` (`pixel_phase.py`) trains an encoder by masked pixel
+reconstruction under multi-block masks. Phase `latent_student`, here, freezes it
+and trains an encoder of any size to predict its latents at masked positions
+(arXiv 2509.24317). With other knobs the same two losses are VideoMAE, V-Pixel
+and V-JEPA: see `methods/README.md` for the table, and for what the paper leaves
+open.
 """
 
 import dataclasses
@@ -47,24 +48,22 @@ class LatentStudent(base.Phase):
 
 @dataclasses.dataclass(frozen=True)
 class Salt(base.Method):
-  """The two losses and the chain of phases that uses them.
+  """The latent loss, and the phases that use it.
 
   Attributes:
-    plan: pixel and latent phases in the order they run.
+    plan: in the order they run.
   """
 
-  plan: tuple[pixel_phase.PixelTeacher | LatentStudent, ...]
+  plan: tuple[LatentStudent, ...]
 
   def phases(self) -> tuple[base.Phase, ...]:
-    """Returns the plan, checked."""
-    return base.check(self.plan)
+    """Returns the plan."""
+    return self.plan
 
   def init(
     self, rng: Array, video: base.Video, phase: base.Phase
   ) -> base.Params:
-    """Returns random encoder and predictor (or decoder) parameters."""
-    if isinstance(phase, pixel_phase.PixelTeacher):
-      return pixel_phase.init(rng, video, phase)
+    """Returns random encoder and predictor parameters."""
     key = rngs.stream(rng, 'init/encoder')
     head = phase.predictor
     return {
@@ -76,8 +75,6 @@ class Salt(base.Method):
     self, teachers: Mapping[str, Any], video: base.Video, phase: base.Phase
   ) -> Mapping[str, Float[Array, 'B ...']]:
     """Returns the teacher's tokens, before they are normed."""
-    if isinstance(phase, pixel_phase.PixelTeacher):
-      return {}
     part = {} if phase.target_layer is None else {'upto': phase.target_layer}
     teach = phase.teachers['target']
     return {'target': teach(teachers['target'], video, **part)}
@@ -91,8 +88,6 @@ class Salt(base.Method):
     phase: base.Phase,
   ) -> tuple[Float[Array, ''], base.Aux]:
     """Returns the mean of the phase's loss over its masks."""
-    if isinstance(phase, pixel_phase.PixelTeacher):
-      return pixel_phase.loss(params, batch, rng, phase)
     video = batch['video']
     grid = layers.grid_of(video.shape, phase.encoder.patch)
     # One pass of the teacher serves all masks.
@@ -120,22 +115,8 @@ class Salt(base.Method):
     metrics['prediction/std'] = jnp.std(predicted.astype(jnp.float32))
     return jnp.mean(jnp.stack(terms)), base.Aux(metrics)
 
-  def reconstruct(
-    self,
-    params: base.Params,
-    batch: Mapping[str, Any],
-    rng: rngs.Rng,
-    phase: base.Phase,
-  ) -> Mapping[str, base.Reconstruction]:
-    """Returns what the pixel teacher's decoder predicts, by mask."""
-    if not isinstance(phase, pixel_phase.PixelTeacher):
-      return {}
-    return pixel_phase.reconstruct(params, batch, rng, phase)
-
   def cost(self, phase: base.Phase, video: tuple[int, ...]) -> base.Cost:
     """Returns FLOPs per clip from true token counts."""
-    if isinstance(phase, pixel_phase.PixelTeacher):
-      return pixel_phase.cost(phase, video)
     grid = layers.grid_of((1, *video), phase.encoder.patch)
     trained = pixel_phase.masked_cost(
       phase.encoder, phase.predictor, phase.masks, grid, phase.frozen_depth

@@ -1,13 +1,14 @@
 """SALT's knobs, and the method that they describe."""
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import ml_collections
 
 from vssl_jax import losses, mask_specs
-from vssl_jax.methods import base, pixel_phase, salt
+from vssl_jax.methods import base, chain, knobs, pixel_phase, salt
 from vssl_jax.models import decoder as decoder_lib
 from vssl_jax.models import layers, vit
 from vssl_jax.models import predictor as predictor_lib
@@ -101,7 +102,7 @@ def build(
   config: ml_collections.ConfigDict,
   video: tuple[int, ...],
   resolve: Callable[[str], nn.Module],
-) -> salt.Salt:
+) -> base.Method:
   """Builds the method from its section of the config.
 
   Args:
@@ -139,22 +140,14 @@ def build(
       plan.append(_pixel_phase(section, encoder, video, common))
     else:
       plan.append(_latent_phase(section, encoder, plan, resolve, common))
-  return salt.Salt(tuple(plan))
-
-
-def known(name: str, value: str, table: Mapping[str, Any]) -> str:
-  """Returns a knob's value if the table has it."""
-  if value not in table:
-    raise ValueError(f'{name}: found {value!r}, wanted one of {sorted(table)}')
-  return value
-
-
-def known_shape(
-  name: str, section: ml_collections.ConfigDict, sizes: Mapping[str, Any]
-) -> dict[str, Any]:
-  """Returns the fields of a named size, but for those given beside it."""
-  fields = {k: v for k, v in section.items() if k != 'size' and v}
-  return {**sizes[known(f'{name}.size', section.size, sizes)], **fields}
+  return chain.of(
+    *(
+      (pixel_phase.Pixels if pixels else salt.Salt)(tuple(phases))
+      for pixels, phases in itertools.groupby(
+        plan, lambda phase: isinstance(phase, pixel_phase.PixelTeacher)
+      )
+    )
+  )
 
 
 def make_encoder(
@@ -191,8 +184,10 @@ def _pixel_phase(
   return pixel_phase.PixelTeacher(
     **common,
     decoder=decoder,
-    pixel_norm=known('pixel_norm', section.pixel_norm, losses.PIXEL_NORMS),
-    pixel_loss=known('pixel_loss', section.pixel_loss, losses.DISTANCES),
+    pixel_norm=knobs.known(
+      'pixel_norm', section.pixel_norm, losses.PIXEL_NORMS
+    ),
+    pixel_loss=knobs.known('pixel_loss', section.pixel_loss, losses.DISTANCES),
   )
 
 
@@ -235,8 +230,12 @@ def _latent_phase(
       'target': base.Teacher(module, source, dtype=section.teacher_dtype)
     },
     ema=ema,
-    latent_loss=known('latent_loss', section.latent_loss, losses.DISTANCES),
-    target_norm=known('target_norm', section.target_norm, losses.TARGET_NORMS),
+    latent_loss=knobs.known(
+      'latent_loss', section.latent_loss, losses.DISTANCES
+    ),
+    target_norm=knobs.known(
+      'target_norm', section.target_norm, losses.TARGET_NORMS
+    ),
   )
 
 

@@ -43,7 +43,7 @@ class Supervised(base.Method):
 
   def phases(self) -> tuple[base.Phase, ...]:
     """Returns the only phase."""
-    return base.check((self.phase,))
+    return (self.phase,)
 
   def init(
     self, rng: Array, video: base.Video, phase: base.Phase

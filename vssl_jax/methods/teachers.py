@@ -11,7 +11,7 @@ import flax.linen as nn
 import ml_collections
 
 from vssl_jax import flops, losses, mask_specs
-from vssl_jax.methods import base, pixel_phase, salt_config
+from vssl_jax.methods import base, knobs, pixel_phase, salt_config
 from vssl_jax.models import decoder as decoder_lib
 from vssl_jax.models import framewise, layers, vit
 
@@ -66,7 +66,7 @@ def find(
   names: Iterable[str],
   video: tuple[int, ...],
   resolve: Callable[[str], nn.Module],
-) -> tuple[list[pixel_phase.PixelTeacher], dict[str, nn.Module]]:
+) -> tuple[tuple[pixel_phase.PixelTeacher, ...], dict[str, nn.Module]]:
   """Returns the phases that make teachers, and all teachers' networks.
 
   Args:
@@ -97,7 +97,7 @@ def find(
       )
     else:
       modules[name] = _fitted(resolve(source), config.vit.patch)
-  return own, modules
+  return tuple(own), modules
 
 
 def frozen(
@@ -236,7 +236,7 @@ def _pixel_phase(
     encoder=encoder,
     decoder=decoder,
     masks=mask_specs.parse(section.masks),
-    pixel_norm=salt_config.known(
+    pixel_norm=knobs.known(
       f'method.{name}.pixel_norm', section.pixel_norm, losses.PIXEL_NORMS
     ),
     init='fresh',

@@ -7,7 +7,6 @@ A clip may be given by some of its units only; hidden pixels are set to zero
 before the convolution, which would otherwise see them at a unit's edge.
 """
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,6 +23,7 @@ from vssl_jax.models import (
   hiera_block,
   hiera_plan,
   layers,
+  sizes,
   unit_windows,
   unrolled,
   vit,
@@ -296,23 +296,7 @@ def make(size: str | Mapping[str, Any], **overrides: Any) -> Hiera:
   Raises:
     ValueError: an unknown name or field; the message has the nearest one.
   """
-  if isinstance(size, str):
-    if size not in SIZES:
-      raise ValueError(
-        f'encoder size is {size!r}, wanted one of {list(SIZES)} or a mapping '
-        f'of {", ".join(FIELDS)}'
-      )
-    size = SIZES[size]
-  fields = {**size, **overrides}
-  if 'init' in fields:  # Linen modules have a method of that name
-    fields['init_family'] = fields.pop('init')
-  known = [f for f in Hiera.__dataclass_fields__ if f not in ('parent', 'name')]
-  for name, value in fields.items():
-    if name not in known:
-      near = difflib.get_close_matches(name, known, n=1) or known
-      raise ValueError(f'Hiera has no field {name!r}; nearest: {near[0]!r}')
-    if isinstance(value, list):  # lists of a config would not hash
-      fields[name] = tuple(value)
+  fields = sizes.fields(Hiera, size, overrides, SIZES, FIELDS)
   if fields.get('init_family', 'mae') not in INITS:
     raise ValueError(
       f'init is {fields["init_family"]!r}, wanted one of {sorted(INITS)}'

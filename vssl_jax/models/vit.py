@@ -1,6 +1,5 @@
 """The video transformer (ViT): encoder, or encoder and decoder in one."""
 
-import difflib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
 from vssl_jax import masking, sharding
-from vssl_jax.models import attended, blocks, layers, positions
+from vssl_jax.models import attended, blocks, layers, positions, sizes
 
 # width, depth, heads, MLP width. S to G: SALT (arXiv 2509.24317); M and e:
 # 4DS (arXiv 2412.15212); g22: the released V-JEPA 2 ViT-g, which has 22 heads
@@ -319,22 +318,4 @@ def make(size: str | Mapping[str, Any], **overrides: Any) -> Vit:
   Raises:
     ValueError: an unknown name or field; the message has the nearest one.
   """
-  if isinstance(size, str):
-    if size not in SIZES:
-      raise ValueError(
-        f'encoder size is {size!r}, wanted one of {list(SIZES)} or a mapping '
-        f'of {", ".join(FIELDS)}'
-      )
-    size = SIZES[size]
-  fields = {**size, **overrides}
-  if 'init' in fields:  # Linen modules have a method of that name
-    fields['init_family'] = fields.pop('init')
-  known = [f for f in Vit.__dataclass_fields__ if f not in ('parent', 'name')]
-  for name in fields:
-    if name not in known:
-      near = difflib.get_close_matches(name, known, n=1) or known
-      raise ValueError(f'encoder has no field {name!r}; nearest: {near[0]!r}')
-  for name in ('patch', 'mean', 'std', 'loops'):
-    if name in fields:  # lists of a config would not hash
-      fields[name] = tuple(fields[name])
-  return Vit(**fields)
+  return Vit(**sizes.fields(Vit, size, overrides, SIZES, FIELDS))

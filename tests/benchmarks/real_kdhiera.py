@@ -11,12 +11,10 @@ are not run again. Each cell is a process of its own.
 
 import json
 import tempfile
-import time
 
 import real_pmd
 import real_video
 
-STEPS, TEACHER_STEPS = 600, 500
 # Units of 16 pixels: four of the sixteen of a time step are visible.
 RATIO, PATCH = 0.75, (2, 8, 8)
 # A kernel of 3 x 7 x 7 takes most of a step on a CPU.
@@ -26,7 +24,6 @@ SMALL = dict(
 SHAPE = dict(size='Ti', width=96, depth=4, num_heads=4, mlp_width=384)
 STUDENT = dict(channels=32, depths=(1, 2, 3, 1), num_heads=1)
 LAST = dict(stages=(4,), image=dict(layers=(4,)), video=dict(layers=(4,)))
-SCRATCH = 'from scratch'
 METHODS = {
   'Hiera-MAE': dict(targets='pixels', units='random', teachers=()),
   'KDHiera, last layer': LAST,
@@ -38,7 +35,8 @@ SEEDS = (0, 1, 2)
 
 def cells():
   """Yields (name, seed) of every run."""
-  yield from ((name, seed) for seed in SEEDS for name in (*METHODS, SCRATCH))
+  names = (*METHODS, real_pmd.SCRATCH)
+  yield from ((name, seed) for seed in SEEDS for name in names)
 
 
 def config(seed, data, workdir):
@@ -47,13 +45,13 @@ def config(seed, data, workdir):
 
   c = config_lib.default('kdhiera')
   c.seed, c.workdir = seed, str(workdir)
-  real_pmd.recipe(c, data, TEACHER_STEPS // 10)
+  real_pmd.recipe(c, data, real_pmd.TEACHER_STEPS // 10)
   m = c.method
   m.vit.update(dict(patch=PATCH, dtype='float32'))
   head = dict(width=64, depth=1, num_heads=4)
   for name in ('image', 'video'):
     section = m[f'{name}_teacher']
-    section.steps = TEACHER_STEPS
+    section.steps = real_pmd.TEACHER_STEPS
     section.encoder.update(SHAPE)
     section.decoder.update(head)
     m[name].update(dict(teacher=f'@{name}_teacher', dtype='float32'))
@@ -63,7 +61,7 @@ def config(seed, data, workdir):
   m.hiera.update(SMALL)
   m.decoder.update(dict(width=64, depth=2, num_heads=4))
   m.scores = 'column_mean'  # an MAE of our own has no class token
-  m.drop_path, m.mask_ratio, m.steps = 0.0, RATIO, STEPS
+  m.drop_path, m.mask_ratio, m.steps = 0.0, RATIO, real_pmd.STEPS
   return c
 
 
@@ -94,53 +92,19 @@ def tune(encode, data, seed, folder):
 
 def run_cell(name, seed, data, shards):
   """Trains one cell under the seed's teachers, probes and fine-tunes it."""
-  from vssl_jax.train import provenance
-
-  if name == SCRATCH:
-    with tempfile.TemporaryDirectory() as folder:
-      right = tune(None, data, seed, folder)
-    line = {'cell': name, 'seed': seed, 'tuned': right}
-    return line | provenance.describe()
-  from vssl_jax import encoders
-  from vssl_jax.train import trainer
-
+  if name == real_pmd.SCRATCH:
+    return real_pmd.scratch(tune, seed, data)
   made_by = teachers(seed, shards)
-  start = time.time()
   with tempfile.TemporaryDirectory() as folder:
     c = config(seed, shards, folder)
-    for teacher in ('image', 'video'):
-      c.method[teacher].teacher = f'{made_by}@{teacher}_teacher'
     c.method.update(METHODS[name])
-    c.optim.warmup = STEPS // 10
-    assert trainer.train(c) == 0
-    trained = time.time()
-    flops, last = real_pmd.spent(c, folder)
-    encode = encoders.load(folder)
-    with tempfile.TemporaryDirectory() as other:
-      right = tune(encode, data, seed, other)
-    sets = {
-      s: real_video.probe(encode, data / s, stride)
-      for s, stride in real_video.SETS.items()
-    }
-  return {
-    'cell': name,
-    'seed': seed,
-    'sets': sets,
-    'tuned': right,
-    'flops': flops,
-    'last': last,
-    'steps': STEPS,
-    'clips': STEPS * real_video.BATCH,
-    'train_seconds': round(trained - start, 1),
-    'cpu_seconds': round(time.process_time(), 1),
-    **provenance.describe(),
-  }
+    return real_pmd.measured(name, c, data, made_by, tune)
 
 
 def table(out):
   """Returns the lines of a Markdown table; cells not reached say so."""
   lines = [json.loads(x) for x in out.read_text().splitlines()]
-  return real_pmd.rows(lines, (*METHODS, SCRATCH))
+  return real_pmd.rows(lines, (*METHODS, real_pmd.SCRATCH))
 
 
 if __name__ == '__main__':

@@ -150,55 +150,71 @@ def spent(c, folder):
   return flops, {k: x for k, x in logged[-1].items() if '/' in k}
 
 
-def run_cell(name, seed, data, shards):
-  """Trains one cell under the seed's teachers, probes and fine-tunes it."""
+def scratch(tune, seed, data):
+  """Returns the line of a fine-tuning that begins at random."""
   from vssl_jax.train import provenance
 
-  if name == SCRATCH:
-    with tempfile.TemporaryDirectory() as folder:
-      right = tune(None, data, seed, folder)
-    line = {'cell': name, 'seed': seed, 'tuned': right}
-    return line | provenance.describe()
-  from vssl_jax import encoders
-  from vssl_jax.train import trainer
-
-  made_by = teachers(seed, shards)
-  start = time.time()
   with tempfile.TemporaryDirectory() as folder:
-    c = config(seed, shards, folder)
-    for teacher in ('image', 'video'):
-      c.method[teacher].teacher = f'{made_by}@{teacher}_teacher'
-    # Layers of so small a teacher reach hundreds: tau is for losses of order 1.
-    c.method.target_norm = c.method.align_norm = 'ln'
-    c.method.update(METHODS[name])
-    ratios = c.method.mask_ratios
-    c.method.steps = (STEPS // len(ratios),) * len(ratios)
-    c.optim.warmup = STEPS // 10
-    assert trainer.train(c) == 0
-    trained = time.time()
-    flops, last = spent(c, folder)
-    encode = encoders.load(folder)
-    right = None
-    if name in FIRST:
-      with tempfile.TemporaryDirectory() as other:
-        right = tune(encode, data, seed, other)
-    sets = {
-      s: real_video.probe(encode, data / s, stride)
-      for s, stride in real_video.SETS.items()
-    }
+    right = tune(None, data, seed, folder)
+  return {'cell': SCRATCH, 'seed': seed, 'tuned': right} | provenance.describe()
+
+
+def measured(name, c, data, made_by, tune):
+  """Trains under a folder's teachers, probes, and returns the line of it.
+
+  Args:
+    name: of the cell.
+    c: config of the run, but for its teachers.
+    data: folder of the videos.
+    made_by: folder of the run that trained the teachers.
+    tune: how it is fine-tuned; None for not.
+  """
+  from vssl_jax import encoders
+  from vssl_jax.train import provenance, trainer
+
+  start = time.time()
+  for teacher in ('image', 'video'):
+    c.method[teacher].teacher = f'{made_by}@{teacher}_teacher'
+  c.optim.warmup = STEPS // 10
+  assert trainer.train(c) == 0
+  seconds = time.time() - start
+  flops, last = spent(c, c.workdir)
+  encode, right = encoders.load(c.workdir), None
+  if tune:
+    with tempfile.TemporaryDirectory() as folder:
+      right = tune(encode, data, c.seed, folder)
+  sets = {
+    s: real_video.probe(encode, data / s, stride)
+    for s, stride in real_video.SETS.items()
+  }
   return {
     'cell': name,
-    'seed': seed,
+    'seed': c.seed,
     'sets': sets,
     'tuned': right,
     'flops': flops,
     'last': last,
     'steps': STEPS,
     'clips': STEPS * real_video.BATCH,
-    'train_seconds': round(trained - start, 1),
+    'train_seconds': round(seconds, 1),
     'cpu_seconds': round(time.process_time(), 1),
     **provenance.describe(),
   }
+
+
+def run_cell(name, seed, data, shards):
+  """Trains one cell under the seed's teachers, probes and fine-tunes it."""
+  if name == SCRATCH:
+    return scratch(tune, seed, data)
+  made_by = teachers(seed, shards)
+  with tempfile.TemporaryDirectory() as folder:
+    c = config(seed, shards, folder)
+    # Layers of so small a teacher reach hundreds: tau is for losses of order 1.
+    c.method.target_norm = c.method.align_norm = 'ln'
+    c.method.update(METHODS[name])
+    ratios = c.method.mask_ratios
+    c.method.steps = (STEPS // len(ratios),) * len(ratios)
+    return measured(name, c, data, made_by, tune if name in FIRST else None)
 
 
 def rows(lines, names):

@@ -134,6 +134,30 @@ def _layerlock(c: ml_collections.ConfigDict) -> None:
   c.optim.warmup = 200
 
 
+def _own_teachers(
+  c: ml_collections.ConfigDict, depth: int, **steps: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Has the run train its teachers first; returns their shape and their head's.
+
+  Args:
+    c: the demo's config.
+    depth: blocks of a teacher.
+    **steps: teacher -> its steps.
+  """
+  m = c.method
+  m.vit.update(dict(patch=(2, 8, 8), dtype='float32'))
+  shape = dict(size='Ti', width=64, depth=depth, num_heads=4, mlp_width=256)
+  head = dict(width=64, depth=1, num_heads=4)
+  for name, count in steps.items():
+    section = m[f'{name}_teacher']
+    section.encoder.update(shape)
+    section.decoder.update(head)
+    section.steps = count
+    m[name].update(dict(teacher=f'@{name}_teacher', dtype='float32'))
+  m.video_teacher.masks = 'causal:0.5'
+  return shape, head
+
+
 def _pmd(c: ml_collections.ConfigDict) -> None:
   """Two teachers from nothing, then four phases of rising mask ratio.
 
@@ -144,19 +168,10 @@ def _pmd(c: ml_collections.ConfigDict) -> None:
   epoch.
   """
   m = c.method
-  m.vit.update(dict(patch=(2, 8, 8), dtype='float32'))
-  shape = dict(size='Ti', width=64, depth=3, num_heads=4, mlp_width=256)
-  head = dict(width=64, depth=1, num_heads=4)
-  for section, steps in ((m.image_teacher, 500), (m.video_teacher, 3000)):
-    section.encoder.update(shape)
-    section.decoder.update(head)
-    section.steps = steps
-  m.video_teacher.masks = 'causal:0.5'
+  shape, head = _own_teachers(c, depth=3, image=500, video=3000)
   m.encoder.update(shape)
   m.decoder.update(head)
   m.drop_path = 0.0
-  m.image.update(dict(teacher='@image_teacher', dtype='float32'))
-  m.video.update(dict(teacher='@video_teacher', dtype='float32'))
   m.previous_dtype = 'float32'
   m.mask_ratios = (0.5, 0.625, 0.75, 0.875)
   m.steps = (CLIPS['pretrain'] // 16 * 3,) * 4
@@ -177,17 +192,8 @@ def _kdhiera(c: ml_collections.ConfigDict) -> None:
   tokens of a clip have in common, and the student's probe at 11 %.
   """
   m = c.method
-  m.vit.update(dict(patch=(2, 8, 8), dtype='float32'))
-  shape = dict(size='Ti', width=64, depth=4, num_heads=4, mlp_width=256)
-  head = dict(width=64, depth=1, num_heads=4)
-  for section, steps in ((m.image_teacher, 300), (m.video_teacher, 3000)):
-    section.encoder.update(shape)
-    section.decoder.update(head)
-    section.steps = steps
-  m.video_teacher.masks = 'causal:0.5'
-  for name in ('image', 'video'):
-    m[name].update(dict(teacher=f'@{name}_teacher', dtype='float32'))
-    m[name].layers = (1, 2, 3, 4)
+  _own_teachers(c, depth=4, image=300, video=3000)
+  m.image.layers = m.video.layers = (1, 2, 3, 4)
   m.scores = 'column_mean'  # an MAE of our own has no class token
   m.encoder.update(dict(channels=32, depths=(1, 1, 2, 1), num_heads=1))
   m.hiera.update(dict(kernel=(3, 3, 3), padding=(1, 1, 1), dtype='float32'))

@@ -113,3 +113,29 @@ def test_trainer_and_evaluations_know_no_method():
       assert not methods & words, f'{name} knows {methods & words}'
       own = {i for i in OWN[name] if i.startswith('vssl_jax.methods.')}
       assert own <= {'vssl_jax.methods.base'}, f'{name} imports {own}'
+
+
+SCRIPTS = sorted((ROOT / 'tests').glob('**/*.py'))
+
+
+@pytest.mark.parametrize('path', SCRIPTS, ids=lambda p: str(p.name))
+def test_what_a_script_reads_of_our_files_exists(path):
+  # Benchmarks run by hand: a name that moved would be found by a user.
+  tree, files = ast.parse(path.read_text()), {}
+  for node in ast.walk(tree):
+    if isinstance(node, ast.ImportFrom):
+      for alias in node.names:
+        whole = f'{node.module}.{alias.name}'
+        if whole in MODULES:
+          files[alias.asname or alias.name] = importlib.import_module(whole)
+  for node in ast.walk(tree):
+    if isinstance(node, (ast.Name, ast.arg)):
+      own = node.arg if isinstance(node, ast.arg) else node.id
+      if isinstance(node, ast.arg) or isinstance(node.ctx, ast.Store):
+        files.pop(own, None)  # another thing of that name
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+      if node.value.id in files:
+        assert hasattr(files[node.value.id], node.attr), (
+          f'line {node.lineno}: {node.value.id}.{node.attr}'
+        )

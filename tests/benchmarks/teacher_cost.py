@@ -31,7 +31,8 @@ from tests.benchmarks import pmd_terms
 from vssl_jax import config as config_lib
 from vssl_jax import encoders, methods, sharding, timing
 from vssl_jax.data import options
-from vssl_jax.train import ahead, provenance, target_plan, target_store
+from vssl_jax.methods import base
+from vssl_jax.train import ahead, provenance, target_store
 from vssl_jax.train import run as run_lib
 
 
@@ -110,7 +111,7 @@ def reading(config, mesh, folder):
 
   def batch():
     found = store.read(rng.permutation(index))
-    found = {target_plan.START + n: x for n, x in found.items()}
+    found = {base.TARGETS + n: x for n, x in found.items()}
     return ready.batch | sharding.put_batch(found, mesh)
 
   compiled = update.lower(ready.state, teachers, batch()).compile()

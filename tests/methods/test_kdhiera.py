@@ -295,7 +295,7 @@ def test_targets_are_those_of_every_mask():
   for name, stream in streams.items():
     for n in (1, 2, 3, 4):
       found = made[f'{name}/{n}']
-      np.testing.assert_allclose(found, stream[n], rtol=1e-3, atol=1e-3)
+      np.testing.assert_allclose(found, stream[n], rtol=1e-4, atol=2e-5)
   pooled = reference.cells(scores, small.UNITS).mean(2).reshape(2, 2, 6)
   np.testing.assert_allclose(made['scores'], pooled, rtol=1e-4)
   carried = batch | {f'targets/{n}': x for n, x in made.items()}

@@ -8,7 +8,7 @@ import pytest
 from tests.weights import pth
 from vssl_jax import encoders, masking, trees, weights
 from vssl_jax.models import framewise, hiera, hiera_mae, unrolled
-from vssl_jax.weights import hiera_files
+from vssl_jax.weights import hiera_files, read
 
 DEPTHS = (1, 1, 2, 1)
 WIDTHS = (8, 16, 32, 64)
@@ -228,6 +228,37 @@ def test_what_we_write_we_read(file, tmp_path):
   assert weights.clip_shape(folder) == CLIP
   with pytest.raises(weights.WeightsError, match='stages'):
     weights.export(module, params, folder, layout='videomae')
+
+
+@pytest.mark.parametrize('q_pool', [2, 3])
+def test_what_we_write_for_the_authors_code(file, mae, tmp_path, q_pool):
+  module, params, _ = weights.load_published(file, num_heads=1, q_pool=q_pool)
+  folder = tmp_path / 'theirs'
+  assert weights.export(module, params, folder, video=CLIP, layout='hiera')
+  written = read.safetensors(folder / 'model.safetensors')
+  others = ('decoder', 'mask_token', 'encoder_norm', 'multi_scale')
+  assert set(written) == {n for n in mae if not n.startswith(others)}
+  for name, x in written.items():
+    np.testing.assert_array_equal(np.asarray(x), mae[name], err_msg=name)
+  again, found, report = weights.load_published(folder)
+  assert again == module
+  assert not report.unused
+  jax.tree.map(np.testing.assert_array_equal, found, params)
+  assert weights.clip_shape(folder) == CLIP
+
+
+@pytest.mark.parametrize(
+  ('fields', 'wanted'),
+  [
+    (dict(gelu='tanh'), "gelu='tanh'"),
+    (dict(mean=(0.5,) * 3), 'mean='),
+    (dict(separable=False), 'separable=False'),
+  ],
+)
+def test_what_the_authors_code_cannot_express(tmp_path, fields, wanted):
+  module = hiera.make('T', **fields)
+  with pytest.raises(weights.WeightsError, match=wanted):
+    weights.export(module, {}, tmp_path, layout='hiera')
 
 
 def test_shape_of_its_clips(file, tmp_path, monkeypatch):

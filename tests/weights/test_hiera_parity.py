@@ -1,5 +1,7 @@
 """Hiera: the numbers and gradients of the package `hiera-transformer`."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from tests.weights import test_parity as parity
 from vssl_jax import losses, masking, trees, unit_masks, weights
 from vssl_jax.models import hiera, hiera_mae, unrolled
-from vssl_jax.weights import hiera_files, hiera_tables, source
+from vssl_jax.weights import hiera_files, hiera_tables, read, source
 
 try:
   import torch
@@ -225,3 +227,35 @@ def test_their_own_sizes(name, size, q_pool):
     rows |= {'norm.weight', 'norm.bias'}
     rows |= {'head.projection.weight', 'head.projection.bias'}
   assert tensors.keys() <= rows
+
+
+@pytest.mark.parametrize('stride', [(2, 4, 4), (4, 4, 4)])
+def test_their_class_loads_what_we_export(tmp_path, stride):
+  encoder = hiera.make(
+    dict(channels=8, depths=(1, 2, 2, 1), num_heads=1),
+    stride=stride,
+    q_pool=3,
+    final_norm=False,
+    dtype='float32',
+  )
+  video, pixels = clip('video')
+  shapes = jax.eval_shape(encoder.init, jax.random.key(0), video)['params']
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda x: 0.15 * rng.standard_normal(x.shape).astype(np.float32), shapes
+  )
+  weights.export(
+    encoder, params, tmp_path, video=video.shape[1:], layout='hiera'
+  )
+  config = json.loads((tmp_path / 'config.json').read_text())
+  model = published.Hiera(num_classes=3, **config)
+  tensors = read.safetensors(tmp_path / 'model.safetensors')
+  told = model.load_state_dict(
+    {n: torch.tensor(np.asarray(x)) for n, x in tensors.items()}, strict=False
+  )
+  assert not told.unexpected_keys
+  assert {n.split('.')[0] for n in told.missing_keys} == {'norm', 'head'}
+  _, stages = model.eval()(pixels, return_intermediates=True)
+  found = jax.jit(encoder.apply)({'params': params}, video)
+  wanted = stages[-1].detach().numpy()
+  parity.close(found, wanted.reshape(found.shape))

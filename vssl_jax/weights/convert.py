@@ -77,6 +77,7 @@ FORMS: dict[str, Form] = {
   'conv': _conv_to_ours,
   'image_conv': lambda x: _conv_to_ours(x[:, :, None]),
   'whole_conv': lambda x: x.transpose(2, 3, 4, 1, 0),
+  'table': lambda x: x,
   'token': lambda x: x.reshape(1, -1),
   'class_row': lambda x: x[0, :1],
   'grid_rows': _grid_rows,
@@ -229,6 +230,8 @@ def to_theirs(
     'same': lambda x: x,
     'dense': lambda x: x.T,
     'conv': lambda x: _conv_to_theirs(x, patch),
+    'whole_conv': lambda x: x.transpose(4, 3, 0, 1, 2),
+    'table': lambda x: x.reshape(1, -1, x.shape[-1]),
     'token': lambda x: x.reshape(1, 1, -1),
   }
   pieces: dict[str, list[np.ndarray]] = {}

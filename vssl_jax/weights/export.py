@@ -4,18 +4,31 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from vssl_jax import trees
-from vssl_jax.models import framewise, hiera, vit
-from vssl_jax.weights import convert, modules, read, tables
+from vssl_jax.models import framewise, hiera, layers, vit
+from vssl_jax.weights import convert, hiera_tables, modules, read, tables
 from vssl_jax.weights import source as source_lib
 
 Encoder = vit.Vit | hiera.Hiera | framewise.Framewise
-LAYOUTS = ('auto', 'vjepa2', 'videomae', source_lib.OURS)
+LAYOUTS = ('auto', 'vjepa2', 'videomae', 'hiera', source_lib.OURS)
+TABLES = {
+  'vjepa2': tables.VJEPA2['encoder'],
+  'videomae': tables.VIDEOMAE['encoder'],
+  'hiera': hiera_tables.PARTS['encoder'],
+}
+# What the authors' code has fixed, or needs for clips.
+HIERA = {
+  'separable': True,
+  'gelu': 'exact',
+  'norm_eps': 1e-6,
+  'mean': (layers.IMAGENET_MEAN,),
+  'std': (layers.IMAGENET_STD,),
+}
 
 
 def export(
@@ -33,8 +46,11 @@ def export(
     params: its parameters.
     folder: made if need be.
     video: (T, H, W, C) of the clips it was trained on.
-    layout: `vjepa2` or `videomae`, which `transformers` can load,
-      `vssl_vit`, which fits every encoder, or `auto`: the first that fits.
+    layout: `vjepa2` or `videomae`, which `transformers` can load; `hiera`,
+      whose config is what `Hiera` of `hiera-transformer` is made with (the
+      norm and the classifier that it has behind the mean over tokens are not
+      in the file, nor is our `final_norm`); `vssl_vit`, which fits every
+      encoder; or `auto`: the first that fits.
 
   Returns:
     The layout.
@@ -42,13 +58,12 @@ def export(
   Raises:
     WeightsError: the layout cannot express this encoder; says which field.
   """
-  obstacles = {
-    'vjepa2': _obstacle(encoder, 'vjepa2', video),
-    'videomae': _obstacle(encoder, 'videomae', video),
-    source_lib.OURS: '',
-  }
+  obstacles = {name: _obstacle(encoder, name, video) for name in TABLES}
+  obstacles[source_lib.OURS] = ''
   if layout == 'auto':
-    layout = next(name for name in obstacles if not obstacles[name])
+    layout = next(
+      name for name in obstacles if not obstacles[name] and name != 'hiera'
+    )
   if layout not in obstacles:
     raise read.WeightsError(f'layout is {layout!r}, wanted one of {LAYOUTS}')
   if obstacles[layout]:
@@ -61,8 +76,7 @@ def export(
   if layout == source_lib.OURS:
     tensors = {n: np.asarray(x) for n, x in trees.named_leaves(params)}
   else:
-    table = {'vjepa2': tables.VJEPA2, 'videomae': tables.VIDEOMAE}[layout]
-    rows = table['encoder'].rows(encoder.depth)
+    rows = TABLES[layout].rows(encoder.depth)
     tensors = convert.to_theirs(params, rows, encoder.patch)
   read.write_safetensors(folder / 'model.safetensors', tensors)
   config = _config(encoder, layout, video)
@@ -74,8 +88,10 @@ def _obstacle(encoder: Encoder, layout: str, video: Sequence[int]) -> str:
   """Returns the first field that a published layout cannot express."""
   if isinstance(encoder, framewise.Framewise):
     return 'an encoder of single frames'
-  if isinstance(encoder, hiera.Hiera):
-    return 'stages'
+  if isinstance(encoder, hiera.Hiera) != (layout == 'hiera'):
+    return 'stages' if layout != 'hiera' else 'an encoder without stages'
+  if layout == 'hiera':
+    return _differs(encoder, HIERA)
   wanted = dict(modules.FIELDS[layout], gelu=('exact', 'tanh'))
   wanted |= {'class_token': False, 'layer_scale': False}
   del wanted['init_family']
@@ -85,6 +101,11 @@ def _obstacle(encoder: Encoder, layout: str, video: Sequence[int]) -> str:
     return (
       f'patch {encoder.patch} of clips {tuple(video)}, which are not square'
     )
+  return _differs(encoder, wanted)
+
+
+def _differs(encoder: Encoder, wanted: Mapping[str, Any]) -> str:
+  """Returns the first field with none of the values that it may have."""
   for field, value in wanted.items():
     found = getattr(encoder, field)
     if found not in (value if isinstance(value, tuple) else (value,)):
@@ -106,6 +127,8 @@ def _config(
     }
     kind = 'hiera' if isinstance(encoder, hiera.Hiera) else 'vit'
     return {'model_type': layout, kind: fields, 'video': list(video)}
+  if layout == 'hiera':
+    return _hiera_config(encoder, video)
   mlp = encoder.block_spec.mlp_width
   config = {
     'model_type': layout,
@@ -136,4 +159,22 @@ def _config(
     'intermediate_size': mlp,
     'qkv_bias': True,
     'use_mean_pooling': not encoder.final_norm,
+  }
+
+
+def _hiera_config(encoder: hiera.Hiera, video: Sequence[int]) -> dict[str, Any]:
+  """Returns the arguments of the authors' class."""
+  return {
+    'input_size': list(video[:3]),
+    'in_chans': video[3],
+    'embed_dim': encoder.channels,
+    'num_heads': encoder.num_heads,
+    'stages': list(encoder.depths),
+    'q_pool': encoder.q_pool,
+    'q_stride': [1, 2, 2],
+    'mask_unit_size': list(encoder.unit),
+    'patch_kernel': list(encoder.kernel),
+    'patch_stride': list(encoder.stride),
+    'patch_padding': list(encoder.padding),
+    'sep_pos_embed': encoder.separable,
   }

@@ -16,6 +16,7 @@ from vssl_jax.weights import source as source_lib
 
 # Attention heads of the first stage by its channels.
 HEADS = {x['channels']: x['num_heads'] for x in hiera.SIZES.values()}
+STRIDE, PADDING = 'patch_stride', 'patch_padding'
 
 
 def build(found: source_lib.Found, part: str, num_heads: int | None) -> Any:
@@ -56,11 +57,16 @@ def build(found: source_lib.Found, part: str, num_heads: int | None) -> Any:
     depths=tuple(b - a for a, b in itertools.pairwise(edges)),
     num_heads=heads,
     # Those with a decoder were trained like this; shapes do not tell.
-    q_pool=2 if names.DECODER in shapes else 3,
+    q_pool=found.config.get('q_pool', 2 if names.DECODER in shapes else 3),
   )
+  told = {  # a config's, where the file is of other patches than the released
+    ours: tuple(found.config[theirs])
+    for ours, theirs in (('stride', STRIDE), ('padding', PADDING))
+    if theirs in found.config
+  }
   try:
     if len(kernel) == 3:
-      return hiera.make(fields, kernel=tuple(kernel))
+      return hiera.make(fields, kernel=tuple(kernel), **told)
     return framewise.Framewise(hiera.make(fields, **hiera.IMAGE))
   except ValueError as e:
     raise read.WeightsError(f'{found.source}: {e}') from e

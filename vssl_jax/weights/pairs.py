@@ -116,7 +116,7 @@ KINDS = {
   'flax_patches': _flax('kernel', 'patches'),
   'flax_heads': _flax('kernel', 'heads', 'head_bias'),
   'flax_out': _flax('kernel', 'from_heads'),
-  'table': lambda ours, theirs, tokens: [Row(ours, theirs)],
+  'table': lambda ours, theirs, tokens: [Row(ours, theirs, 'table')],
   # One table whose first row belongs to the class token.
   'class_table': lambda ours, theirs, tokens: [
     Row('class_position', theirs, 'class_row'),

@@ -6,7 +6,7 @@ import pytest
 
 import vssl_jax
 from tests.train import conftest
-from vssl_jax import encoders, main, trees
+from vssl_jax import encoders, main, trees, weights
 from vssl_jax.data import rooms, synthetic
 from vssl_jax.train import manifests, trainer
 
@@ -39,6 +39,17 @@ def test_three_lines(run):
   assert (encoder.width, encoder.grid) == (16, (2, 2, 2))
   one = encoder(_video(2, 4, 16, 16)[0])
   np.testing.assert_allclose(one, features[:1], atol=1e-5)
+
+
+def test_taken_elsewhere_and_back(run, tmp_path):
+  encoder = vssl_jax.load(str(run))
+  assert encoder.export(tmp_path / 'out') == 'vssl_vit'
+  again = vssl_jax.load(str(tmp_path / 'out'))
+  assert (again.module, again.video) == (encoder.module, encoder.video)
+  video = _video(1, *encoder.video[:3])
+  np.testing.assert_array_equal(again(video), encoder(video))
+  with pytest.raises(weights.WeightsError, match='without stages'):
+    encoder.export(tmp_path / 'out', layout='hiera')
 
 
 def test_phases_and_averages_by_name(run):

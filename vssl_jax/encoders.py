@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 import pathlib
 from typing import Any
 
@@ -107,6 +108,20 @@ class Encoder:
     if all(params[name] is x for name, x in self.params.items()):
       return self
     return dataclasses.replace(self, params=params)
+
+  def export(self, folder: str | os.PathLike[str], layout: str = 'auto') -> str:
+    """Writes `model.safetensors` and `config.json`; returns the layout.
+
+    Args:
+      folder: made if need be; `load` reads it.
+      layout: see `weights.export`.
+
+    Raises:
+      WeightsError: the layout cannot express this encoder; says which field.
+    """
+    return weights.export(
+      self.module, self.params, folder, video=self.video, layout=layout
+    )
 
   def shapes(self, video: tuple[int, ...]) -> jax.ShapeDtypeStruct:
     """Returns the shape of the tokens without computing them."""

@@ -15,6 +15,7 @@ import pytest
 
 from vssl_jax import config as config_lib
 from vssl_jax import encoders, methods, sharding, trees
+from vssl_jax.data import options
 from vssl_jax.train import ahead
 from vssl_jax.train import run as run_lib
 
@@ -39,10 +40,11 @@ def _twin(layout='loops', target='latent'):
 
 def _collectives(config, phase):
   """Returns {kind: Counter of arrays by their sides} and the parameters."""
-  method = methods.build(config.method, VIDEO, encoders.module_of)
+  video = options.spec(config.data.to_dict()).shape
+  method = methods.build(config.method, video, encoders.module_of)
   mesh = sharding.make_mesh()
-  shapes = ahead.outline(config, method, run_lib.spans(method)[phase], VIDEO)
-  lowered = ahead.lower(config, method, shapes, VIDEO, mesh)
+  shapes = ahead.outline(config, method, run_lib.spans(method)[phase], video)
+  lowered = ahead.lower(config, method, shapes, video, mesh)
   found = collections.defaultdict(collections.Counter)
   for line in lowered.compile().as_text().splitlines():
     match = re.search(rf'= (.*?) ({KINDS})(?:-start)?\(', line)
@@ -108,3 +110,43 @@ def test_activations_stay_where_their_clips_are(locked):
     for counter in found.values()
     for sides in counter
   )
+
+
+def _hiera_twin():
+  page = PAGE.with_name('kdhiera_k400.py')
+  _, c = config_lib.load(f'{page}:B-self')
+  c.batch_size, c.data.repeats = CLIPS, 1
+  c.data.update(dict(frames=8, stride=1, size=(64, 64)))
+  m = c.method
+  m.vit.patch = (2, 8, 8)
+  m.encoder.update(dict(channels=64, depths=(1, 1, 1, 1), num_heads=1))
+  m.hiera.stride = (2, 2, 2)
+  shape = dict(size='Ti', width=WIDTH, depth=4, num_heads=4, mlp_width=MLP)
+  for name in ('image', 'video'):
+    m[f'{name}_teacher'].encoder.update(shape)
+    m[name].layers = (1, 2, 3, 4)
+  return c
+
+
+CLIPS, UNITS = 24, 4 * 4 * 4  # 24 is a side that no weight has
+
+
+@pytest.mark.slow
+def test_of_a_hiera_and_its_teachers_only_weights_are_gathered():
+  """Units are windows of a clip's own tokens: no device needs another's."""
+  found, shapes = _collectives(_hiera_twin(), -1)
+  parameters = (shapes.state.params, *shapes.teachers.values())
+  leaves = [x for tree in parameters for _, x in trees.named_leaves(tree)]
+  weights = {_sides(x.shape) for x in leaves}
+  gathered = {k for k in found['all-gather'] if math.prod(k) > MLP}
+  noise = {k for k in gathered if CLIPS in k}  # that masks are drawn from
+  assert all(math.prod(k) <= CLIPS * UNITS for k in noise), noise
+  assert gathered - noise and gathered - noise <= weights
+  # What comes back to rows of the position table goes to their channels' place.
+  seen = 4 * 2  # units
+  rows = _sides((CLIPS // 8, seen, 8 * 8, 64 // 8))
+  assert set(found['all-to-all']) <= {rows}
+  assert not found['collective-permute']
+  summed = found['all-reduce'] + found['reduce-scatter']
+  large = {k for k in summed if math.prod(k) > MLP}
+  assert large <= weights

@@ -3,7 +3,7 @@
 Paper: arXiv 2306.00989, Tables 11 to 13. 3,200 epochs of 240k clips, four
 clips a video counted as four; batch 512; 90 % of the units hidden; decoder of
 8 blocks, 512 wide. 16 frames, 4 apart.
-Hardware: .43 (B) and .61 (L) TFLOP a clip; see `--plan`.
+Hardware: .42 (B) and .60 (L) TFLOP a clip; see `--plan`.
 Command: bash launch/local.sh --config=configs/hiera_mae_k400.py:B \
   --config.data.source=<folder or manifest>
 Expected after fine-tuning on K400: B 84.0, B+ 85.0, L 87.3, H 87.8; L after

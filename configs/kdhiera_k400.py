@@ -8,8 +8,12 @@ class token (UMT, arXiv 2303.16058). Teachers DINO ViT-B/16 (ImageNet) and
 VideoMAE ViT-B (K400) for B; DINOv2 ViT-L/14 at 196 pixels and VideoMAE ViT-L
 for L. Other teachers: --config.method.image.teacher, .video.teacher: a run
 folder, a folder or file with published weights, a hub id; for an MAE set
---config.method.scores=column_mean. `-self` needs no outside weights: its
-teachers, ViT of the student's letter, are trained by the same run first.
+--config.method.scores=column_mean. DINOv2 ViT-L is known to attend to a few
+patches of background (arXiv 2309.16588), which `mask/entropy` in the log tells;
+against that, DINO for L too: --config.method.image.teacher=facebook/dino-vitb16
+--config.method.image.layers='(3,6,9,12)'. `-self` needs no outside weights: its
+teachers, ViT of the student's letter, are trained by the same run first, at
+Hiera's learning rate (2.7 times that of videomae_k400.py).
 Hardware: .71 (B) and 2.4 (L) TFLOP a clip, nine tenths of it the teachers';
 see `--plan`.
 Command: bash launch/local.sh --config=configs/kdhiera_k400.py:B \

@@ -4,7 +4,8 @@
 ViT-S/16 and VideoMAE ViT-B: no VideoMAE-S before fine-tuning is on the hub;
 with its authors' file, --config.method.video.teacher=<file>, a clip costs less
 than half. `:mae` is the control, Hiera-T MAE of as many epochs; `:self` trains
-teachers of size S first, 100 epochs each, and needs no outside weights. Clips
+teachers of size S first, 100 epochs each, at Hiera's learning rate (3.8 times
+that of videomae_k400.py), and needs no outside weights. Clips
 of another number: set --config.method.steps. On 24 GB set
 --config.optim.accumulate=4; see `--plan`.
 Command: bash launch/local.sh --config=configs/kdhiera_single_gpu.py \

@@ -6,8 +6,10 @@ import pytest
 
 import vssl_jax
 from tests.train import conftest
-from vssl_jax import encoders, main, trees, weights
+from vssl_jax import config as config_lib
+from vssl_jax import encoders, main, methods, trees, weights
 from vssl_jax.data import rooms, synthetic
+from vssl_jax.models import framewise, vit
 from vssl_jax.train import manifests, trainer
 
 
@@ -50,6 +52,37 @@ def test_taken_elsewhere_and_back(run, tmp_path):
   np.testing.assert_array_equal(again(video), encoder(video))
   with pytest.raises(weights.WeightsError, match='without stages'):
     encoder.export(tmp_path / 'out', layout='hiera')
+
+
+@pytest.mark.parametrize('name', ['salt', 'pmd', 'kdhiera'])
+def test_a_run_is_opened_without_its_outside_teachers(name):
+  """What they were stands in `run.json`: the files may be gone."""
+  image = framewise.Framewise(
+    vit.make('Ti', patch=(1, 16, 16), positions='learned', class_token=True)
+  )
+  there = {'images': image, 'videos': vit.make('Ti', depth=3)}
+  config = config_lib.default(name)
+  m = config.method
+  if name == 'salt':
+    m.phases, m.latent_student.teacher = ('latent_student',), 'videos'
+  else:
+    m.image.teacher, m.video.teacher = 'images', 'videos'
+    if name == 'kdhiera':
+      m.image.layers = m.video.layers = (1, 3)
+      m.stages = (2, 4)
+  video = (16, 224, 224, 3)
+  method = methods.build(m, video, there.__getitem__)
+  record = {
+    'config': config_lib.to_json(config),
+    'video': video,
+    'outside': encoders.outside(method),
+  }
+  assert set(record['outside']) == (
+    {'videos'} if name == 'salt' else set(there)
+  )
+  assert encoders.method_of(json.loads(json.dumps(record))) == method
+  with pytest.raises(ValueError, match='no such file'):
+    encoders.method_of(record | {'outside': {}})
 
 
 def test_phases_and_averages_by_name(run):

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -194,10 +195,37 @@ def _opened(
   folder: pathlib.Path,
 ) -> tuple[tuple[int, int, int, int], tuple[base.Phase, ...]]:
   """Returns the clips (T, H, W, C) and the phases of a run."""
-  run = json.loads((folder / 'run.json').read_text())
-  config = config_lib.from_json(run['config'])
-  video = tuple(run['video'])
-  return video, methods.build(config.method, video, module_of).phases()
+  record = json.loads((folder / 'run.json').read_text())
+  return tuple(record['video']), method_of(record).phases()
+
+
+def outside(method: base.Method) -> dict[str, Any]:
+  """Returns the networks of teachers from outside a run, by their source."""
+  return {
+    teacher.source: weights.to_fields(teacher.module)
+    for phase in method.phases()
+    for teacher in phase.teachers.values()
+    if teacher.source[0] != '@' and isinstance(teacher.module, weights.Encoder)
+  }
+
+
+def method_of(record: Mapping[str, Any]) -> base.Method:
+  """Returns the method of a run; its outside teachers may be gone by now.
+
+  Args:
+    record: of its `run.json`.
+  """
+  config, known = (
+    config_lib.from_json(record['config']),
+    record.get('outside', {}),
+  )
+
+  def resolve(source: str) -> nn.Module:
+    if source in known:
+      return weights.from_fields(known[source])
+    return module_of(source)
+
+  return methods.build(config.method, tuple(record['video']), resolve)
 
 
 def find(source: str) -> Source:

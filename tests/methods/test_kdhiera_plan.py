@@ -30,12 +30,16 @@ def _module(source):
   return framewise.Framewise(image, 2)
 
 
+MAE = dict(targets='pixels', units='random', teachers=(), depth=8)
+
+
 @functools.cache
 def _method(size, **knobs):
   c = kdhiera_config.default()
   c.encoder.size = size
+  layers = knobs.pop('layers', LAYERS[size])
   for name in ('image', 'video'):
-    c[name].teacher, c[name].layers = size + name[0], LAYERS[size]
+    c[name].teacher, c[name].layers = size + name[0], layers
   c.decoder.depth = knobs.pop('depth', 2)
   c.update(knobs)
   return methods.build(c, CLIP, _module)
@@ -77,30 +81,23 @@ def test_parameters_of_the_heads():
 
 
 @pytest.mark.parametrize(
-  ('size', 'knobs', 'tera'),
+  ('size', 'knobs', 'tera', 'trained'),
   [
-    ('B', {}, 0.71),
-    ('L', {}, 2.43),
-    ('B', dict(targets='masked', depth=8, layers=(12,)), 1.43),
-    ('L', dict(targets='masked', depth=8, layers=(24,)), 3.15),
-    ('B', dict(targets='pixels', units='random', teachers=(), depth=8), 0.428),
-    ('L', dict(targets='pixels', units='random', teachers=(), depth=8), 0.609),
+    ('B', {}, 0.71, 0.065444),
+    ('L', {}, 2.43, 0.250588),
+    ('B', dict(targets='masked', depth=8, layers=(12,)), 1.43, None),
+    ('L', dict(targets='masked', depth=8, layers=(24,)), 3.15, None),
+    ('B', MAE, 0.4217, None),
+    ('L', MAE, 0.5994, None),
   ],
 )
-def test_cost_of_a_step(size, knobs, tera):
+def test_cost_of_a_step(size, knobs, tera, trained):
   """TFLOP per clip, by true token counts; teachers are most of it."""
-  knobs = dict(knobs)
-  layers = knobs.pop('layers', None)
-  c = kdhiera_config.default()
-  c.encoder.size = size
-  for name in ('image', 'video'):
-    c[name].teacher = size + name[0]
-    c[name].layers = layers or LAYERS[size]
-  c.decoder.depth = knobs.pop('depth', 2)
-  c.update(knobs)
-  method = methods.build(c, CLIP, _module)
+  method = _method(size, **knobs)
   cost = method.cost(method.phases()[0], CLIP)
-  assert cost.total / 1e12 == pytest.approx(tera, rel=0.02)
+  assert cost.total / 1e12 == pytest.approx(tera, rel=0.005)
+  if trained:
+    assert cost.trained / 1e12 == pytest.approx(trained, rel=1e-4)
   frozen = {'B': 2 * 320.8e9, 'L': 2 * (492.4e9 + 596.8e9)}[size]
   wanted = 0.0 if knobs.get('teachers') == () else frozen
   assert cost.frozen == pytest.approx(wanted, rel=1e-3)
@@ -339,6 +336,10 @@ def test_a_whole_step_of_the_smallest_hiera():
     (dict(stages=(1, 2, 3, 5)), 'method.stages: found .*5'),
     (dict(layer_weights=(1.0,)), r'method.layer_weights: found \(1.0,\)'),
     (dict(layer_weights=(0.0,) * 4), 'and not all 0'),
+    (dict(image=dict(weight=-1.0)), r'method.image.weight: found -1.0'),
+    (dict(encoder=dict(size='Q')), "method.encoder.size: found 'Q'"),
+    (dict(units='random', tube=True), 'method.tube: found True'),
+    (dict(hiera=dict(padding=(0, 0, 0))), r'padding=\(0, 0, 0\); wanted'),
     (dict(masks_per_clip=0), 'masks_per_clip: found 0, wanted 1 or more'),
     (dict(mask_ratio=0.1), 'mask_ratio 0.1 .*leaves 6 of 6'),
     *(
@@ -350,6 +351,22 @@ def test_a_whole_step_of_the_smallest_hiera():
 def test_bad_configs_are_refused_by_name(knobs, message):
   with pytest.raises(ValueError, match=message):
     small.build(**knobs)
+
+
+def test_a_hiera_cannot_teach():
+  config = kdhiera_config.default()
+  config.image.teacher, config.video.teacher = 'images', 'videos'
+  teacher = hiera.make('T')
+  for given in (framewise.Framewise(hiera.make('T', **hiera.IMAGE)), teacher):
+    there = {'images': given, 'videos': teacher}
+    with pytest.raises(ValueError, match='found a Hiera'):
+      methods.build(config, CLIP, there.__getitem__)
+
+
+def test_masks_by_chance_ask_no_teacher():
+  method = small.build(selection='uniform', teachers=('video',))
+  (phase,) = method.phases()
+  assert list(phase.teachers) == ['video'] and not phase.mask_teacher
 
 
 def test_a_teacher_of_another_grid_is_refused():

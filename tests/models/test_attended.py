@@ -25,14 +25,15 @@ IMAGE = vit.make(
 CLIP = vit.make(SHAPE, patch=PATCH, positions='sinusoid_1d', dtype='float32')
 
 
-def test_rows_sum_to_one_and_give_what_fused_attention_gives():
-  """Invariant 10."""
+def test_attention_sums_to_one_and_mixes_as_fused_attention_does():
+  """Invariant 10: the mean over queries and heads that see the same values."""
   q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 9, 3, 8)) * 3
-  weights = attention.weights(q[:, :5], k)
-  assert weights.shape == (2, 3, 5, 9) and np.all(weights >= 0)
-  np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
-  fused = attention.attend(q, k, v)[:, :5]
-  mixed = jnp.einsum('bhns,bshd->bnhd', weights, v)
+  found = attention.received(q[:, :5], k)
+  assert found.shape == (2, 9) and np.all(found >= 0)
+  np.testing.assert_allclose(found.sum(-1), 1, rtol=1e-5)
+  same = jnp.broadcast_to(v[:, :, :1], v.shape)
+  fused = attention.attend(q, k, same)[:, :5].mean((1, 2))
+  mixed = jnp.einsum('bs,bsd->bd', found, same[:, :, 0])
   np.testing.assert_allclose(mixed, fused, rtol=1e-5, atol=1e-5)
 
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vssl_jax import masking, trees, unit_masks
-from vssl_jax.models import hiera, hiera_mae
+from vssl_jax import losses, masking, trees, unit_masks
+from vssl_jax.models import hiera, hiera_mae, layers
 
 KEY = jax.random.key(0)
 GRID = (4, 2, 2)
@@ -166,3 +166,16 @@ def test_targets_are_first_frames_normed_by_all_values_of_a_patch():
   other = video.copy()
   other[:, 1::2] = 0  # no second frame of a token is looked at
   np.testing.assert_array_equal(hiera_mae.targets(other, encoder), found)
+
+
+@pytest.mark.parametrize('kind', ['none', 'patch', 'patch_channel'])
+def test_what_is_predicted_comes_back_as_pixels(kind):
+  encoder = hiera.make('T')
+  video = np.random.default_rng(0).integers(0, 256, (2, 4, 32, 32, 3), np.uint8)
+  every, *side = encoder.patch
+  clip = layers.to_unit(jnp.asarray(video[:, ::every]))
+  raw = losses.pixel_targets(clip, (1, *side), kind)
+  index = jnp.array([[7, 0, 3], [1, 2, 6]], jnp.int32)
+  predicted = masking.gather(hiera_mae.targets(video, encoder, kind), index)
+  found = hiera_mae.as_raw(predicted, index, video, encoder, kind)
+  np.testing.assert_allclose(found, masking.gather(raw, index), atol=2e-5)

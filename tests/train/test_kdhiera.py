@@ -1,5 +1,7 @@
 """KDHiera through the trainer: its own teachers, kept targets, pictures."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -129,3 +131,18 @@ def test_targets_are_kept_with_the_scores(finished, tmp_path):
     if name.startswith('params/'):
       a, b = (locks.read(x, name)[name] for x in ends)
       np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_the_student_outlives_its_teachers(finished, tmp_path):
+  """A run whose outside teachers are gone is still loaded."""
+  config = finished[0].copy_and_resolve_references()
+  teachers = tmp_path / 'teachers'
+  shutil.copytree(config.workdir, teachers)
+  config.workdir, config.method.steps = str(tmp_path / 'run'), 1
+  config.optim.warmup = 0
+  for name in ('image', 'video'):
+    config.method[name].teacher = f'{teachers}@{name}_teacher'
+  assert main._train(config) == 0
+  shutil.rmtree(teachers)
+  tokens = encoders.load(config.workdir)(np.zeros((4, 32, 32, 3), np.uint8))
+  assert tokens.shape == (1, 2 * 4 * 4, 128)

@@ -121,7 +121,11 @@ def test_every_number_has_its_place(mae, file):
 
 
 def test_the_decoder_beside_it(mae, file):
-  module, params, report = weights.load_published(file, part='head')
+  with pytest.raises(ValueError, match='num_heads 16'):  # of the released
+    weights.load_published(file, part='head')
+  module, params, report = weights.load_published(
+    file, part='head', num_heads=8
+  )
   assert isinstance(module, hiera_mae.Decoder)
   assert (module.width, module.depth, module.num_heads) == (24, 2, 8)
   assert module.out_width == 768
@@ -245,6 +249,17 @@ def test_what_we_write_for_the_authors_code(file, mae, tmp_path, q_pool):
   assert not report.unused
   jax.tree.map(np.testing.assert_array_equal, found, params)
   assert weights.clip_shape(folder) == CLIP
+
+
+def test_positions_of_a_clip_that_is_not_square(tmp_path):
+  module = hiera.make(dict(channels=8, depths=(1, 1, 1, 1), num_heads=1))
+  shape = (4, 32, 64, 3)
+  start = jax.jit(module.init)
+  params = start(jax.random.key(0), jnp.zeros((1, *shape), jnp.uint8))['params']
+  weights.export(module, params, tmp_path, video=shape, layout='hiera')
+  _, found, _ = weights.load_published(tmp_path)
+  jax.tree.map(np.testing.assert_array_equal, found, params)
+  assert weights.clip_shape(tmp_path) == shape
 
 
 @pytest.mark.parametrize(

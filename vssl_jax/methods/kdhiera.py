@@ -231,7 +231,7 @@ class Kdhiera(base.Method):
     rng: rngs.Rng,
     phase: base.Phase,
   ) -> Mapping[str, base.Reconstruction]:
-    """Returns predicted pixels by mask, of phases that predict them."""
+    """Returns predicted pixels by mask, where masks go by no teacher."""
     if PIXELS not in phase.pairs or phase.mask_teacher:
       return {}
     found = {}

@@ -145,10 +145,8 @@ def build(
 
 def make_encoder(config: ml_collections.ConfigDict) -> hiera.Hiera:
   """Returns the student: it leaves 2 x 2 tokens of a unit."""
-  shape = {k: v for k, v in config.encoder.items() if k != 'size' and v}
   return hiera.make(
-    config.encoder.size,
-    **shape,
+    knobs.shape('method.encoder', config.encoder, hiera.SIZES),
     **config.hiera,
     q_pool=2,
     drop_path=config.drop_path,
@@ -157,7 +155,10 @@ def make_encoder(config: ml_collections.ConfigDict) -> hiera.Hiera:
 
 def _by_teacher(config: ml_collections.ConfigDict) -> bool:
   """Returns whether masks go by what a teacher says."""
-  return config.units == 'attention' and config.scores != 'uniform'
+  return config.units == 'attention' and 'uniform' not in (
+    config.scores,
+    config.selection,
+  )
 
 
 def _check_scores(
@@ -205,6 +206,11 @@ def _pairs(
       f'method.layer_weights: found {weights} for method.{teacher}.layers='
       f'{taken}; wanted a weight of 0 or more for each, and not all 0'
     )
+  if config[teacher].weight < 0:
+    raise ValueError(
+      f'method.{teacher}.weight: found {config[teacher].weight}, wanted 0 or '
+      'more'
+    )
   return tuple(
     kdhiera.Pair(name, layer, config[teacher].weight * weight / sum(weights))
     for name, layer, weight in zip(names, taken, weights, strict=True)
@@ -221,6 +227,12 @@ def _masks(
   mode = config.selection
   if config.units == 'random':
     mode = 'random'
+    if config.tube:
+      raise ValueError(
+        "method.tube: found True with method.units='random', which draws from "
+        "the whole clip; for tubes by chance set method.units='attention' and "
+        "method.selection='uniform'"
+      )
   elif config.scores == 'uniform':
     mode = 'uniform'
   names = ['']

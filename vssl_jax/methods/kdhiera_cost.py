@@ -26,6 +26,7 @@ def cost(phase: Any, video: tuple[int, ...]) -> base.Cost:
     for head in phase.heads.values():
       if isinstance(head, stage_heads.StageHeads):
         trained += 3 * head.flops(encoder, counts[0])
+        kept += head.kept(encoder, counts[0])
       else:
         tokens = (visible, masked)
         trained += flops.train(head, grid, tokens, in_width=encoder.width)

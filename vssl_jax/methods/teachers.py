@@ -13,7 +13,7 @@ import ml_collections
 from vssl_jax import flops, losses, mask_specs
 from vssl_jax.methods import base, knobs, pixel_phase, salt_config
 from vssl_jax.models import decoder as decoder_lib
-from vssl_jax.models import framewise, layers, vit
+from vssl_jax.models import framewise, hiera, layers, vit
 
 NAMES = ('image', 'video')
 
@@ -97,6 +97,13 @@ def find(
       )
     else:
       modules[name] = _fitted(resolve(source), config.vit.patch)
+      if isinstance(
+        getattr(modules[name], 'image', modules[name]), hiera.Hiera
+      ):
+        raise ValueError(
+          f'method.{name}.teacher: found a Hiera ({source}), wanted a ViT, '
+          'whose layers have the grid of the clip'
+        )
   return tuple(own), modules
 
 

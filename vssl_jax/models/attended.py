@@ -40,10 +40,7 @@ def scores(
       f'scores: found {kind!r}, wanted one of {KINDS}'
       + ('' if first else "; without a class token 'column_mean'")
     )
-  rows = 1 if kind == 'cls' else x.shape[1]
+  asking = (0, 1) if kind == 'cls' else (first, x.shape[1])
   own = {'params': encoder.variables['params'][f'block_{index:02d}']}
   block = blocks.Block(encoder.block_spec, index, parent=None)
-  weights = jnp.asarray(block.apply(own, x, rope, rows))
-  if kind == 'column_mean':
-    weights = weights[:, :, first:]
-  return jnp.mean(weights, axis=(1, 2))[:, first:]
+  return jnp.asarray(block.apply(own, x, rope, asking))[:, first:]

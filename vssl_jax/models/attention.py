@@ -135,14 +135,24 @@ def attend(
   return jax.nn.dot_product_attention(q, k, v, implementation=name)
 
 
-def weights(
+def received(
   q: Float[Array, 'B N H d'], k: Float[Array, 'B S H d']
-) -> Float[Array, 'B H N S']:
-  """Returns softmax(q k^T / sqrt(d)) itself, float32: what kernels hide."""
-  logits = jnp.einsum(
-    'bnhd,bshd->bhns', q, k, preferred_element_type=jnp.float32
-  )
-  return jax.nn.softmax(logits / math.sqrt(q.shape[-1]), axis=-1)
+) -> Float[Array, 'B S']:
+  """Returns the mean of softmax(q k^T / sqrt(d)) over queries and heads.
+
+  What kernels hide, in float32; head by head, as all at once they would take
+  more memory than the rest of a teacher.
+  """
+
+  def of_head(pair: tuple[Array, Array]) -> Array:
+    logits = jnp.einsum(
+      'bnd,bsd->bns', *pair, preferred_element_type=jnp.float32
+    )
+    found = jax.nn.softmax(logits / math.sqrt(q.shape[-1]), axis=-1)
+    return jnp.mean(found, axis=1)
+
+  heads = jnp.moveaxis(q, 2, 0), jnp.moveaxis(k, 2, 0)
+  return jnp.mean(jax.lax.map(of_head, heads), axis=0)
 
 
 def splash(

@@ -114,14 +114,14 @@ class Attention(nn.Module):
     self,
     x: Float[Array, 'B N D'],
     rope: positions.Rope | None,
-    rows: int = 0,
-  ) -> Float[Array, 'B N D'] | Float[Array, 'B H rows N']:
+    asking: tuple[int, int] | None = None,
+  ) -> Float[Array, 'B N D'] | Float[Array, 'B N']:
     """Returns the mixed tokens; `rope` turns queries and keys.
 
     Args:
       x: tokens.
       rope: rotation, if any.
-      rows: return the weights of the first so many tokens' attention instead.
+      asking: return the attention that tokens get from those of this range.
     """
     spec, width = self.spec, x.shape[-1]
     if width % spec.num_heads:
@@ -139,8 +139,8 @@ class Attention(nn.Module):
     k = project('k', use_bias=spec.qkv_bias == 'full')
     if rope is not None:
       q, k = positions.rotate(q, rope), positions.rotate(k, rope)
-    if rows:
-      return attention.weights(q[:, :rows], k)
+    if asking:
+      return attention.received(q[:, slice(*asking)], k)
     v = project('v')
     y = attention.attend(q, k, v, spec.attention).reshape(x.shape)
     kernel = layers.kernel_init(spec.init, 'out', self.index + 1)
@@ -187,19 +187,19 @@ class Block(nn.Module):
     self,
     x: Float[Array, 'B N D'],
     rope: positions.Rope | None,
-    rows: int = 0,
-  ) -> Float[Array, 'B N D'] | Float[Array, 'B H rows N']:
+    asking: tuple[int, int] | None = None,
+  ) -> Float[Array, 'B N D'] | Float[Array, 'B N']:
     """Returns tokens of the same shape and type.
 
-    With `rows` only the weights of the first so many tokens' attention, and
-    nothing is computed behind them.
+    With `asking` only the attention that tokens get from those of this range,
+    and nothing is computed behind it.
     """
     spec = self.spec
     y = layers.layer_norm('norm_1', spec.norm_eps, spec.dtype)(x)
     if rope is not None and spec.rope_on == 'norm':
       y, rope = positions.rotate(y[:, :, None, :], rope)[:, :, 0], None
-    y = Attention(spec, self.index, name='attn')(y, rope, rows)
-    if rows:
+    y = Attention(spec, self.index, name='attn')(y, rope, asking)
+    if asking:
       return y
     x = x + drop(self, self._gain('gain_1', y), self.drop_path)
     y = layers.layer_norm('norm_2', spec.norm_eps, spec.dtype)(x)

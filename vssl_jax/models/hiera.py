@@ -275,7 +275,7 @@ class Hiera(nn.Module):
       raise ValueError(
         f'the learned positions are for a grid of {total.shape[:3]} tokens and '
         f'the clip has {tuple(grid)}; load the weights for this grid, or take '
-        'Encoder.at(video), which resize the tables'
+        'Encoder.at(video), which resizes the tables'
       )
     return total
 
@@ -303,4 +303,12 @@ def make(size: str | Mapping[str, Any], **overrides: Any) -> Hiera:
     )
   module = Hiera(**fields)
   module.plan()  # refuses what is no Hiera
+  edges = zip(module.kernel, module.stride, module.padding, strict=True)
+  if not all(k - s <= 2 * p < k for k, s, p in edges):
+    raise ValueError(
+      f'Hiera: found kernel={module.kernel}, stride={module.stride} and '
+      f'padding={module.padding}; wanted, along each axis, a padding from '
+      '(kernel - stride) / 2 to below kernel / 2, which gives a token for each '
+      'stride'
+    )
   return module

@@ -47,6 +47,21 @@ class StageHeads(nn.Module):
     values = sum(step.left * step.width for step in sizes)
     return 2.0 * units * values * self.out_width
 
+  def kept(self, encoder: hiera.Hiera, units: int) -> float:
+    """Returns an estimate of the bytes that a clip's backward pass keeps.
+
+    The normed tokens of a stage and what becomes of them, in the type of
+    activations, and the float32 output. Arguments as in `flops`.
+    """
+    steps = {step.stage: step for step in encoder.plan()}
+    size = 2 if self.dtype == 'bfloat16' else 4
+    total = 0
+    for stage in self.stages.values():
+      step = steps[stage - 1]
+      total += size * step.left * step.width
+      total += (size + 4) * unit_masks.SIDE**2 * self.out_width
+    return float(units * total)
+
   @nn.compact
   def __call__(
     self,

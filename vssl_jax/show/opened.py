@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from vssl_jax import config as config_lib
-from vssl_jax import encoders, methods, rngs
+from vssl_jax import encoders, rngs
 from vssl_jax.data import pipeline
 from vssl_jax.methods import base
 from vssl_jax.show import pixels, sheet
@@ -44,9 +44,7 @@ def method_of(
   """Returns what `run.json` says of a run, its config and its method."""
   record = json.loads((folder / 'run.json').read_text())
   config = config_lib.from_json(record['config'])
-  video = tuple(record['video'])
-  method = methods.build(config.method, video, encoders.module_of)
-  return record, config, method
+  return record, config, encoders.method_of(record)
 
 
 def open_run(folder: pathlib.Path, clips: int) -> Shown:

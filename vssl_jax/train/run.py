@@ -298,6 +298,7 @@ def write_record(run: Run) -> None:
     'classes': run.clips.classes,
     'left_out': run.left_out,
     'rewinds': run.rewinds,
+    'outside': encoders.outside(run.method),
     'provenance': provenance.describe(config),
   }
   if jax.process_index() == 0:

@@ -1,6 +1,5 @@
 """Writes an encoder as safetensors, in a published layout where one fits."""
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -10,11 +9,10 @@ from typing import Any
 import numpy as np
 
 from vssl_jax import trees
-from vssl_jax.models import framewise, hiera, layers, vit
+from vssl_jax.models import framewise, hiera, layers
 from vssl_jax.weights import convert, hiera_tables, modules, read, tables
 from vssl_jax.weights import source as source_lib
 
-Encoder = vit.Vit | hiera.Hiera | framewise.Framewise
 LAYOUTS = ('auto', 'vjepa2', 'videomae', 'hiera', source_lib.OURS)
 TABLES = {
   'vjepa2': tables.VJEPA2['encoder'],
@@ -32,7 +30,7 @@ HIERA = {
 
 
 def export(
-  encoder: Encoder,
+  encoder: modules.Encoder,
   params: Any,
   folder: str | os.PathLike[str],
   *,
@@ -84,7 +82,9 @@ def export(
   return layout
 
 
-def _obstacle(encoder: Encoder, layout: str, video: Sequence[int]) -> str:
+def _obstacle(
+  encoder: modules.Encoder, layout: str, video: Sequence[int]
+) -> str:
   """Returns the first field that a published layout cannot express."""
   if isinstance(encoder, framewise.Framewise):
     return 'an encoder of single frames'
@@ -104,7 +104,7 @@ def _obstacle(encoder: Encoder, layout: str, video: Sequence[int]) -> str:
   return _differs(encoder, wanted)
 
 
-def _differs(encoder: Encoder, wanted: Mapping[str, Any]) -> str:
+def _differs(encoder: modules.Encoder, wanted: Mapping[str, Any]) -> str:
   """Returns the first field with none of the values that it may have."""
   for field, value in wanted.items():
     found = getattr(encoder, field)
@@ -114,19 +114,11 @@ def _differs(encoder: Encoder, wanted: Mapping[str, Any]) -> str:
 
 
 def _config(
-  encoder: Encoder, layout: str, video: Sequence[int]
+  encoder: modules.Encoder, layout: str, video: Sequence[int]
 ) -> dict[str, Any]:
-  if isinstance(encoder, framewise.Framewise):
-    frames = {'every': encoder.every, 'cell': encoder.cell}
-    return _config(encoder.image, layout, video) | {'framewise': frames}
   if layout == source_lib.OURS:
-    fields = {
-      f.name: getattr(encoder, f.name)
-      for f in dataclasses.fields(encoder)
-      if f.name not in ('parent', 'name')
-    }
-    kind = 'hiera' if isinstance(encoder, hiera.Hiera) else 'vit'
-    return {'model_type': layout, kind: fields, 'video': list(video)}
+    fields = modules.to_fields(encoder)
+    return {'model_type': layout, **fields, 'video': list(video)}
   if layout == 'hiera':
     return _hiera_config(encoder, video)
   mlp = encoder.block_spec.mlp_width

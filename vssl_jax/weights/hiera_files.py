@@ -14,6 +14,9 @@ from vssl_jax.weights import hiera_tables as names
 from vssl_jax.weights import read
 from vssl_jax.weights import source as source_lib
 
+# Of every released decoder: shapes do not tell. What is trained here has half
+# of them, as the paper says.
+DECODER_HEADS = 16
 # Attention heads of the first stage by its channels.
 HEADS = {x['channels']: x['num_heads'] for x in hiera.SIZES.values()}
 STRIDE, PADDING = 'patch_stride', 'patch_padding'
@@ -39,7 +42,7 @@ def build(found: source_lib.Found, part: str, num_heads: int | None) -> Any:
       out_width=shapes['decoder_pred.weight'][0],
       width=width,
       depth=table.depth(shapes),
-      num_heads=num_heads or hiera_mae.Decoder.num_heads,
+      num_heads=num_heads or DECODER_HEADS,
       mlp_width=mlp,
     )
   channels, _, *kernel = shapes[names.KERNEL]
@@ -91,6 +94,10 @@ def grid(
       (joint or tensors[f'positions_{x}'])[1].shape for x in ('space', 'time')
     )
     return time[0], space[1], space[2]
+  if 'input_size' in found.config:  # as we write them for the authors' class
+    size, cell = found.config['input_size'], found.config[STRIDE]
+    t, h, w = (n // m for n, m in zip(size, cell, strict=True))
+    return t, h, w
   rows = {n: x.shape[1] for n, (_, x) in tensors.items() if n in names.TABLES}
   times = rows.get(names.TIME, 1)
   space = rows.get(names.SPACE, rows.get(names.BOTH, 0))

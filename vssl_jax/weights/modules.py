@@ -1,6 +1,7 @@
 """Networks for published weights, from the shapes in the file."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from vssl_jax.models import (
 from vssl_jax.weights import convert, hiera_files, hiera_tables, pairs, read
 from vssl_jax.weights import source as source_lib
 
+Encoder = vit.Vit | hiera.Hiera | framewise.Framewise
 # Attention heads by width, for files that come without a config.
 HEADS = {
   'vjepa2': {1024: 16, 1280: 16, 1408: 22, 384: 12},
@@ -54,6 +56,30 @@ SAME_TABLE = 1e-3
 SCALING4D_TAP = 0.95
 
 
+def to_fields(encoder: Encoder) -> dict[str, Any]:
+  """Returns all that an encoder is made with, as JSON can hold it."""
+  if isinstance(encoder, framewise.Framewise):
+    frames = {'every': encoder.every, 'cell': encoder.cell}
+    return to_fields(encoder.image) | {'framewise': frames}
+  fields = {
+    f.name: getattr(encoder, f.name)
+    for f in dataclasses.fields(encoder)
+    if f.name not in ('parent', 'name')
+  }
+  return {'hiera' if isinstance(encoder, hiera.Hiera) else 'vit': fields}
+
+
+def from_fields(config: Mapping[str, Any]) -> Encoder:
+  """Returns the encoder that `to_fields` describes."""
+  if 'hiera' in config:
+    encoder = hiera.make(config['hiera'])
+  else:
+    encoder = vit.make(config['vit'])
+  if 'framewise' in config:
+    return framewise.Framewise(encoder, **config['framewise'])
+  return encoder
+
+
 def build(found: source_lib.Found, part: str, num_heads: int | None) -> Any:
   """Builds the network of a source without reading its numbers.
 
@@ -74,13 +100,7 @@ def build(found: source_lib.Found, part: str, num_heads: int | None) -> Any:
         f'{found.source}: weights of layout {source_lib.OURS} are encoders and '
         'need the config.json that was written beside them'
       )
-    if 'hiera' in found.config:
-      encoder = hiera.make(found.config['hiera'])
-    else:
-      encoder = vit.make(found.config['vit'])
-    if 'framewise' in found.config:
-      return framewise.Framewise(encoder, **found.config['framewise'])
-    return encoder
+    return from_fields(found.config)
   if part not in found.layout.parts:
     raise read.WeightsError(
       f'{found.source}: {found.layout.name} has no {part}; wanted one of '

@@ -3,8 +3,9 @@
 Paper: CVPR 2026; what stands here as published comes from a reading note
 (secondary source). Recipe, batches and teachers are those of MVD
 (mvd_k400.py): the paper's are not known to us. 4 x 100 epochs, memory looked
-at every 32. `:B-self` needs no outside weights: its teachers, as large as the
-student, are trained by the same run first, for 400 epochs each (ours).
+at every 32. `-self` behind a size needs no outside weights: its teachers, as
+large as the student, are trained by the same run first, for 400 epochs each
+(ours).
 Hardware: 1.19 times the FLOPs of MVD for B by our count, 1.14 as published;
 the memory of 240k clips takes 6 GB beside the state, over all devices. See
 `--plan`.

@@ -2,7 +2,7 @@
 
 Paper: arXiv 2506.09985, in the form that SALT compares with (224 px, the same
 schedule, masks and data). SALT does not state its baseline's momentum; ours
-is V-JEPA 2's .99925. `vjepa2.py:L` (default), `:H`.
+is V-JEPA 2's .99925. `vjepa2.py:L` (default), `:B`, `:H`.
 Command: bash launch/local.sh --config=configs/vjepa2.py:L \
   --config.data.source=<folder or manifest>
 Expected (SALT's table, V-3.6M, SSv2 / K400): L 68.2 / 83.8, H 73.4 / 84.6.

@@ -2,7 +2,7 @@
 # Makes a slice of TPU VMs, and runs the trainer on all of its hosts:
 #
 #   bash launch/tpu_pod.sh create
-#   bash launch/tpu_pod.sh run --config=configs/salt.py:L --config.workdir=/mnt/run
+#   bash launch/tpu_pod.sh run --config=configs/salt.py:L --config.workdir=/mnt/run --config.data.source=/mnt/videos
 #   bash launch/tpu_pod.sh delete
 #
 # --dry-run before the word prints the commands. Settings: env/tpu_pod.env. The

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the trainer on a GKE cluster that xpk made, and waits for it:
 #
-#   bash launch/xpk.sh --config=configs/salt.py:L --config.workdir=/mnt/run
+#   bash launch/xpk.sh --config=configs/salt.py:L --config.workdir=/mnt/run --config.data.source=/mnt/videos
 #
 # --dry-run as the first word prints the commands. Settings: env/xpk.env. The
 # project is gcloud's. The data and the working folder are on storage that xpk

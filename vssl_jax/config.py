@@ -11,6 +11,7 @@ import difflib
 import importlib.util
 import json
 import pathlib
+import traceback
 from typing import Any
 
 import ml_collections
@@ -187,7 +188,20 @@ def load(
   if not hasattr(module, 'get_config'):
     raise ValueError(f'--config: {path_text} defines no get_config(variant)')
   name = resolved.stem + (f'-{variant}' if variant else '')
-  return name, module.get_config(variant)
+  try:
+    return name, module.get_config(variant)
+  except (AttributeError, KeyError, TypeError) as error:
+    lines = [
+      frame.lineno
+      for frame in traceback.extract_tb(error.__traceback__)
+      if frame.filename == module.__file__
+    ]
+    said = str(error.args[0] if error.args else error).strip('"\'')
+    said = said.partition('. Other')[0]
+    raise ValueError(
+      f'{path_text}, line {lines[-1]}: {said}. Every key has its place and its '
+      'type in vssl_jax/config.py and beside the methods'
+    ) from error
 
 
 def clone_root() -> pathlib.Path:
@@ -219,22 +233,28 @@ def override(
       )
     keys = [k for k, _ in flatten(config)]
     if key not in keys:
+      inside = [k[len(key) + 1 :] for k in keys if k.startswith(key + '.')]
       near = difflib.get_close_matches(key, keys, 1)
+      if inside:
+        first = list(dict.fromkeys(k.partition('.')[0] for k in inside))
+        raise ValueError(
+          f'--config.{key}: no such key; {key} is a section with keys {first}'
+        )
       raise ValueError(
         f'--config.{key}: no such key'
         + (f'; did you mean --config.{near[0]}?' if near else '')
-        + (
-          f' {key} is a section with keys '
-          f'{[k for k in keys if k.startswith(key + ".")]}'
-          if any(k.startswith(key + '.') for k in keys)
-          else ''
-        )
       )
     section = config
     *parents, last = key.split('.')
     for parent in parents:
       section = section[parent]
-    section[last] = _parse(text, section[last], key)
+    value = _parse(text, section[last], key)
+    if key == 'method.name' and value != section[last]:
+      raise ValueError(
+        f'--config.{key}: found {value!r} for a page whose knobs are those of '
+        f'{section[last]!r}; take a page of that method, see configs/README.md'
+      )
+    section[last] = value
   return config
 
 
@@ -260,7 +280,8 @@ def _parse(text: str, old: Any, key: str) -> Any:
     value = int(value)
   if type(value) is not wanted:
     raise ValueError(
-      f'--config.{key}: found {text!r}, wanted a {wanted.__name__} such as '
+      f'--config.{key}: found {text!r}, wanted '
+      f'{"an" if wanted is int else "a"} {wanted.__name__} such as '
       f'{old!r}'
     )
   return value

@@ -109,6 +109,10 @@ def resolve(
     raise ValueError(
       f'config.job: found {config.job!r}, wanted one of {sorted(JOBS)}'
     )
+  if config.batch_size < 1:
+    raise ValueError(
+      f'config.batch_size: found {config.batch_size}, wanted at least 1'
+    )
   if not config.workdir:
     config.workdir = os.path.join('runs', name)
   return config

@@ -53,6 +53,13 @@ def test_small_videos_are_not_blown_up(tmp_path, film):
   assert (frame.height, frame.width) == (20, 30)
 
 
+def test_a_source_that_is_not_there_is_one_line(tmp_path, capsys):
+  argv = [f'--source={tmp_path}/nope', f'--out={tmp_path}/out']
+  assert prepare.main(argv) == 2
+  assert 'nothing at' in capsys.readouterr().err
+  assert not (tmp_path / 'out').exists()
+
+
 @pytest.fixture
 def raw(tmp_path, film):
   """Seven videos, two of them bad, in two class folders."""

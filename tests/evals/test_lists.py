@@ -63,3 +63,14 @@ def test_a_plan_names_the_lists_that_are_measured(tmp_path):
   for data in (measured.train, measured.test):
     assert f': {lists.name(data)}, not at hand' in found
   assert 'train: x,y where fold=0' in found
+
+
+@pytest.mark.parametrize('section', ['probe', 'finetune'])
+def test_lists_of_nothing_are_said_to_be_empty(section):
+  c = config_of(section, train=('',), test=('',))
+  c.data.source = ''
+  with pytest.raises(ValueError, match=rf'{section}\.train: found no videos'):
+    if section == 'probe':
+      job.make(c, small.encoder_of())
+    else:
+      finetune_videos.find(c)

@@ -111,7 +111,12 @@ def spec(config: Options, **overrides: Any) -> clip_lib.Spec:
   names = {field.name for field in dataclasses.fields(clip_lib.Spec)}
   values = {name: config[name] for name in config if name in names}
   size = config['size']
-  size = (size, size) if isinstance(size, int) else tuple(size)
+  size = (size,) if isinstance(size, int) else tuple(size)
+  if len(size) not in (1, 2):
+    raise ValueError(
+      f'data.size: found {size}, wanted (height, width), or one number for both'
+    )
+  size = (size[0], size[-1])
   values.update(height=size[0], width=size[1])
   for name in ('crop_scale', 'crop_aspect', 'depth_range'):
     values[name] = tuple(values[name])

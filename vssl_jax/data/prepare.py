@@ -280,7 +280,11 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
   """The command; returns its exit status."""
   options = _parser().parse_args(arguments)
-  source = sources.find(options.source.split(','), where=options.where)
+  try:
+    source = sources.find(options.source.split(','), where=options.where)
+  except (FileNotFoundError, ValueError) as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 2
   target = transcode.Target(
     short_side=options.short_side,
     gop=options.gop,

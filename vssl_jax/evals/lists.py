@@ -39,8 +39,13 @@ def check(section: str, trained: Mapping[str, Any], **others: Any) -> None:
     **others: `of` further lists, by their names.
 
   Raises:
-    ValueError: one of them is the same videos.
+    ValueError: there are none, or one of them is the same videos.
   """
+  if not trained['source']:
+    raise ValueError(
+      f'{section}.train: found no videos; wanted --config.{section}.train='
+      '<folder, list or shards>, and such for the others'
+    )
   for which, data in others.items():
     if same(trained, data):
       raise ValueError(

@@ -22,12 +22,13 @@ GIB = 2**30
 # Bytes as the vendors print them, 1 GB = 1e9: 4 to 7 % less than the devices
 # have, which leaves the runtime its share.
 DEVICES = {
+  '4090 24 GB': 24e9,
   'H100 80 GB': 80e9,
   'H200 141 GB': 141e9,
   'TPU v5p 95 GB': 95e9,
   'TPU v6e 32 GB': 32e9,
 }
-MESHES = (8, 64, 256)
+MESHES = (1, 8, 64, 256)
 EXACT = ('parameters', 'gradients', 'optimizer')
 COLUMNS = (*EXACT, 'other', 'activations', 'in all')
 
@@ -172,6 +173,7 @@ def _best(
       _needs(config, method, o, video, data, devices // data) for o in outlines
     ]
     for data in (1, 2, 4)
+    if data <= devices
   }
   data = min(found, key=lambda d: max(need[-1] for need in found[d]))
   return data, found[data]

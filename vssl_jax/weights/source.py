@@ -67,7 +67,7 @@ def open_source(source: str | os.PathLike[str]) -> Found:
     WeightsError: it does not exist, or its layout is unknown.
   """
   path = pathlib.Path(source)
-  if not path.exists():
+  if not str(source) or not path.exists():
     path = _download(str(source))
   config: dict[str, Any] = {}
   if path.is_dir():
@@ -110,7 +110,8 @@ def fingerprint(source: str | os.PathLike[str]) -> str:
 def _download(source: str) -> pathlib.Path:
   if not HUB_ID.match(source):
     raise read.WeightsError(
-      f'{source}: no such file or folder, and not a hub id (owner/name)'
+      f'{source!r}: no such file or folder from {os.getcwd()}, and not a hub '
+      'id (owner/name)'
     )
   try:
     import huggingface_hub
@@ -125,7 +126,8 @@ def _download(source: str) -> pathlib.Path:
     )
   except Exception as e:  # offline, not found, not allowed: many types
     raise read.WeightsError(
-      f'{source}: no such folder here, and the hub could not be read '
+      f'{source}: no run folder (run.json) and no weights at '
+      f'{pathlib.Path(source).resolve()}, and the hub could not be read '
       f'({type(e).__name__}: {e}). Without a network, download config.json '
       'and model.safetensors elsewhere and give their folder'
     ) from e

@@ -211,8 +211,8 @@ def _latent_phase(
     by_name = {p.name: p.encoder for p in before}
     if source[1:] not in by_name:
       raise ValueError(
-        f'method.{common["name"]}.teacher: found {source!r}, wanted one of '
-        f'{["@" + n for n in by_name]} (a phase that runs before), '
+        f'method.{common["name"]}.teacher: found {source!r}; phases that run '
+        f'before: {["@" + n for n in by_name] or "none"}. Wanted one of them, '
         '@ema/encoder, the folder of a finished run or a published model'
       )
     module = by_name[source[1:]]

@@ -231,8 +231,22 @@ def flags():
   return parser.parse_args()
 
 
+def write(args, shape, results):
+  """Writes what there is so far."""
+  record = provenance.describe(vars(args))
+  record['versions'] |= {'torch': torch.__version__}
+  record['versions'] |= {'hiera-transformer': published_hiera.version()}
+  if torch.cuda.is_available():
+    record['device'] = torch.cuda.get_device_name()
+  report = {'video': shape, 'results': results, 'provenance': record}
+  if args.out:
+    out = pathlib.Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + '\n')
+
+
 def main():
-  """Prints and writes the result."""
+  """Prints and writes the result, case by case."""
   args = flags()
   shape = (args.batch, args.frames, args.side, args.side, 3)
   video = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
@@ -245,16 +259,7 @@ def main():
       f'{1e3 * taken["theirs"]:9.1f} ms  ratio {results[-1]["ratio"]:.2f}',
       flush=True,
     )
-  record = provenance.describe(vars(args))
-  record['versions'] |= {'torch': torch.__version__}
-  record['versions'] |= {'hiera-transformer': published_hiera.version()}
-  if torch.cuda.is_available():
-    record['device'] = torch.cuda.get_device_name()
-  report = {'video': shape, 'results': results, 'provenance': record}
-  if args.out:
-    out = pathlib.Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + '\n')
+    write(args, shape, results)
   return 0
 
 

@@ -101,9 +101,8 @@ def test_what_a_teacher_says_of_a_clip_is_of_that_clip_alone(kind):
     np.testing.assert_array_equal(both[i], alone[0])
 
 
-@pytest.mark.parametrize(
-  'kind', ['video', pytest.param('image', marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['video', 'image'])
 def test_targets_in_8_bits_are_within_their_bound(kind):
   module = _model(kind)
   video = np.random.default_rng(1).integers(0, 255, VIDEO, np.uint8)

@@ -195,6 +195,7 @@ def test_every_stage_has_a_gradient_from_its_own_term():
         assert np.any(grad) == own, name
 
 
+@pytest.mark.slow
 def test_nothing_reaches_the_teachers():
   """Invariant 12, of the loss: nor what the masks were drawn by."""
   _, _, (_, to_teachers, _) = _found('real')

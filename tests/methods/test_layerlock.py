@@ -166,7 +166,7 @@ def _gradients(depth, **vit):
   return loss, aux.metrics, dict(trees.named_leaves(grads))
 
 
-@pytest.mark.parametrize('depth', [0, 2])
+@pytest.mark.parametrize('depth', [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_losses_and_gradients_in_numpy(depth):
   """By finite differences in float64, of leaves along random directions.
 

@@ -10,7 +10,7 @@ import pytest
 from tests.train import locks
 from vssl_jax import config as config_lib
 from vssl_jax import trees
-from vssl_jax.methods import pmd
+from vssl_jax.methods import chain
 from vssl_jax.train import begin, trainer
 
 # Programs of three and of six phases are compiled.
@@ -54,7 +54,7 @@ class Finished:
 
   def __init__(self, config):
     self.config, self.heard, self.traced = config, {}, []
-    real, loss = begin.teachers, pmd.Pmd.loss
+    real, loss = begin.teachers, chain.Chain.loss
 
     def teachers(run, phase):
       found = real(run, phase)
@@ -67,7 +67,7 @@ class Finished:
 
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(begin, 'teachers', teachers)
-      patch.setattr(pmd.Pmd, 'loss', traced)
+      patch.setattr(chain.Chain, 'loss', traced)
       assert trainer.train(config) == 0
     self.own = list(dict.fromkeys(self.traced))
     self.names = [n for n in self.own if n.startswith('mask_')]

@@ -1,6 +1,6 @@
+"""The demo in small; that it learns is tested where the notebook runs it."""
+
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -51,17 +51,3 @@ def test_a_small_demo_runs_and_reports(tmp_path, monkeypatch, capsys):
   assert f'The encoder is in {tmp_path / "run"}' in last
   again = [line for line in last.splitlines() if line.startswith('  python')]
   assert len(again) == 3
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_the_demo_learns_what_its_baselines_do_not_see(tmp_path):
-  subprocess.run(
-    [sys.executable, '-m', 'vssl_jax.main'], cwd=tmp_path, check=True
-  )
-  report = json.loads((tmp_path / 'runs/demo/demo.json').read_text())
-  accuracy = {name: row['accuracy'] for name, row in report['accuracy'].items()}
-  trained = accuracy.pop('latent_student (trained)')
-  accuracy.pop('pixel_teacher (trained)')
-  for name, other in accuracy.items():
-    assert trained > other + 0.15, name

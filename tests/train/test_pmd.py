@@ -13,15 +13,16 @@ from vssl_jax import trees
 from vssl_jax.methods import chain
 from vssl_jax.train import begin, trainer
 
-# Programs of three and of six phases are compiled.
+# Programs of six phases are compiled.
 pytestmark = pytest.mark.slow
 CLIPS, BATCH, WINDOW = 40, 8, 3
 # An epoch of teachers, then phases of a little more than one.
 OWN, STEPS = 5, 6
+TEACHERS = ['image_teacher', 'video_teacher']
+STUDENTS = ['mask_75', 'mask_80', 'mask_85', 'mask_90']
 
 
-def _config(clips, workdir, whole):
-  """All six phases; or one teacher and two phases of its student."""
+def _config(clips, workdir):
   c = config_lib.default('pmd')
   c.workdir, c.batch_size = str(workdir), BATCH
   c.data.source = str(clips)
@@ -39,8 +40,6 @@ def _config(clips, workdir, whole):
     section.steps = OWN
   m.image.teacher, m.video.teacher = '@image_teacher', '@video_teacher'
   m.steps = (STEPS,) * 4
-  if not whole:
-    m.teachers, m.mask_ratios, m.steps = ('video',), (0.5, 0.75), (STEPS,) * 2
   m.window, m.tau, m.drop_path = WINDOW, 0.05, 0.1
   c.optim.update(dict(lr=1e-2, lr_batch=8, warmup=2))
   c.checkpoint.update(dict(every=2, keep=100))
@@ -69,23 +68,19 @@ class Finished:
       patch.setattr(begin, 'teachers', teachers)
       patch.setattr(chain.Chain, 'loss', traced)
       assert trainer.train(config) == 0
-    self.own = list(dict.fromkeys(self.traced))
-    self.names = [n for n in self.own if n.startswith('mask_')]
-    self.own = [n for n in self.own if n not in self.names]
-
-  def start(self, number):
-    """Returns the step that a phase of the student starts after."""
-    return OWN * len(self.own) + STEPS * number
-
-  @property
-  def end(self):
-    return self.start(len(self.names))
 
 
-@pytest.fixture(scope='module', params=['short', 'whole'])
-def finished(request, clips, tmp_path_factory):
-  folder = tmp_path_factory.mktemp(request.param) / 'run'
-  return Finished(_config(clips, folder, request.param == 'whole'))
+def _start(number):
+  """Returns the step that a phase of the student starts after."""
+  return OWN * len(TEACHERS) + STEPS * number
+
+
+END = _start(len(STUDENTS))
+
+
+@pytest.fixture(scope='module')
+def finished(clips, tmp_path_factory):
+  return Finished(_config(clips, tmp_path_factory.mktemp('pmd') / 'run'))
 
 
 def _rows(finished, step, end=''):
@@ -95,22 +90,15 @@ def _rows(finished, step, end=''):
 
 def test_every_phase_is_traced_once(finished):
   """Invariant 15."""
-  if len(finished.names) == 4:
-    assert finished.own == ['image_teacher', 'video_teacher']
-    assert finished.names == ['mask_75', 'mask_80', 'mask_85', 'mask_90']
-  else:
-    assert finished.own == ['video_teacher']
-    assert finished.names == ['mask_50', 'mask_75']
-  assert finished.traced == [*finished.own, *finished.names]
+  assert finished.traced == [*TEACHERS, *STUDENTS]
 
 
 def test_teachers_end_as_they_began(finished):
   """Invariant 12: after a phase of steps they have every bit."""
-  assert not any(finished.heard[name][0] for name in finished.own)
-  for i, name in enumerate(finished.names):
+  assert not any(finished.heard[name][0] for name in TEACHERS)
+  for i, name in enumerate(STUDENTS):
     now, then = finished.heard[name]
-    own = {n.removesuffix('_teacher') for n in finished.own}
-    assert set(now) == own | ({'previous'} if i else set())
+    assert set(now) == {'image', 'video'} | ({'previous'} if i else set())
     for leaf, before in zip(*map(jax.tree.leaves, (now, then)), strict=True):
       assert leaf.dtype == 'bfloat16'
       np.testing.assert_array_equal(np.array(leaf), before)
@@ -119,11 +107,11 @@ def test_teachers_end_as_they_began(finished):
 def test_the_guide_is_the_student_that_ended_the_phase_before(finished):
   """Invariant 12: the boundary checkpoint in bfloat16, bit for bit."""
   states = locks.states(finished.config.workdir)
-  for i, name in enumerate(finished.names):
+  for i, name in enumerate(STUDENTS):
     if not i:
       continue
     guide = dict(trees.named_leaves(finished.heard[name][1]['previous']))
-    saved = locks.read(states[finished.start(i)], 'params/')
+    saved = locks.read(states[_start(i)], 'params/')
     saved = {k.removeprefix('params/'): x for k, x in saved.items()}
     wanted = {k for k in saved if not k.startswith('align_')}
     assert guide.keys() == wanted and wanted != saved.keys()
@@ -134,11 +122,11 @@ def test_the_guide_is_the_student_that_ended_the_phase_before(finished):
 
 
 def test_teachers_of_the_run_are_its_first_phases(finished):
-  for name in finished.own:
-    end = OWN * (1 + finished.own.index(name))
+  for name in TEACHERS:
+    end = OWN * (1 + TEACHERS.index(name))
     saved = locks.states(finished.config.workdir)[end]
     start = 'params/encoder/'
-    for phase in finished.names:
+    for phase in STUDENTS:
       told = finished.heard[phase][1][name.removesuffix('_teacher')]
       for leaf, x in trees.named_leaves(told):
         want = locks.read(saved, start + leaf)[start + leaf]
@@ -149,7 +137,7 @@ def test_teachers_of_the_run_are_its_first_phases(finished):
 
 def _phase_states(finished, number):
   """Returns {steps into the phase: step} of the states that are kept."""
-  start = finished.start(number)
+  start = _start(number)
   found = locks.states(finished.config.workdir)
   return {s - start: s for s in found if start < s <= start + STEPS}
 
@@ -175,7 +163,7 @@ def test_memory_of_clips_that_were_not_seen_keeps_every_bit(finished):
 
 def test_the_window_is_the_memory_as_it_stood_at_window_ends(finished):
   """Invariant 11."""
-  for number in range(len(finished.names)):
+  for number in range(len(STUDENTS)):
     ends = 0
     for done, step in sorted(_phase_states(finished, number).items()):
       window = np.asarray(_rows(finished, step, '@window'))
@@ -191,12 +179,12 @@ def test_the_window_is_the_memory_as_it_stood_at_window_ends(finished):
 
 
 def test_what_is_logged(finished):
-  workdir, second = finished.config.workdir, finished.start(1)
+  workdir, second = finished.config.workdir, _start(1)
   guided = locks.logged(workdir, 'loss/progressive')
-  assert sorted(guided) == list(range(second + 1, finished.end + 1))
+  assert sorted(guided) == list(range(second + 1, END + 1))
   filled = locks.logged(workdir, 'rows/filled/video')
   even = locks.logged(workdir, 'dare/entropy/video')
-  start = finished.start(0)
+  start = _start(0)
   for done in range(1, STEPS + 1):
     assert filled[start + done] == (done > CLIPS // BATCH)
     # Weights are uniform until a window ends with the clip in it.
@@ -205,7 +193,7 @@ def test_what_is_logged(finished):
   assert even[start + STEPS] < 1 - 1e-5
   for name in ('base', 'difficulty', 'alignment'):
     found = locks.logged(workdir, f'loss/{name}/video')
-    assert sorted(found) == list(range(start + 1, finished.end + 1))
+    assert sorted(found) == list(range(start + 1, END + 1))
     assert np.isfinite([*found.values()]).all()
 
 
@@ -214,12 +202,12 @@ def test_a_run_resumes_in_the_middle_of_a_window(finished, tmp_path):
   config = finished.config.copy_and_resolve_references()
   shutil.copytree(config.workdir, tmp_path / 'run')
   config.workdir = str(tmp_path / 'run')
-  inside = _phase_states(finished, len(finished.names) - 1)
+  inside = _phase_states(finished, len(STUDENTS) - 1)
   # Past a first window: the copies hold something that could be lost.
   step = min(s for done, s in inside.items() if done > WINDOW and done % WINDOW)
   locks.truncate(config.workdir, step)
   assert trainer.train(config) == 0
-  want = locks.sums(locks.states(finished.config.workdir)[finished.end])
-  got = locks.sums(locks.states(config.workdir)[finished.end])
+  want = locks.sums(locks.states(finished.config.workdir)[END])
+  got = locks.sums(locks.states(config.workdir)[END])
   assert any(n.startswith('rows/') for n in want)
   assert {n for n in want | got if want.get(n) != got.get(n)} == set()

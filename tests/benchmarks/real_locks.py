@@ -5,7 +5,8 @@
 
 The folder, the clips seen and the probes are those of `real_video.py`, with a
 frozen depth readout within one room besides. Every run has the same steps and
-clips. Finished cells are not run again. Each cell is a process of its own.
+clips. Finished cells are not run again. Each cell is a process of its own, and leaves the picture of how its
+blocks drift beside the shards.
 """
 
 import json
@@ -24,6 +25,8 @@ METHODS = {
   'MAE, layers freeze': dict(target='pixels'),
   'LayerLock': {},
   'control: latent target, nothing frozen': dict(freeze=False),
+  # As many visible tokens as at random.
+  'control under block masks': dict(freeze=False, masks='short:10/40'),
 }
 SEEDS = (0, 1, 2)
 
@@ -69,7 +72,8 @@ def config(name, seed, data, workdir):
 def run_cell(name, seed, data, shards):
   """Trains one cell, probes it and reads depth from it."""
   from vssl_jax import encoders, methods
-  from vssl_jax.train import provenance, trainer
+  from vssl_jax.show import drift
+  from vssl_jax.train import metrics, provenance, trainer
 
   start = time.time()
   with tempfile.TemporaryDirectory() as folder:
@@ -82,8 +86,10 @@ def run_cell(name, seed, data, shards):
       method.cost(p, clip).total * p.steps * c.batch_size
       for p in method.phases()
     )
-    log = pathlib.Path(folder, 'metrics.jsonl').read_text().splitlines()
-    health = [x for x in map(json.loads, log) if 'health/feature_std' in x][-1]
+    log = pathlib.Path(folder, metrics.FILE)
+    health = [x for x in metrics.read(log) if 'health/feature_std' in x][-1]
+    drift.save(shards.with_name(f'drift-{name}-{seed}.png'), log)
+    looks = drift.read(log)
     encode = encoders.load(folder)
     sets = {
       s: real_video.probe(encode, data / s, stride)
@@ -98,6 +104,10 @@ def run_cell(name, seed, data, shards):
     'flops': flops,
     'feature_std': health['health/feature_std'],
     'token_variance': health['health/token_variance'],
+    'drift': {  # change of each block in 100 steps, by stretch of steps
+      'edges': looks.edges.tolist(),
+      'rates': np.round(looks.rates, 5).tolist(),
+    },
     'steps': STEPS,
     'clips': STEPS * real_video.BATCH,
     'train_seconds': round(trained - start, 1),

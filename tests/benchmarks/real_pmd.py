@@ -14,6 +14,7 @@ import json
 import pathlib
 import tempfile
 import time
+import zlib
 
 import real_video
 
@@ -159,6 +160,15 @@ def scratch(tune, seed, data):
   return {'cell': SCRATCH, 'seed': seed, 'tuned': right} | provenance.describe()
 
 
+def fingerprint(encode):
+  """Returns a number of an encoder's values: other runs have another."""
+  import jax
+  import numpy as np
+
+  leaves = jax.tree.leaves(encode.params)
+  return zlib.crc32(b''.join(np.asarray(x).tobytes() for x in leaves))
+
+
 def measured(name, c, data, made_by, tune):
   """Trains under a folder's teachers, probes, and returns the line of it.
 
@@ -192,6 +202,7 @@ def measured(name, c, data, made_by, tune):
     'seed': c.seed,
     'sets': sets,
     'tuned': right,
+    'encoder': fingerprint(encode),
     'flops': flops,
     'last': last,
     'steps': STEPS,

@@ -4,6 +4,7 @@ import numpy as np
 from PIL import Image
 
 from vssl_jax.show import curves
+from vssl_jax.train import metrics
 
 
 def _write(path, steps, cut=True):
@@ -17,7 +18,7 @@ def _write(path, steps, cut=True):
 
 
 def test_half_a_line_at_the_end_is_left_out(tmp_path):
-  lines = curves.read(_write(tmp_path / 'm.jsonl', [1, 2, 3, 4]))
+  lines = metrics.read(_write(tmp_path / 'm.jsonl', [1, 2, 3, 4]))
   assert [x['step'] for x in lines] == [1, 2, 3]
   steps, values = curves.series(lines)['loss']
   np.testing.assert_array_equal(steps, [1, 2, 3])
@@ -42,7 +43,7 @@ def test_steps_that_were_taken_back_are_left_out(tmp_path):
   lines += [{'step': 2, 'event': 'rewound'}, {'step': 3, 'loss': 2.0}]
   path = tmp_path / 'm.jsonl'
   path.write_text('\n'.join(json.dumps(x) for x in lines))
-  steps, values = curves.series(curves.read(path))['loss']
+  steps, values = curves.series(metrics.read(path))['loss']
   np.testing.assert_array_equal(steps, [1, 2, 3])
   np.testing.assert_array_equal(values, [1.0, 1.0, 2.0])
 

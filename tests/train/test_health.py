@@ -1,11 +1,15 @@
 import json
 import pathlib
+import types
 
+import ml_collections
 import numpy as np
 import pytest
 
+from tests.train import toy
 from vssl_jax import sharding
-from vssl_jax.train import health, trainer
+from vssl_jax.data import pipeline
+from vssl_jax.train import health, metrics, trainer
 
 
 def _panel(features, labels=None):
@@ -118,3 +122,52 @@ def test_a_large_matrix_is_sampled_evenly():
   params = {'encoder': {'block_00': {'kernel': kernel}}}
   found = health.sample(params, sharding.make_mesh(1, -1))['block_00']
   np.testing.assert_array_equal(found['kernel'], np.arange(0, count, 4))
+
+
+def _looks(tmp_path, monkeypatch, spreads, inits):
+  """Returns warnings by step of a panel that sees planted features.
+
+  Args:
+    spreads: step -> (phase, how far features spread).
+    inits: phase -> how it begins.
+  """
+  phases = tuple(toy.phase(name=n, init=i, steps=4) for n, i in inits.items())
+  config = ml_collections.ConfigDict(dict(every=1.0, clips=32))
+  run = types.SimpleNamespace(
+    method=toy.Toy(phases),
+    mesh=sharding.make_mesh(1, -1),
+    workdir=tmp_path,
+    logger=metrics.Logger(tmp_path, tensorboard=False),
+  )
+  clips = object.__new__(pipeline.Clips)  # not read: figures are planted
+  panel, found = health.Panel(config, clips, 12), {}
+  state = types.SimpleNamespace(params={'encoder': {}})
+  for done, (name, spread) in spreads.items():
+    seen = dict.fromkeys(health.WATCHED, spread)
+    monkeypatch.setattr(panel, '_measure', lambda *_, seen=seen: seen)
+    span = types.SimpleNamespace(
+      phase=next(p for p in phases if p.name == name)
+    )
+    found[done] = panel.look(run, span, state, done)
+  run.logger.close()
+  return [done for done, lines in found.items() if lines]
+
+
+def test_a_fall_in_a_later_phase_of_one_encoder_is_seen(tmp_path, monkeypatch):
+  """Where a layer locks, what came before is what to compare with."""
+  spreads = {2: ('a', 1.0), 4: ('a', 0.9), 6: ('b', 0.05), 10: ('c', 0.04)}
+  inits = {'a': 'fresh', 'b': 'carry', 'c': 'carry'}
+  assert _looks(tmp_path, monkeypatch, spreads, inits) == [6, 10]
+
+
+def test_another_encoder_is_compared_with_itself(tmp_path, monkeypatch):
+  spreads = {2: ('a', 1.0), 6: ('b', 0.05), 8: ('b', 0.04), 10: ('c', 0.004)}
+  inits = {'a': 'fresh', 'b': 'fresh', 'c': 'carry'}
+  assert _looks(tmp_path, monkeypatch, spreads, inits) == [10]
+
+
+def test_a_run_that_goes_on_knows_what_its_encoder_was(tmp_path, monkeypatch):
+  inits = {'a': 'fresh', 'b': 'carry'}
+  _looks(tmp_path, monkeypatch, {2: ('a', 1.0)}, inits)
+  later = {6: ('b', 0.05), 8: ('b', 0.2)}
+  assert _looks(tmp_path, monkeypatch, later, inits) == [6]

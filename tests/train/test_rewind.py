@@ -11,8 +11,7 @@ import pytest
 from tests.train import conftest, toy
 from vssl_jax import main
 from vssl_jax.data import pipeline
-from vssl_jax.show import curves
-from vssl_jax.train import manifests, rewind, trainer
+from vssl_jax.train import manifests, metrics, rewind, trainer
 from vssl_jax.train import run as run_lib
 
 BAD = 7  # the batch that does harm: step 8 of the log
@@ -75,7 +74,7 @@ def _record(config):
 
 
 def _losses(config):
-  lines = curves.read(pathlib.Path(config.workdir) / 'metrics.jsonl')
+  lines = metrics.read(pathlib.Path(config.workdir) / 'metrics.jsonl')
   found = {x['step']: x['loss'] for x in lines if 'loss' in x}
   assert len(found) == sum('loss' in x for x in lines), 'a step twice'
   return found

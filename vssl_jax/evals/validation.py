@@ -1,7 +1,5 @@
 """Looks at a fine-tuning after every epoch, and keeps the best of it."""
 
-import contextlib
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +8,7 @@ import ml_collections
 
 from vssl_jax.data import passes
 from vssl_jax.evals import finetune_videos, finetuned
-from vssl_jax.train import checkpoint
+from vssl_jax.train import checkpoint, metrics
 
 
 class Watcher:
@@ -114,12 +112,8 @@ def history(workdir: str, every: int) -> list[dict[str, Any]]:
     every: steps of an epoch.
   """
   found = {}
-  for line in (
-    (pathlib.Path(workdir) / 'metrics.jsonl').read_text().splitlines()
-  ):
-    # A killed process may leave half a line; what it did is done again.
-    with contextlib.suppress(ValueError, KeyError):
-      row = json.loads(line)
+  for row in metrics.read(pathlib.Path(workdir) / metrics.FILE):
+    if 'valid/accuracy' in row:
       found[row['step']] = {
         'epoch': row['step'] // every,
         'accuracy': row['valid/accuracy'],

@@ -1,7 +1,5 @@
 """Curves from `metrics.jsonl`, of several runs in one picture."""
 
-import contextlib
-import json
 import math
 import pathlib
 from collections.abc import Mapping
@@ -10,6 +8,8 @@ import numpy as np
 from matplotlib import figure
 from matplotlib.backends import backend_agg
 
+from vssl_jax.train import metrics
+
 Series = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 COLUMNS = 3
@@ -17,23 +17,6 @@ COLUMNS = 3
 # of theirs, `drift.py`.
 LEFT_OUT = ('time/', 'data/', 'lost_steps', 'streak', 'drift/', 'norm/')
 FIRST = ('loss', 'lr', 'grad_norm', 'clips_per_s')
-
-
-def read(path: pathlib.Path) -> list[dict]:
-  """Returns the lines of a metrics file that are whole.
-
-  A run that was killed, or is running, may leave half a line. Steps that a
-  rewind took back are left out.
-  """
-  out = []
-  for line in path.read_text(errors='replace').splitlines():
-    with contextlib.suppress(ValueError):
-      found = json.loads(line)
-      if isinstance(found, dict) and isinstance(found.get('step'), int):
-        if found.get('event') == 'rewound':
-          out = [x for x in out if x['step'] <= found['step']]
-        out.append(found)
-  return out
 
 
 def series(lines: list[dict]) -> Series:
@@ -90,7 +73,7 @@ def save(path: pathlib.Path, runs: Mapping[str, pathlib.Path]) -> list[str]:
     path: the PNG to write.
     runs: label -> metrics file.
   """
-  lines = {label: read(file) for label, file in runs.items()}
+  lines = {label: metrics.read(file) for label, file in runs.items()}
   data = {label: series(found) for label, found in lines.items()}
   drawn = names(data)
   count = max(1, -(-len(drawn) // COLUMNS))

@@ -15,6 +15,7 @@ from matplotlib import axes, colormaps, colors, figure, ticker
 from matplotlib.backends import backend_agg
 
 from vssl_jax.show import curves
+from vssl_jax.train import metrics as metrics_lib
 
 PER = 100  # steps that a rate is given for
 LOCKED = '0.75'  # grey
@@ -52,7 +53,7 @@ class Looks:
 
 def read(path: pathlib.Path) -> Looks | None:
   """Returns what a metrics file says of the blocks; None if nothing."""
-  lines = curves.read(path)
+  lines = metrics_lib.read(path)
   data = curves.series(lines)
   blocks = sorted(n for n in data if n.startswith('drift/block_'))
   if not blocks:

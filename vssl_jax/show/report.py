@@ -26,7 +26,7 @@ from vssl_jax.show import (
   pixels,
   sheet,
 )
-from vssl_jax.train import checkpoint
+from vssl_jax.train import checkpoint, metrics
 
 TRUTH_USED = (
   "each predicted patch is un-normalised with the true patch's mean and "
@@ -185,7 +185,7 @@ def _features(
 def _facts(shown: opened.Shown) -> dict[str, Any]:
   """Returns what the head of the page says."""
   made = shown.record['provenance']
-  lines = curves.read(shown.folder / 'metrics.jsonl')
+  lines = metrics.read(shown.folder / metrics.FILE)
   last = lines[-1] if lines else {}
   total = sum(p.steps for p in shown.method.phases())
   default = config_lib.default(shown.config.method.name)

@@ -19,14 +19,19 @@ from jaxtyping import Array, Float
 from vssl_jax import sharding, trees
 from vssl_jax.data import pipeline
 from vssl_jax.evals import knn, statistics
+from vssl_jax.train import metrics
 
 # A panel this far under the reference of the early run raises the alarm.
 COLLAPSE = 0.1
 REFERENCE_AT = 0.02  # fraction of the run
+WATCHED = tuple(
+  f'health/{x}' for x in ('token_variance', 'rankme', 'feature_std')
+)
 SAMPLED = 65_536  # values of a matrix that the drift is measured on
 
 ADVICE = (
-  'COLLAPSE? {name} fell to {value:.3g}, from {before:.3g} early in the phase. '
+  'COLLAPSE? {name} fell to {value:.3g}, from {before:.3g} when this encoder '
+  'was young. '
   'The features of different clips grow alike. If the teacher is an average '
   'of the student, raise its momentum or lower optim.lr; with a frozen '
   'teacher look at target/std and at the variety of the data.'
@@ -51,7 +56,7 @@ class Panel:
     self._clips = clips
     self._total = total
     self._held: dict[str, np.ndarray] | None = None
-    self._early: dict[str, Mapping[str, float]] = {}
+    self._early: Mapping[str, float] = {}
     self._encode: Any = None
     self._phase = ''
     self._weights: dict[str, dict[str, np.ndarray]] = {}
@@ -75,7 +80,8 @@ class Panel:
     if self._phase != span.phase.name:
       self._phase = span.phase.name
       if span.phase.init == 'fresh':
-        self._weights = {}  # another encoder: nothing to compare with
+        # Another encoder: nothing to compare with.
+        self._weights, self._early = {}, {}
       self._encode = jax.jit(
         lambda params, video: _summary(
           run.method.encode(params, video, phase=span.phase)
@@ -85,8 +91,8 @@ class Panel:
     before, self._weights = self._weights, sample(state.params, run.mesh)
     values |= drift(before, self._weights)
     run.logger.write(done, values, phase=span.phase.name)
-    before = self._early.setdefault(span.phase.name, values)
-    return collapsed(values, before)
+    self._early = self._early or _first(run, span.phase.name, values)
+    return collapsed(values, self._early)
 
   def _measure(self, run: Any, state: Any) -> dict[str, float]:
     held = self._hold()
@@ -119,6 +125,29 @@ class Panel:
       keys = [k for k in ('video', 'label') if k in parts[0]]
       self._held = {k: np.concatenate([p[k] for p in parts]) for k in keys}
     return self._held
+
+
+def _first(
+  run: Any, name: str, values: Mapping[str, float]
+) -> Mapping[str, float]:
+  """Returns the first look at an encoder, also that of an earlier start.
+
+  Args:
+    run: with method and workdir.
+    name: of the phase under way. Those before it, back to a fresh start,
+      trained the same encoder.
+    values: what is seen now, which is the first look where none is logged.
+  """
+  family: list[str] = []
+  for phase in run.method.phases():
+    family = [*(family if phase.init == 'carry' else ()), phase.name]
+    if phase.name == name:
+      break
+  for line in metrics.read(run.workdir / metrics.FILE):
+    seen = {key: line.get(key) for key in WATCHED}
+    if line.get('phase') in family and None not in seen.values():
+      return seen
+  return values
 
 
 def _summary(
@@ -214,10 +243,9 @@ def collapsed(
   values: Mapping[str, float], before: Mapping[str, float]
 ) -> list[str]:
   """Returns a sentence of advice for each figure that has collapsed."""
-  watched = ('health/token_variance', 'health/rankme', 'health/feature_std')
   return [
     ADVICE.format(name=name, value=values[name], before=before[name])
-    for name in watched
+    for name in WATCHED
     if values[name] < COLLAPSE * before[name]
   ]
 

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 import jax
 
+FILE = 'metrics.jsonl'  # in a run's folder
 # Dense bf16 peaks per device in TFLOP/s, from the vendors' data sheets.
 PEAK_TFLOPS = {
   'NVIDIA H200': 989.0,
@@ -100,7 +101,7 @@ class Logger:
     self._speaks = jax.process_index() == 0
     if workdir is None or not self._speaks:
       return
-    self._file = (workdir / 'metrics.jsonl').open('a')
+    self._file = (workdir / FILE).open('a')
     if tensorboard:
       with contextlib.suppress(ImportError):
         import tensorboardX
@@ -133,17 +134,28 @@ class Logger:
         sink.close()
 
 
+def read(path: pathlib.Path) -> list[dict[str, Any]]:
+  """Returns the whole lines of a metrics file; none where there is no file.
+
+  A run that was killed, or is running, may leave half a line. Steps that a
+  rewind took back are left out.
+  """
+  out = []
+  text = path.read_text(errors='replace') if path.exists() else ''
+  for line in text.splitlines():
+    with contextlib.suppress(ValueError):
+      found = json.loads(line)
+      if isinstance(found, dict) and isinstance(found.get('step'), int):
+        if found.get('event') == 'rewound':
+          out = [x for x in out if x['step'] <= found['step']]
+        out.append(found)
+  return out
+
+
 def last_step(workdir: pathlib.Path) -> int:
   """Returns the last step that an earlier start logged; 0 if none."""
-  path = workdir / 'metrics.jsonl'
-  if not path.exists():
-    return 0
-  step = 0
-  for line in path.read_text().splitlines():
-    # A killed process may leave half a line.
-    with contextlib.suppress(ValueError, KeyError):
-      step = json.loads(line)['step']
-  return step
+  lines = read(workdir / FILE)
+  return lines[-1]['step'] if lines else 0
 
 
 def progress_line(

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from vssl_jax import config as config_lib
 from vssl_jax import methods
-from vssl_jax.train import trainer
+from vssl_jax.train import metrics, trainer
 
 LOOKS = 20  # of the health panel in a short run
 
@@ -80,7 +80,7 @@ def decide(config: ml_collections.ConfigDict) -> tuple[int, dict[str, Any]]:
     return status, {}
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices('suggest')  # the log is written
-  at, drift = _drift(pathlib.Path(trial.workdir) / 'metrics.jsonl')
+  at, drift = _drift(pathlib.Path(trial.workdir) / metrics.FILE)
   return 0, methods.decide(config.method, at, drift)
 
 
@@ -105,8 +105,7 @@ def _begun_with(
 def _drift(path: pathlib.Path) -> tuple[list[int], list[dict[int, float]]]:
   """Returns the steps at which the panel looked, and block -> drift there."""
   prefix, found = 'drift/block_', {}
-  for line in path.read_text().splitlines():
-    record = json.loads(line)
+  for record in metrics.read(path):
     moved = {
       int(key.removeprefix(prefix)): value
       for key, value in record.items()

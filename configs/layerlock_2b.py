@@ -3,11 +3,13 @@
 Published for ViT-G (2B): 160k steps on pixels, then a layer every 10k steps
 until 32 of 48 are locked, some 2,048 clips of 16x224x224 a step, on a billion
 clips of the authors' own. Variants: sizes `:S :B :L :H :G` (default G, the 2B
-of the name), `:mae` (the matched baseline, no lock), `:pixels` (locks with the
-pixel target throughout), `:subset` (the target on 5 % of the positions),
-`:control` (latent target without locks, which collapses), `:vjepa` (ViT-L,
-locks under V-JEPA's masks and average). After a size they are joined by a
-dash: `:L-mae`.
+of the name), `:mae` (the baseline of as many steps, no lock), `:mae-flops` (of
+as many FLOPs, the targets' included: 1.54 times the steps for G), `:pixels`
+(locks with the pixel target throughout), `:subset` (the target on 5 % of the
+positions), `:control` (latent target without locks, which collapses),
+`:control-block` (the same under V-JEPA's long blocks, which show 80 tokens in
+place of 78: is it the mask that collapses?), `:vjepa` (ViT-L, locks under
+V-JEPA's masks and average). After a size they are joined by a dash: `:L-mae`.
 Command: bash launch/local.sh --config=configs/layerlock_2b.py \
   --config.data.source=<folder or manifest>
 Expected: 4DS-G 63.1 -> 66.1 on SSv2 with the readout of 4DS (secondary
@@ -15,15 +17,18 @@ source). Ours: not run.
 """
 
 from vssl_jax import config as config_lib
+from vssl_jax import encoders, methods
+from vssl_jax.data import options
 
 SIZES = ('S', 'B', 'L', 'H', 'G', 'e')
-VARIANTS = ('mae', 'pixels', 'subset', 'control', 'vjepa')
+VARIANTS = ('mae', 'mae-flops', 'pixels', 'subset', 'control')
+VARIANTS += ('control-block', 'vjepa')
 
 
 def get_config(variant='G'):
   size, _, knob = (variant or 'G').partition('-')
-  if size in VARIANTS:
-    size, knob = 'L' if size == 'vjepa' else 'G', size
+  if variant in VARIANTS:
+    size, knob = 'L' if variant == 'vjepa' else 'G', variant
   if size not in SIZES or knob not in ('', *VARIANTS):
     raise ValueError(
       f'layerlock_2b.py: found :{variant}, wanted one of {SIZES}, then perhaps '
@@ -41,21 +46,36 @@ def get_config(variant='G'):
   m.vit.remat = 'full' if size in 'HGe' else 'dots'
   # Dozens of copies of gigabytes otherwise; add 'lock_.*[05]' to keep some.
   if size in 'HGe':
-    c.checkpoint.keep_phases = ('pixels',)
+    first = 'lock_00' if knob == 'vjepa' else 'pixels'
+    c.checkpoint.keep_phases = (first,)
   c.optim.update(dict(lr=1e-4 if big else 3e-4, lr_start=0.0, lr_end=1e-6))
   c.optim.update(dict(lr_batch=2048 if big else 1024, clip=1.0))
   c.optim.update(dict(weight_decay=0.05, weight_decay_end=0.05))
+  if knob == 'mae-flops':
+    m.total = _steps_for_as_many_flops(c)
   c.optim.warmup = min(10_000, m.total // 20)
-  if knob == 'mae':
+  if knob in ('mae', 'mae-flops'):
     m.schedule = f'((0, {m.total}),)'
   elif knob == 'pixels':
     m.target = 'pixels'
   elif knob == 'subset':
     m.positions = 'subset'
-  elif knob == 'control':
+  elif knob in ('control', 'control-block'):
     m.freeze = False
+    m.masks = 'long' if knob == 'control-block' else m.masks
   elif knob == 'vjepa':
     m.base, m.masks = 'vjepa', 'short_long'
     m.vit.update(dict(positions='rope_3d', gelu='exact'))
     m.vit.mean, m.vit.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
   return c
+
+
+def _steps_for_as_many_flops(c):
+  """Returns how many steps without locks cost what the page's run costs."""
+  clip = options.spec(c.data).shape
+  method = methods.build(c.method, clip, encoders.module_of)
+  flops = [
+    (phase.steps, method.cost(phase, clip).total) for phase in method.phases()
+  ]
+  # Its first phase is an MAE.
+  return round(sum(n * cost for n, cost in flops) / flops[0][1])

@@ -1,4 +1,7 @@
+import ast
 import pathlib
+import re
+import runpy
 
 import ml_collections
 import pytest
@@ -7,6 +10,7 @@ from vssl_jax import config as config_lib
 from vssl_jax import main
 from vssl_jax.data import options
 from vssl_jax.models import framewise, vit
+from vssl_jax.train import keeping
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = 'from vssl_jax import config\n\n\ndef get_config(variant=""):\n'
@@ -192,22 +196,57 @@ def test_the_description_marks_what_differs():
   assert '  steps = 3' in lines
 
 
-VARIANTS = {
-  'salt.py': ['', 'B', 'L', 'H', 'g', 'G'],
-  'vjepa2.py': ['', 'B', 'L', 'H'],
-  'videomae_k400.py': ['', 'S', 'B', 'L'],
-  'mvd_k400.py': ['', 'S', 'B', 'L'],
-  'pmd_k400.py': ['', 'S', 'B', 'L', 'B-self'],
-  'pmd_single_gpu.py': ['', 'mvd', 'self'],
-  'kdhiera_k400.py': ['', 'B', 'L', 'B-self', 'L-self'],
-  'kdhiera_single_gpu.py': ['', 'mae', 'self'],
-  'hiera_mae_k400.py': ['', 'B', 'B+', 'L', 'H'],
-  'salt_single_gpu.py': [''],
-  'layerlock_2b.py': ['', 'S', 'B', 'L', 'H', 'G', 'L-mae', 'L-vjepa'],
-  'layerlock_4b.py': [''],
-  'layerlock_single_gpu.py': ['', 'mae', 'subset', 'pixels'],
-  'demo.py': ['', 'salt', 'layerlock', 'pmd', 'kdhiera'],
-}
+def _offered():
+  """Returns page -> the variants that it takes, of those that pre-train.
+
+  A variant is a word of the page's code, or two with a dash between them, so
+  that a new one is tried without being named here.
+  """
+  found = {}
+  for page in sorted((ROOT / 'configs').glob('*.py')):
+    get_config = runpy.run_path(str(page))['get_config']
+    if get_config().job not in ('train', 'demo'):
+      continue
+    words = _words(page)
+    if page.name == 'demo.py':
+      words |= _words(ROOT / 'vssl_jax/demo.py')
+    pairs = {f'{a}-{b}' for a in words for b in words}
+    found[page.name] = ['', *filter(_takes(get_config), sorted(words | pairs))]
+  return found
+
+
+def _words(path):
+  constants = [
+    node.value
+    for node in ast.walk(ast.parse(path.read_text()))
+    if isinstance(node, ast.Constant)
+  ]
+  texts = [text for text in constants if isinstance(text, str)]
+  return {text for text in texts if re.fullmatch(r'[A-Za-z][\w+-]*', text)}
+
+
+def _takes(get_config):
+  def takes(variant):
+    try:
+      return bool(get_config(variant))
+    except ValueError:
+      return False
+
+  return takes
+
+
+VARIANTS = _offered()
+
+
+def _listed():
+  """Yields page and variant for those that the table of pages names."""
+  for row in (ROOT / 'configs/README.md').read_text().splitlines():
+    first = row.removeprefix('| ').partition(' |')[0]
+    sizes = re.findall(r':([\w+-]+)', first)
+    knobs = re.findall(r'[ `](-\w[\w-]*)', first)
+    for page in re.findall(r'\]\((\w+\.py)\)', first):
+      for variant in sizes + [size + knob for size in sizes for knob in knobs]:
+        yield page, variant
 
 
 def _published(source):
@@ -224,6 +263,17 @@ def _published(source):
   return vit.make(size, positions='sinusoid_1d', qkv_bias='qv')
 
 
+def test_variants_that_the_table_names_are_found_and_exist():
+  listed = set(_listed())
+  assert ('layerlock_2b.py', 'B-mae-flops') in listed
+  assert ('pmd_k400.py', 'L-self') in listed
+  for page, variant in sorted(listed):
+    if page in VARIANTS:
+      assert variant in VARIANTS[page], f'{page} has no :{variant}'
+    else:
+      config_lib.load(f'configs/{page}:{variant}')
+
+
 @pytest.mark.parametrize(
   'spec', [f'{p}:{v}' if v else p for p, vs in VARIANTS.items() for v in vs]
 )
@@ -234,14 +284,21 @@ def test_every_page_builds_its_method(spec):
   _, config = config_lib.load(f'configs/{spec}')
   clip = options.spec(config.data.to_dict()).shape
   method = methods.build(config.method, clip, _published)
-  assert all(p.steps > 0 for p in method.phases())
-  assert method.cost(method.phases()[-1], clip).total > 0
+  phases = method.phases()
+  assert all(p.steps > 0 for p in phases)
+  assert method.cost(phases[-1], clip).total > 0
+  assert phases[-1].name in keeping.phases(
+    config.checkpoint.keep_phases, phases
+  )
 
 
 @pytest.mark.parametrize('page', VARIANTS)
 def test_every_page_refuses_other_variants(page):
-  with pytest.raises(ValueError, match=f'{page}: found :nonsense'):
-    config_lib.load(f'configs/{page}:nonsense')
+  for variant in ('nonsense', f'{VARIANTS[page][-1]}-nonsense'):
+    with pytest.raises(
+      ValueError, match=re.escape(f'{page}: found :{variant}')
+    ):
+      config_lib.load(f'configs/{page}:{variant}')
 
 
 def test_no_two_pages_differ_in_case_only():

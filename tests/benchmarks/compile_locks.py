@@ -20,6 +20,7 @@ import tempfile
 import time
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from vssl_jax import config as config_lib
 from vssl_jax import encoders, methods, sharding
@@ -113,6 +114,7 @@ def main():
     for size in args.sizes.split(','):
       with tempfile.TemporaryDirectory() as cache:
         jax.config.update('jax_compilation_cache_dir', cache)
+        compilation_cache.reset_cache()  # it keeps the folder it began with
         for row in measure(size, layout, locks, mesh):
           rows.append(row)
           print(json.dumps(row), flush=True)

@@ -9,7 +9,24 @@ with, on the same machine, alternating:
     python -m vssl_jax.bench --config=configs/videomae_k400.py ...
 
 `videomae` is the whole pretraining step of `VideoMAEForPreTraining`.
-`mvd` is MVD's step with its teachers, to be compared with mvd_k400.py.
+`mvd` is MVD's whole step with its two teachers, none of PMD's terms: nobody
+guides the student, no memory of patches, no maps between layers. As in
+mvd_k400.py no gradient is clipped, and targets are the last block's output,
+before any final norm. Nothing here has drop path, so ours is switched off, and
+its teachers are those of its own run, which need no weights from outside:
+
+    python tests/benchmarks/torch_peer.py --model=mvd --size=S --side=64 \
+      --frames=4 --steps=3 --sweep=1 --float32 --no-compile --out=peer.json
+    python -m vssl_jax.bench --config=configs/mvd_k400.py:S --phase=mask_90 \
+      --sweep=1 --steps=3 --config.method.drop_path=0 \
+      --config.method.image.teacher=@image_teacher \
+      --config.method.video.teacher=@video_teacher \
+      --config.data.frames=4 --config.data.size='(64, 64)' \
+      --config.method.vit.dtype=float32 --config.method.image.dtype=float32 \
+      --config.method.video.dtype=float32 --out=ours.json
+
+is both at a size for a CPU. Published sizes: without side, frames and dtypes;
+for :L ours with `method.image_teacher.encoder.size=L`, and that of the video.
 `vjepa2_encoder` is forward and backward of V-JEPA 2's encoder over the whole
 clip: transformers has no pretraining step of it (it drops masked tokens after
 the encoder, not before). bf16 by autocast, scaled dot product attention,
@@ -39,7 +56,10 @@ MASK_RATIO = 0.9
 
 
 def videomae(args, grid):
-  """Returns the model, its other arguments by batch size, FLOPs per clip."""
+  """Returns the model, its other arguments by batch size, loss, FLOPs.
+
+  The last are per clip, of the whole step and of frozen teachers.
+  """
   ours = vit.make(args.size)
   shape = decoder.SIZES[args.size]
   patch_values = int(np.prod(ours.patch)) * 3
@@ -64,7 +84,7 @@ def videomae(args, grid):
     return {'bool_masked_pos': tube.repeat(1, grid[0])}
 
   model = transformers.VideoMAEForPreTraining(config)
-  return model, extra, lambda out: out.loss, cost
+  return model, extra, lambda out: out.loss, (cost, 0.0)
 
 
 def vjepa2_encoder(args, grid):
@@ -90,7 +110,7 @@ def vjepa2_encoder(args, grid):
     model,
     lambda size, device: {'skip_predictor': True},
     loss,
-    flops.train(ours, grid),
+    (flops.train(ours, grid), 0.0),
   )
 
 
@@ -116,6 +136,7 @@ class Mvd(torch.nn.Module):
     config = _videomae_config(
       args,
       args.size,
+      use_mean_pooling=False,  # with a norm behind the last block
       decoder_hidden_size=shape['width'],
       decoder_num_hidden_layers=shape['depth'],
       decoder_num_attention_heads=shape['num_heads'],
@@ -134,6 +155,8 @@ class Mvd(torch.nn.Module):
     self.video = transformers.VideoMAEModel(video).requires_grad_(False)
     self.image = transformers.ViTModel(image, add_pooling_layer=False)
     self.image.requires_grad_(False)
+    # Targets are what the last block gives.
+    self.image.layernorm, self.video.layernorm = torch.nn.Identity(), None
     module = transformers.models.videomae.modeling_videomae
     tokens = self.student.embeddings.num_patches
     table = module.get_sinusoid_encoding_table(tokens, shape['width'])
@@ -189,14 +212,15 @@ def mvd(args, grid):
   cost += 2 * flops.train(
     head, grid, (shown * grid[0], hidden * grid[0]), in_width=ours.width
   )
-  cost += flops.forward(video, grid)
-  cost += flops.forward(framewise.Framewise(image), grid)
+  frozen = flops.forward(video, grid)
+  frozen += flops.forward(framewise.Framewise(image), grid)
 
   def extra(batch, device):
     order = torch.rand(batch, per_frame, device=device).argsort(1)
     return {'bool_masked_pos': (order < hidden).repeat(1, grid[0])}
 
-  return Mvd(args, size, shape), extra, lambda loss: loss, cost
+  model = Mvd(args, size, shape)
+  return model, extra, lambda loss: loss, (cost + frozen, frozen)
 
 
 MODELS = {'videomae': videomae, 'vjepa2_encoder': vjepa2_encoder, 'mvd': mvd}
@@ -228,7 +252,7 @@ def measure(args, size, device, grid, limit):
   if device == 'cuda':
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-  model, extra, loss_of, cost = MODELS[args.model](args, grid)
+  model, extra, loss_of, (cost, frozen) = MODELS[args.model](args, grid)
   model = model.to(device).train()
   optimizer = torch.optim.AdamW(
     [p for p in model.parameters() if p.requires_grad],
@@ -254,7 +278,8 @@ def measure(args, size, device, grid, limit):
     with torch.autocast(device, torch.bfloat16, enabled=not args.float32):
       loss = loss_of(forward(clips, **extra(size, device)))
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    if args.model != 'mvd':  # its scripts do not clip
+      torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss
@@ -290,8 +315,7 @@ def measure(args, size, device, grid, limit):
     'utilisation': rate / limit['flops_per_s'],
     'utilisation_of': limit['name'],
     'of_matrix_product': rate / limit['matrix_product'],
-    'teacher_share_flops': 0.0,
-    'teacher_share_seconds': 0.0,
+    'teacher_share_flops': frozen / cost,
     'last_loss': float(loss.detach()),
   }
 

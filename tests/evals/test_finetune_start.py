@@ -87,6 +87,24 @@ ROWS = {
   'finetune_hmdb51.py:B': (5e-4, True, 'window', 50, 5, 0.7, 0.2, 0.5, 128, 4),
   'finetune_hmdb51.py:S': (5e-4, True, 'window', 50, 10, 0.7, 0.2, 0.5, 128, 2),
 }
+# What all of them share.
+COMMON = {
+  'optim': dict(rule='adamw', b1=0.9, b2=0.999, eps=1e-8, clip=0.0),
+  'data': dict(
+    frames=16,
+    size=(224, 224),
+    crop='random_resized',
+    crop_scale=(0.08, 1.0),
+    crop_aspect=(0.75, 4 / 3),
+    auto_augment='rand-m7-n4-mstd0.5-inc1',
+    erase=0.25,
+    repeats=2,
+    repeat_frames='shared',
+  ),
+  'method': dict(
+    mixup=0.8, cutmix=1.0, probability=1.0, switch=0.5, smoothing=0.1
+  ),
+}
 
 
 @pytest.mark.parametrize(
@@ -119,8 +137,16 @@ def test_pages_hold_the_published_values(spec):
   assert c.method.encoder.size == (spec.partition(':')[2] or 'B')
   of_large_data = spec.startswith(('finetune_k400', 'finetune_ssv2'))
   assert c.optim.lr_end == (1e-6 if of_large_data else 1e-5)
-  assert c.data.repeats == 2 and c.data.repeat_frames == 'shared'
-  assert c.finetune.views == 3 and c.optim.clip == 0
+  for section, values in COMMON.items():
+    assert {name: c[section][name] for name in values} == values
+  decay = optimizer.weight_decay(
+    c.optim, optimizer.horizon(span.phase, 0, (0, span.end))
+  )
+  for step in (0, span.end // 2, span.end):
+    np.testing.assert_allclose(decay(step), 0.05, rtol=1e-6)
+  ssv2 = spec.startswith('finetune_ssv2')
+  assert c.finetune.sampling == ('interleaved' if ssv2 else 'spread')
+  assert c.finetune.views == 3
   assert f'= {lr:g};' in finetune_start.describe_lr(c)
 
 

@@ -57,7 +57,7 @@ def default() -> ml_collections.ConfigDict:
     )
   )
   c.decoder_blocks = 4  # the last blocks, which decode and are never locked
-  c.layout = 'unrolled'  # 'loops' compiles deep encoders several times faster
+  c.layout = 'unrolled'  # 'loops': a sixth less to compile, a sixth from the cache
   c.total = 100_000  # steps of the run
   # Lock a layer, or `jump` of them, every `interval` steps from `start` on,
   # until `last` are locked. Values below 1 are fractions, of the run's steps

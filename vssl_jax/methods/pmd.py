@@ -67,18 +67,25 @@ class Pmd(base.Method):
     lambda_pg: of the distance to the previous student (PSD).
     lambda_df: of the smoothed and weighed distance (DARE).
     lambda_al: of the alignment of layers (CLFA).
-    feature_loss: `mse` or `smooth_l1`, of `losses.TOKEN_DISTANCES`.
-    target_norm: of teachers' features, `losses.TARGET_NORMS`.
-    alpha: weight of the new loss in the smoothed one.
-    tau: temperature of the weights.
-    dare: `both`, `smooth` or `weights`.
+    feature_loss: `mse` (the note's "L2") or `smooth_l1` (MVD's scripts), of
+      `losses.TOKEN_DISTANCES`.
+    target_norm: of teachers' features, `losses.TARGET_NORMS`; MVD has none.
+    alpha: weight of the new loss in the smoothed one, as written.
+    tau: temperature of the weights, for losses that are means over channels.
+    dare: `both`, or for ablations `smooth` or `weights`.
     df_extra_mean: the letter of the paper: DARE over the number of masked
-      patches once more.
-    pg_positions: `masked`, or `both_masked`: hidden from both students.
-    align_norm: `none`, or `ln` on layers of student and teachers.
-    rows_shape: `patch`, or `tube`: one for all time steps of a position.
-    rows_frame: a row's cells are those of the crop (`grid`), or of the whole
-      picture that it was cut from (`crop`).
+      patches once more. Off: weights sum to 1 already, and the term would be
+      a thousandth of the base loss.
+    pg_positions: `masked`, the letter; `both_masked`: hidden from both
+      students, as the previous one never learned to predict what it sees.
+    align_norm: `none`, raw layers as nothing else is said, or `ln` on layers
+      of student and teachers.
+    rows_shape: `patch`, the letter, or `tube`: one for all time steps of a
+      position.
+    rows_frame: a row's cells are those of the crop (`grid`, the letter), or of
+      the whole picture that it was cut from (`crop`).
+
+  What else the note leaves open or says in two ways: the table of `README.md`.
   """
 
   plan: tuple[Distil, ...]

@@ -1,0 +1,135 @@
+"""Pages that pre-train hold the published values, see `recipes.py`."""
+
+import math
+
+import pytest
+
+from tests import recipes
+from vssl_jax import config as config_lib
+from vssl_jax import methods
+from vssl_jax.data import options
+from vssl_jax.models import framewise, layers, vit
+from vssl_jax.train import optimizer
+from vssl_jax.train import run as run_lib
+
+
+@pytest.mark.parametrize('spec', recipes.RECIPES)
+def test_a_page_holds_the_published_values(spec):
+  resolved = _resolved(spec)
+  found = {key: _look(resolved, key) for key in recipes.RECIPES[spec]}
+  differing = {
+    key: (_plain(found[key], wanted), wanted)
+    for key, wanted in recipes.RECIPES[spec].items()
+    if not _same(found[key], wanted)
+  }
+  assert differing.keys() == recipes.OTHERWISE.get(spec, set()), differing
+
+
+@pytest.mark.parametrize('size', 'LG')
+def test_an_mae_of_as_many_flops(size):
+  """By the method's notes 54 % more than an MAE of as many steps for G."""
+  locks, mae, steps, flops = (
+    _flops(f'layerlock_2b.py:{size}{knob}')
+    for knob in ('', '-mae', '-pixels', '-mae-flops')
+  )
+  assert flops == pytest.approx(locks, rel=1e-5)
+  if size == 'G':
+    assert locks / mae == pytest.approx(1.54, abs=5e-3)
+    assert steps / mae == pytest.approx(1 - 0.052, abs=5e-4)
+
+
+def _built(spec):
+  _, c = config_lib.load(f'configs/{spec}')
+  clip = options.spec(c.data).shape
+  return c, clip, methods.build(c.method, clip, _outside)
+
+
+def _outside(source):
+  size, *image = recipes.OUTSIDE[source]
+  if not image:
+    return vit.make(size, positions='sinusoid_1d', qkv_bias='qv')
+  patch, positions = image
+  fields = dict(patch=(1, patch, patch), class_token=True)
+  return framewise.Framewise(vit.make(size, positions=positions, **fields))
+
+
+def _flops(spec):
+  _, clip, method = _built(spec)
+  return sum(p.steps * method.cost(p, clip).total for p in method.phases())
+
+
+def _resolved(spec):
+  """Returns the config's sections, and by phase what is made of them."""
+  c, clip, method = _built(spec)
+  spans = run_lib.spans(method)
+  phases = {span.phase.name: span.phase for span in spans}
+  out = {key: c[key] for key in c} | {'phases': phases, 'count': len(spans)}
+  out['ends'] = {span.phase.name: span.end for span in spans}
+  out['steps'] = {name: phase.steps for name, phase in phases.items()}
+  out['teachers'] = {
+    name: {of: teacher.source for of, teacher in phase.teachers.items()}
+    for name, phase in phases.items()
+  }
+  out['masks'] = {
+    name: {mask.name: mask.counts(_grid(phase, clip)) for mask in masks}
+    for name, phase in phases.items()
+    for masks in [getattr(phase, 'masks', None) or (method.mask,)]
+  }
+  out['shapes'] = {name: _shape(phase) for name, phase in phases.items()}
+  horizons = {
+    span.phase.name: optimizer.horizon(span.phase, span.start, span.covers)
+    for span in spans
+  }
+  out['lr'] = {
+    name: _from(over, optimizer.learning_rate(c.optim, over, c.batch_size))
+    for name, over in horizons.items()
+  }
+  out['wd'] = {
+    name: _from(over, optimizer.weight_decay(c.optim, over))
+    for name, over in horizons.items()
+  }
+  return out
+
+
+def _from(over, schedule):
+  """Counts a schedule's steps from where it begins."""
+  return lambda step: float(schedule(over.start + step))
+
+
+def _grid(phase, clip):
+  if hasattr(phase.encoder, 'unit_grid'):
+    return phase.encoder.unit_grid((1, *clip))
+  return layers.grid_of((1, *clip), phase.encoder.patch)
+
+
+def _shape(phase):
+  encoder = getattr(phase.encoder, 'image', phase.encoder)
+  if hasattr(encoder, 'unit_grid'):
+    return encoder.channels, encoder.depths, encoder.num_heads
+  return encoder.width, encoder.depth, encoder.num_heads
+
+
+def _look(found, key):
+  for part in key.split('.'):
+    if isinstance(found, tuple):
+      found = found[int(part)]
+    else:
+      found = found[part] if hasattr(found, 'keys') else getattr(found, part)
+  return found
+
+
+def _plain(found, wanted):
+  return {x: found(x) for x in wanted} if callable(found) else found
+
+
+def _same(found, wanted):
+  found = _plain(found, wanted)
+  if isinstance(wanted, dict):
+    return {*found} == {*wanted} and all(
+      _same(found[key], wanted[key]) for key in wanted
+    )
+  if isinstance(wanted, tuple):
+    return len(found) == len(wanted) and all(map(_same, found, wanted))
+  if isinstance(wanted, float):
+    return math.isclose(found, wanted, rel_tol=2e-4, abs_tol=1e-12)
+  return found == wanted

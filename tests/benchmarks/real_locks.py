@@ -5,8 +5,8 @@
 
 The folder, the clips seen and the probes are those of `real_video.py`, with a
 frozen depth readout within one room besides. Every run has the same steps and
-clips. Finished cells are not run again. Each cell is a process of its own, and leaves the picture of how its
-blocks drift beside the shards.
+clips. Finished cells are not run again. Each cell is a process of its own, and
+leaves the picture of how its blocks drift beside the shards.
 """
 
 import json

@@ -1,6 +1,7 @@
 """Fine-tuning Hiera: its pages, and a start that pools once more."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -60,6 +61,19 @@ def test_the_run_starts_from_the_same_leaves_and_pools_once_more(tmp_path):
   tokens = jax.eval_shape(phase.encoder.apply, {'params': params}, clip)
   assert tokens.shape == (2, 2 * 2 * 2, 64)
   assert method.cost(phase, SHAPE).total > 0
+
+
+def test_the_head_starts_as_released():
+  """Biases of .02, of the linear layer times the scale of its weights."""
+  c = config_lib.fine_tuning()
+  c.method.update(dict(steps=1, classes=400, family='hiera', head_scale=0.1))
+  (phase,) = methods.build(c.method, SHAPE, encoders.module_of).phases()
+  params = phase.head.init(jax.random.key(0), jnp.zeros((1, 1, 64)))
+  norm, head = params['params']['norm'], params['params']['head']
+  np.testing.assert_array_equal(norm['scale'], 1)
+  np.testing.assert_array_equal(norm['bias'], np.float32(0.02))
+  np.testing.assert_allclose(head['bias'], 0.002, rtol=1e-6)
+  np.testing.assert_allclose(np.std(head['kernel']), 0.002, rtol=0.02)
 
 
 @pytest.mark.slow

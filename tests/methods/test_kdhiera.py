@@ -307,6 +307,34 @@ def test_targets_are_those_of_every_mask():
   assert aux.metrics.keys() == _found('default')[1].keys()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('rate', [0.0, 0.9])
+def test_the_student_drops_paths(rate):
+  """Another step with the same mask is another loss, and only by this."""
+  method = small.build(drop_path=rate, selection='top', teachers=('image',))
+  (phase,) = method.phases()
+  params = small.params(method, phase)
+  video = small.batch()['video']
+  made = jax.eval_shape(
+    lambda t: method.targets(t, video, phase), small.teachers(phase)
+  )
+  rng = np.random.default_rng(3)
+  batch = small.batch() | {
+    f'targets/{n}': jnp.asarray(rng.random(x.shape, np.float32))
+    for n, x in made.items()
+  }
+
+  @jax.jit
+  def run(number):
+    step = pmd_small.step(number)
+    loss, aux = method.loss(params, {}, batch, step, phase)
+    return loss, aux.metrics['mask/attention_kept']
+
+  found = np.array([run(number) for number in range(3)])
+  assert len(np.unique(found[:, 0])) == (3 if rate else 1)
+  assert len(np.unique(found[:, 1])) == 1
+
+
 def test_bounds_of_the_cosine():
   """Invariants 4, 5 and 15, of one token and its target."""
   rng = np.random.default_rng(0)

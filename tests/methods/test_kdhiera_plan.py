@@ -369,13 +369,21 @@ def test_masks_by_chance_ask_no_teacher():
   assert list(phase.teachers) == ['video'] and not phase.mask_teacher
 
 
-def test_a_teacher_of_another_grid_is_refused():
-  coarse = vit.make(
-    dict(width=16, **small.SHAPE), patch=(2, 16, 16), positions='sinusoid_1d',
+@pytest.mark.parametrize(
+  ('patch', 'message'),
+  [
+    ((2, 16, 16), "teacher 'video' gives 12 tokens"),
+    # As many as the student has.
+    ((2, 16, 4), r'48 tokens .*grid \(2, 2, 12\).* grid of \(2, 4, 6\) = 48'),
+  ],
+)
+def test_a_teacher_of_another_grid_is_refused(patch, message):
+  other = vit.make(
+    dict(width=16, **small.SHAPE), patch=patch, positions='sinusoid_1d',
     qkv_bias='qv', dtype='float32',
   )  # fmt: skip
   c = small.config()
-  modules = {'images': small.IMAGE, 'videos': coarse}
+  modules = {'images': small.IMAGE, 'videos': other}
   method = methods.build(c, small.VIDEO, modules.__getitem__)
   (phase,) = method.phases()
   shapes = jax.eval_shape(
@@ -384,7 +392,7 @@ def test_a_teacher_of_another_grid_is_refused():
       for n, t in phase.teachers.items()
     }
   )
-  with pytest.raises(ValueError, match="teacher 'video' gives 12 tokens"):
+  with pytest.raises(ValueError, match=message):
     jax.eval_shape(lambda t: method.targets(t, small.clip(), phase), shapes)
 
 

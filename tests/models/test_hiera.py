@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vssl_jax import trees
-from vssl_jax.models import framewise, hiera, unrolled
+from vssl_jax.models import attention, classifier, framewise, hiera, unrolled
 
 KEY = jax.random.key(0)
 TINY = dict(channels=8, depths=(1, 1, 1, 1), num_heads=1)
@@ -45,14 +45,14 @@ def params(video):
 
 
 # Source: `methods/architectures.md` by way of the paper's table and the
-# released code: the trunk without a classifier.
+# released code: the trunk, and with a norm and a classifier of 400 classes.
 COUNTS = {
-  'T': 27_168_672,
-  'S': 34_266_528,
-  'B': 50_783_424,
-  'B+': 69_031_648,
-  'L': 212_628_096,
-  'H': 670_803_968,
+  'T': (27_168_672, 27_477_808),
+  'S': (34_266_528, 34_575_664),
+  'B': (50_783_424, 51_092_560),
+  'B+': (69_031_648, 69_392_240),
+  'L': (212_628_096, 213_091_600),
+  'H': (670_803_968, 671_627_664),
 }
 
 
@@ -65,7 +65,12 @@ def shapes(encoder, clip):
 def test_parameter_counts(size):
   encoder = hiera.make(size)
   found = shapes(encoder, (16, 224, 224))
-  assert trees.count(found) == COUNTS[size]
+  head = jax.eval_shape(
+    classifier.Classifier(400).init, KEY, jnp.zeros((1, 1, encoder.width))
+  )
+  trunk, whole = COUNTS[size]
+  assert trees.count(found) == trunk
+  assert trees.count(found) + trees.count(head['params']) == whole
   assert (encoder.width, encoder.depth) == (
     8 * encoder.channels,
     sum(encoder.depths),
@@ -229,6 +234,25 @@ def test_a_tap_gives_the_tokens_of_its_stage(video, fraction, stage, ends):
   assert np.allclose(found, wanted, atol=1e-5) == ends
 
 
+@pytest.mark.parametrize(('q_pool', 'left'), [(2, 64), (3, 16)])
+def test_attention_over_all_tokens_is_the_fused_one(monkeypatch, q_pool, left):
+  """Once a block; fused kernels take arrays of four axes, and no others."""
+  encoder, asked = small(depths=(1, 2, 3, 2), q_pool=q_pool), []
+  attend = attention.attend
+
+  def listen(*given):
+    asked.append(tuple(x.shape for x in given[:3]))
+    return attend(*given)
+
+  monkeypatch.setattr(attention, 'attend', listen)
+  shapes(encoder, (8, 64, 64))
+  # 16 units of four tokens, which the third pooling leaves one of. The first
+  # block of the third stage still attends within units.
+  third, first, last = (1, 64, 4, 8), (1, 64, 8, 8), (1, left, 8, 8)
+  assert asked == [*[(third,) * 3] * 2, (last, first, first), (last,) * 3]
+  assert len(asked) == sum(not step.windowed for step in encoder.plan())
+
+
 def shown():
   """Which pixels the units show, [2, 8, 64, 64, 1]."""
   found = np.zeros((2, 16), bool)
@@ -321,6 +345,49 @@ def test_drop_path_leaves_out_branches_per_example(video, params):
   both = np.asarray(found[1]) - np.asarray(plain[1])
   # Attention's branch stays or not, and the MLP's.
   assert len(np.unique(both.reshape(32, -1)[:, 0].round(3))) == 4
+
+
+@pytest.mark.slow
+def test_drop_path_rises_linearly_over_the_blocks(video):
+  """A branch that stays is larger by 1 / (1 - rate), which tells the rate."""
+  encoder = small(depths=(1, 1, 2, 1), drop_path=0.6)
+  many = np.repeat(video[:1], 32, 0)
+  units = jnp.tile(UNITS[:1, :1], (32, 1))
+  rng = np.random.default_rng(0)
+  drawn = jax.tree.map(
+    lambda x: 0.2 * rng.standard_normal(x.shape).astype(np.float32),
+    jax.eval_shape(encoder.init, KEY, video)['params'],
+  )
+
+  def only(branch):
+    """All branches but one add nothing."""
+
+    def one(name, x):
+      ends = ('attn/out/kernel', 'attn/out/bias', 'fc2/kernel', 'fc2/bias')
+      return 0 * x if name.endswith(ends) and branch not in name else x
+
+    return trees.map_named(one, drawn)
+
+  @jax.jit
+  def run(params):
+    apply = functools.partial(
+      encoder.apply, {'params': params}, many, units, features=True
+    )
+    return apply(), apply(deterministic=False, rngs={'dropout': KEY})
+
+  stages = (0, 1, 2, 2, 3)
+  without, _ = run(only('none'))
+  for block, stage in enumerate(stages):
+    for branch in ('attn/out', 'mlp/fc2'):
+      plain, found = run(only(f'block_{block:02d}/{branch}'))
+      base = np.asarray(without[stage])
+      added = (np.asarray(plain[stage]) - base).reshape(32, -1)
+      told = (np.asarray(found[stage]) - base).reshape(32, -1)
+      share = (told * added).sum(1) / (added**2).sum(1)
+      wanted = 1 / (1 - 0.6 * block / 4)
+      kept = share > 0.5
+      assert 0 < kept.sum() < 32 or not block
+      np.testing.assert_allclose(share, np.where(kept, wanted, 0), atol=1e-3)
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """Published weights of Hiera: what the authors' files hold, and what not."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 from tests.weights import pth
 from vssl_jax import encoders, masking, trees, weights
-from vssl_jax.models import framewise, hiera, hiera_mae, unrolled
+from vssl_jax.models import framewise, hiera, hiera_mae, layers, unrolled
 from vssl_jax.weights import hiera_files, read
 
 DEPTHS = (1, 1, 2, 1)
@@ -77,6 +79,22 @@ def published(kind='mae', image=False):
   }
 
 
+# All that the authors' class is made with, as they write it beside weights.
+CONFIG = dict(
+  input_size=[64, 64], in_chans=3, embed_dim=8, num_heads=1, num_classes=5,
+  stages=[*DEPTHS], q_pool=3, q_stride=[2, 2], mask_unit_size=[8, 8],
+  mask_unit_attn=[True, True, False, False], dim_mul=2.0, head_mul=2.0,
+  patch_kernel=[7, 7], patch_stride=[4, 4], patch_padding=[3, 3],
+  mlp_ratio=4.0, drop_path_rate=0.0, norm_layer='LayerNorm', head_dropout=0.0,
+  head_init_scale=0.001, sep_pos_embed=False,
+)  # fmt: skip
+OF_CLIPS = dict(
+  input_size=[8, 64, 64], q_stride=[1, 2, 2], mask_unit_size=[1, 8, 8],
+  patch_kernel=[3, 7, 7], patch_stride=[2, 4, 4], patch_padding=[1, 3, 3],
+  sep_pos_embed=True,
+)  # fmt: skip
+
+
 def save(path, tensors):
   fake = {n: pth.FakeTensor(x) for n, x in tensors.items()}
   pth.save(path, {'model_state': fake, 'epoch': 3})
@@ -98,6 +116,7 @@ def test_every_number_has_its_place(mae, file):
   assert isinstance(module, hiera.Hiera)
   assert (module.channels, module.depths, module.q_pool) == (8, DEPTHS, 2)
   assert (module.kernel, module.stride) == ((3, 7, 7), (2, 4, 4))
+  assert (module.mean, module.std) == ((0.45,) * 3, (0.225,) * 3)
   trunk = {n for n in mae if n.startswith(('blocks.', 'patch_', 'pos_'))}
   assert set(report.loaded) == trunk
   assert set(report.unused) == set(mae) - trunk
@@ -178,6 +197,8 @@ def test_models_of_images(tmp_path, kind):
   module, params, report = weights.load_published(file, num_heads=1)
   assert isinstance(module, framewise.Framewise)
   assert module.image.kernel == (1, 7, 7)
+  assert module.image.mean == layers.IMAGENET_MEAN
+  assert module.image.std == layers.IMAGENET_STD
   assert module.patch == ((2, 16, 16) if kind == 'mae' else (2, 32, 32))
   table = tensors['pos_embed'].reshape(1, 16, 16, 8)
   np.testing.assert_array_equal(params['positions'], table)
@@ -189,6 +210,35 @@ def test_models_of_images(tmp_path, kind):
     assert params['positions'].shape == (1, 4, 4, 24)
     assert params['fuse_2']['kernel'].shape == (4 * 16, 64)
     assert head.out_width == 768
+
+
+# As the file is; which only the config can tell; and of another model.
+@pytest.mark.parametrize('size', [[64, 64], [32, 128], [224, 224]])
+@pytest.mark.parametrize(
+  ('kind', 'image'), [('classifier', True), ('mae', True), ('mae', False)]
+)
+def test_a_folder_with_the_authors_config(tmp_path, kind, image, size):
+  tensors = published(kind, image)
+  config = CONFIG if image else CONFIG | OF_CLIPS
+  config = config | dict(q_pool=3 if kind == 'classifier' else 2)
+  config['input_size'] = [*config['input_size'][:-2], *size]
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  read.write_safetensors(tmp_path / 'model.safetensors', tensors)
+  h, w = (16, 16) if size == [224, 224] else (n // 4 for n in size)
+  module, params, _ = weights.load_published(tmp_path)
+  assert getattr(module, 'image', module).q_pool == config['q_pool']
+  ours, theirs = 'positions_space', 'pos_embed_spatial'
+  if image:
+    ours, theirs = 'positions', 'pos_embed'
+  np.testing.assert_array_equal(
+    params[ours], tensors[theirs].reshape(1, h, w, 8)
+  )
+  frames = 16 if image else 8
+  assert weights.clip_shape(tmp_path) == (frames, 4 * h, 4 * w, 3)
+  if kind == 'mae':
+    _, params, _ = weights.load_published(tmp_path, part='head', num_heads=2)
+    table = tensors['decoder_pos_embed'].reshape(-1, h // 4, w // 4, 24)
+    np.testing.assert_array_equal(params['positions'], table)
 
 
 def test_positions_of_another_clip(tmp_path, mae, file):
@@ -236,7 +286,10 @@ def test_what_we_write_we_read(file, tmp_path):
 
 @pytest.mark.parametrize('q_pool', [2, 3])
 def test_what_we_write_for_the_authors_code(file, mae, tmp_path, q_pool):
-  module, params, _ = weights.load_published(file, num_heads=1, q_pool=q_pool)
+  colours = dict(mean=(0.3, 0.4, 0.5), std=(0.2, 0.25, 0.3))
+  module, params, _ = weights.load_published(
+    file, num_heads=1, q_pool=q_pool, **colours
+  )
   folder = tmp_path / 'theirs'
   assert weights.export(module, params, folder, video=CLIP, layout='hiera')
   written = read.safetensors(folder / 'model.safetensors')
@@ -244,6 +297,9 @@ def test_what_we_write_for_the_authors_code(file, mae, tmp_path, q_pool):
   assert set(written) == {n for n in mae if not n.startswith(others)}
   for name, x in written.items():
     np.testing.assert_array_equal(np.asarray(x), mae[name], err_msg=name)
+  # Their class takes no other key.
+  config = json.loads((folder / 'config.json').read_text())
+  assert config.keys() <= CONFIG.keys()
   again, found, report = weights.load_published(folder)
   assert again == module
   assert not report.unused
@@ -266,7 +322,6 @@ def test_positions_of_a_clip_that_is_not_square(tmp_path):
   ('fields', 'wanted'),
   [
     (dict(gelu='tanh'), "gelu='tanh'"),
-    (dict(mean=(0.5,) * 3), 'mean='),
     (dict(separable=False), 'separable=False'),
   ],
 )

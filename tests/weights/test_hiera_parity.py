@@ -37,6 +37,7 @@ VIDEO = dict(
 )  # fmt: skip
 IMAGE = dict(input_size=(64, 64))
 DECODER = dict(decoder_embed_dim=16, decoder_depth=2, decoder_num_heads=2)
+COLOURS = dict(mean=(0.45,) * 3, std=(0.225,) * 3)  # of their video models
 KINDS = {'video': VIDEO, 'image': IMAGE}
 GRIDS = {'video': (4, 2, 2), 'image': (1, 2, 2)}
 UNITS = {
@@ -54,8 +55,11 @@ def clip(kind):
   """Pixels in [0, 1], and normalised as torch takes them."""
   frames = 8 if kind == 'video' else 1
   video = np.random.default_rng(0).random((2, frames, 64, 64, 3), np.float32)
-  pixels = parity.as_pixels(video).transpose(1, 2)  # [B, C, T, H, W]
-  return video, pixels if kind == 'video' else pixels[:, :, 0]
+  if kind == 'image':
+    return video, parity.as_pixels(video)[:, 0]
+  mean, std = (np.float32(x) for x in COLOURS.values())
+  pixels = (video - mean) / std
+  return video, torch.tensor(pixels.transpose(0, 4, 1, 2, 3))
 
 
 def kept(kind):
@@ -237,6 +241,7 @@ def test_their_class_loads_what_we_export(tmp_path, stride):
     q_pool=3,
     final_norm=False,
     dtype='float32',
+    **COLOURS,
   )
   video, pixels = clip('video')
   shapes = jax.eval_shape(encoder.init, jax.random.key(0), video)['params']

@@ -44,7 +44,7 @@ def default() -> ml_collections.ConfigDict:
   c.attention = 'auto'
   c.drop_path = 0.1  # of the last block; linear from 0
   c.dropout = 0.0  # before the linear layer
-  c.head_scale = 0.001  # its first weights are multiplied by this
+  c.head_scale = 0.001  # its first weights and biases times this
   # vssl_jax/mixing.py explains these.
   c.mixup = 0.8
   c.cutmix = 1.0
@@ -89,7 +89,11 @@ def build(
       encoder=encoder,
       init_from={'encoder': config.source} if config.source else {},
       head=classifier.Classifier(
-        config.classes, config.dropout, config.head_scale
+        config.classes,
+        config.dropout,
+        config.head_scale,
+        # As released, also where the encoder starts from other weights.
+        hiera.INITS['classifier'] if config.family == 'hiera' else 'vjepa',
       ),
       mix=mixing.Mix(**{name: config[name] for name in fields}),
     )

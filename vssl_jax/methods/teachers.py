@@ -139,14 +139,17 @@ def stream(
   teacher = phase.teachers[name]
   found = teacher(params, video, features=True, **options)
   last = (found[0] if 'attention_to' in options else found)[-1]
-  grid = layers.grid_of(video.shape, phase.encoder.patch)
+  own, grid = (
+    layers.grid_of(video.shape, patch)
+    for patch in (teacher.module.patch, phase.encoder.patch)
+  )
   tokens = grid[0] * grid[1] * grid[2]
-  if last.shape[1] != tokens:
+  if own != grid or last.shape[1] != tokens:
     raise ValueError(
       f'phase {phase.name!r}: teacher {name!r} gives {last.shape[1]} tokens '
-      f'(patch {teacher.module.patch}) and the student has a grid of {grid} = '
-      f'{tokens} (patch {phase.encoder.patch}); teachers and student must cut '
-      'the clip into the same grid'
+      f'(patch {teacher.module.patch}, grid {own}) and the student has a grid '
+      f'of {grid} = {tokens} (patch {phase.encoder.patch}); teachers and '
+      'student must cut the clip into the same grid'
     )
   return found
 

@@ -10,18 +10,21 @@ from vssl_jax.models import layers
 class Classifier(nn.Module):
   """Mean over tokens, a layer norm of its own, dropout, one linear layer.
 
-  Source: the fine-tuning code of VideoMAE and MVD, `run_class_finetuning.py`.
+  Source: the fine-tuning code of VideoMAE and MVD, `run_class_finetuning.py`;
+  that of Hiera has the same layers with another start.
 
   Attributes:
     classes: number of logits.
     dropout: of what the linear layer sees.
-    scale: the linear layer's first weights are multiplied by this.
+    scale: the linear layer's first weights and biases are multiplied by this.
+    init_family: of initial values, see `layers.kernel_init`.
     norm_eps: added to the variance in the layer norm.
   """
 
   classes: int
   dropout: float = 0.0
   scale: float = 0.001
+  init_family: str = 'vjepa'
   norm_eps: float = 1e-6
 
   @nn.compact
@@ -35,14 +38,20 @@ class Classifier(nn.Module):
       deterministic: no dropout.
     """
     x = jnp.mean(tokens.astype(jnp.float32), axis=1)
-    x = layers.layer_norm('norm', self.norm_eps)(x)
+    bias = layers.bias_init(self.init_family)
+    x = layers.layer_norm('norm', self.norm_eps, bias=bias)(x)
     x = nn.Dropout(self.dropout)(x, deterministic=deterministic)
-    first = layers.kernel_init('vjepa', 'head')
 
-    def kernel(key: Array, shape: tuple[int, ...], dtype: type) -> Array:
-      return self.scale * first(key, shape, dtype)
+    def scaled(first: layers.Initializer) -> layers.Initializer:
+      return lambda *args: self.scale * first(*args)
 
-    return layers.dense(self.classes, 'head', kernel=kernel, dtype='float32')(x)
+    return layers.dense(
+      self.classes,
+      'head',
+      kernel=scaled(layers.kernel_init(self.init_family, 'head')),
+      bias=scaled(bias),
+      dtype='float32',
+    )(x)
 
 
 def flops(width: int, classes: int) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vssl_jax import trees
-from vssl_jax.models import framewise, hiera, layers
+from vssl_jax.models import framewise, hiera
 from vssl_jax.weights import convert, hiera_tables, modules, read, tables
 from vssl_jax.weights import source as source_lib
 
@@ -24,8 +24,6 @@ HIERA = {
   'separable': True,
   'gelu': 'exact',
   'norm_eps': 1e-6,
-  'mean': (layers.IMAGENET_MEAN,),
-  'std': (layers.IMAGENET_STD,),
 }
 
 
@@ -38,6 +36,9 @@ def export(
   layout: str = 'auto',
 ) -> str:
   """Writes `model.safetensors` and `config.json`.
+
+  In the layout `hiera` colours stand in `preprocessor_config.json`: the
+  authors' class has no place for them and takes no other key.
 
   Args:
     encoder: the module.
@@ -78,8 +79,18 @@ def export(
     tensors = convert.to_theirs(params, rows, encoder.patch)
   read.write_safetensors(folder / 'model.safetensors', tensors)
   config = _config(encoder, layout, video)
-  (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
+  _write(folder / 'config.json', config)
+  if layout == 'hiera':
+    _write(folder / 'preprocessor_config.json', _colours(encoder))
   return layout
+
+
+def _write(path: pathlib.Path, config: Mapping[str, Any]) -> None:
+  path.write_text(json.dumps(config, indent=2) + '\n')
+
+
+def _colours(encoder: modules.Encoder) -> dict[str, list[float]]:
+  return {'image_mean': list(encoder.mean), 'image_std': list(encoder.std)}
 
 
 def _obstacle(
@@ -131,8 +142,7 @@ def _config(
     'layer_norm_eps': encoder.norm_eps,
     'patch_size': encoder.patch[1],
     'tubelet_size': encoder.patch[0],
-    'image_mean': list(encoder.mean),
-    'image_std': list(encoder.std),
+    **_colours(encoder),
   }
   if layout == 'vjepa2':
     return config | {

@@ -20,6 +20,12 @@ DECODER_HEADS = 16
 # Attention heads of the first stage by its channels.
 HEADS = {x['channels']: x['num_heads'] for x in hiera.SIZES.values()}
 STRIDE, PADDING = 'patch_stride', 'patch_padding'
+# Of the authors' video models; their image models have ImageNet's. Source:
+# examples/inference.ipynb, whose third deviation, .255, we take for a slip:
+# PySlowFast has .225 three times.
+VIDEO_COLOURS = {'mean': (0.45,) * 3, 'std': (0.225,) * 3}
+# Along height and width, tokens of the first stage to one that is predicted.
+POOLED = 4
 
 
 def build(found: source_lib.Found, part: str, num_heads: int | None) -> Any:
@@ -62,6 +68,12 @@ def build(found: source_lib.Found, part: str, num_heads: int | None) -> Any:
     # Those with a decoder were trained like this; shapes do not tell.
     q_pool=found.config.get('q_pool', 2 if names.DECODER in shapes else 3),
   )
+  fields |= VIDEO_COLOURS if len(kernel) == 3 else {}
+  fields |= {  # as we write them
+    ours: tuple(found.config[theirs])
+    for ours, theirs in (('mean', 'image_mean'), ('std', 'image_std'))
+    if theirs in found.config
+  }
   told = {  # a config's, where the file is of other patches than the released
     ours: tuple(found.config[theirs])
     for ours, theirs in (('stride', STRIDE), ('padding', PADDING))
@@ -94,15 +106,14 @@ def grid(
       (joint or tensors[f'positions_{x}'])[1].shape for x in ('space', 'time')
     )
     return time[0], space[1], space[2]
-  if 'input_size' in found.config:  # as we write them for the authors' class
-    size, cell = found.config['input_size'], found.config[STRIDE]
-    t, h, w = (n // m for n, m in zip(size, cell, strict=True))
-    return t, h, w
   rows = {n: x.shape[1] for n, (_, x) in tensors.items() if n in names.TABLES}
   times = rows.get(names.TIME, 1)
   space = rows.get(names.SPACE, rows.get(names.BOTH, 0))
   if part == 'head':
     space = rows.get(names.DECODER, 0) // times
+  told = _told(found.config, part)
+  if told and math.prod(told) == times * space:
+    return told
   side = math.isqrt(space)
   if not side or side**2 != space:
     raise read.WeightsError(
@@ -110,6 +121,19 @@ def grid(
       'squares at each of as many time steps'
     )
   return times, side, side
+
+
+def _told(config: Mapping[str, Any], part: str) -> tuple[int, int, int] | None:
+  """Returns the grid by what the authors' class is made with, if it is there.
+
+  It need not be that of the file: the class has defaults, too.
+  """
+  size, cell = config.get('input_size', ()), config.get(STRIDE, ())
+  if len(size) != len(cell) or len(size) not in (2, 3):
+    return None
+  *time, h, w = (n // m for n, m in zip(size, cell, strict=True))
+  pooled = POOLED if part == 'head' else 1
+  return math.prod(time), h // pooled, w // pooled  # images have no time
 
 
 def tensors(

@@ -227,6 +227,15 @@ def test_links_lead_somewhere(name):
       assert ((ROOT / name).parent / target).exists(), f'{name}: {target}'
 
 
+def test_tests_that_are_named_exist():
+  files = (ROOT / 'tests').rglob('test_*.py')
+  text = '\n'.join(path.read_text() for path in files)
+  defined = set(re.findall(r'^def (test_\w+)\(', text, re.MULTILINE))
+  named = re.findall(r'::(test_\w+)', '\n'.join(map(text_of, DOCUMENTS)))
+  assert len(named) > 20
+  assert set(named) <= defined
+
+
 def test_what_runs_elsewhere_does():
   for place, words in RUN_ELSEWHERE.values():
     assert words in text_of(place)

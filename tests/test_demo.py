@@ -1,4 +1,4 @@
-"""Demos in small; SALT's is run whole, and learns, in the notebook's test."""
+"""Demos in small; SALT's is run whole, and learns, in `test_docs.py`."""
 
 import json
 

@@ -9,6 +9,7 @@ import configparser
 import contextlib
 import functools
 import importlib
+import json
 import os
 import pathlib
 import re
@@ -300,6 +301,18 @@ def test_commands_run(name, tmp_path):
     for words in commands(block.text) if block.language == 'bash' else ():
       if ' '.join(words) not in RUN_ELSEWHERE and words not in done:
         _run(_program(words), clone)
+  if name == 'README.md':
+    _the_demo_learned(clone / 'runs/demo/demo.json')
+
+
+def _the_demo_learned(path):
+  """Raises where a baseline sees nearly what the trained encoder does."""
+  rows = json.loads(path.read_text())['accuracy']
+  accuracy = {name: row['accuracy'] for name, row in rows.items()}
+  trained = accuracy.pop('latent_student (trained)')
+  accuracy.pop('pixel_teacher (trained)')
+  for name, other in accuracy.items():
+    assert trained > other + 0.15, name
 
 
 def _program(words):

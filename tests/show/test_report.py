@@ -31,6 +31,7 @@ def _text(path):
   return re.sub(r'\s+', ' ', path.read_text())
 
 
+@pytest.mark.slow
 def test_the_page_refers_to_files_that_exist(finished):
   path = report.write(finished, clips=2)
   text = _text(path)
@@ -77,6 +78,7 @@ def test_what_is_shown_is_what_the_loss_measures(finished):
   assert not shown.method.reconstruct(params, shown.batch, rng, student)
 
 
+@pytest.mark.slow
 def test_a_phase_without_a_checkpoint_says_so(finished, tmp_path):
   copy = tmp_path / 'run'
   shutil.copytree(finished, copy)
@@ -104,6 +106,7 @@ def test_masks_that_cannot_be_drawn_end_nothing(tmp_path, capsys):
   assert f'{tmp_path}: its masks could not be drawn' in told
 
 
+@pytest.mark.slow
 def test_masks_that_ask_no_teacher_are_in_the_report_alone(finished, capsys):
   masks.save_in(str(finished))
   assert not capsys.readouterr().err and not [*finished.glob('*mask*.png')]

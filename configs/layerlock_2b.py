@@ -17,8 +17,8 @@ source). Ours: not run.
 """
 
 from vssl_jax import config as config_lib
-from vssl_jax import encoders, methods
 from vssl_jax.data import options
+from vssl_jax.methods import layerlock_config
 
 SIZES = ('S', 'B', 'L', 'H', 'G', 'e')
 VARIANTS = ('mae', 'mae-flops', 'pixels', 'subset', 'control')
@@ -52,7 +52,7 @@ def get_config(variant='G'):
   c.optim.update(dict(lr_batch=2048 if big else 1024, clip=1.0))
   c.optim.update(dict(weight_decay=0.05, weight_decay_end=0.05))
   if knob == 'mae-flops':
-    m.total = _steps_for_as_many_flops(c)
+    m.total = layerlock_config.mae_steps(m, options.spec(c.data).shape)
   c.optim.warmup = min(10_000, m.total // 20)
   if knob in ('mae', 'mae-flops'):
     m.schedule = f'((0, {m.total}),)'
@@ -68,14 +68,3 @@ def get_config(variant='G'):
     m.vit.update(dict(positions='rope_3d', gelu='exact'))
     m.vit.mean, m.vit.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
   return c
-
-
-def _steps_for_as_many_flops(c):
-  """Returns how many steps without locks cost what the page's run costs."""
-  clip = options.spec(c.data).shape
-  method = methods.build(c.method, clip, encoders.module_of)
-  flops = [
-    (phase.steps, method.cost(phase, clip).total) for phase in method.phases()
-  ]
-  # Its first phase is an MAE.
-  return round(sum(n * cost for n, cost in flops) / flops[0][1])

@@ -118,6 +118,19 @@ def build(
   return make(config, encoder, _schedule(config, encoder), video)
 
 
+def mae_steps(config: ml_collections.ConfigDict, video: tuple[int, ...]) -> int:
+  """Returns how many steps without locks cost what a run with them costs.
+
+  Args:
+    config: `config.method` of the run with locks, pixels first.
+    video: (T, H, W, C) of a clip.
+  """
+  encoder = _encoder(config)
+  method = _mae(config, encoder, _schedule(config, encoder), video)
+  costs = [(p.steps, method.cost(p, video).total) for p in method.plan]
+  return round(sum(n * flops for n, flops in costs) / costs[0][1])
+
+
 def trial(
   config: ml_collections.ConfigDict,
 ) -> tuple[ml_collections.ConfigDict, int, int]:

@@ -291,6 +291,11 @@ HIERA_T = _hiera('T', 5.657e-4, 0.1, **FIFTY) | {'data.repeats': 2}
 
 # Teachers of the run's own, before the student.
 OWN = {'image': '@image_teacher', 'video': '@video_teacher'}
+OF_OWN = ('image_teacher', 'video_teacher')
+SCRATCH = {
+  'batch_size': 192, 'data.examples': 9537,
+  **{f'shapes.{name}': VIT['S'] for name in OF_OWN},
+}  # fmt: skip
 MADE = {
   'masks.image_teacher': {'frames': (392, 1176)},
   'masks.video_teacher': {'tube': (160, 1408)},
@@ -334,6 +339,22 @@ RECIPES = {
   'pmd_k400.py:B-self': PMD_SELF | {'count': 6},
   'pmd_single_gpu.py': _pmd(MVD_SMALL, 3, 'float32'),
   'pmd_single_gpu.py:mvd': MVD_SMALL | {'method.feature_loss': 'mse'},
+  'pmd_single_gpu.py:mvd-flops': {'steps': {'mask_90': 43 * 195}},
+  'pmd_scratch_ucf101.py': SCRATCH
+  | {
+    'lr.mask_75': _rise(1.125e-4, 20 * 49),
+    'count': 6,
+    'steps': dict.fromkeys(OF_OWN, 100 * 49)
+    | {f'mask_{ratio}': 50 * 49 for ratio in (75, 80, 85, 90)},
+  },
+  'kdhiera_scratch.py': SCRATCH
+  | {
+    'lr.distill': _rise(4.899e-4, 10 * 49),
+    'teachers.distill': OWN,
+    'steps': dict.fromkeys((*OF_OWN, 'distill'), 100 * 49),
+    'shapes.distill': HIERA['T'],
+    'method.mask_ratio': 0.9,
+  },
   'hiera_mae_k400.py:B': _hiera('B', 8e-4, 0.1),
   'hiera_mae_k400.py:B+': _hiera('B+', 8e-4, 0.2),
   'hiera_mae_k400.py:L': _hiera('L', 8e-4, 0.2),

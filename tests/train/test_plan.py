@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import pathlib
 import re
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.train import conftest, toy
-from vssl_jax import encoders, methods, sharding, trees
+from vssl_jax import encoders, main, methods, sharding, trees
 from vssl_jax.methods import base
 from vssl_jax.train import ahead, memory, metrics, plan
 from vssl_jax.train import run as run_lib
@@ -240,3 +241,31 @@ def test_a_missing_tpu_compiler_says_how_to_get_it(tmp_path, monkeypatch):
 )
 def test_peaks_go_by_the_names_that_jax_gives(kind, tflops):
   assert metrics.peak_flops(kind=kind) == tflops * 1e12
+
+
+@pytest.mark.slow
+def test_the_table_of_what_the_largest_page_fits_on(capsys):
+  """Rows of launch/README.md are those of its `--plan`."""
+  root = pathlib.Path(__file__).parents[2]
+  page = root / 'configs/layerlock_4b.py'
+  assert main.main([f'--config={page}', '--plan']) == 0
+  planned = {}
+  for line in capsys.readouterr().out.splitlines():
+    found = re.match(r'\s+1 x (\d+)\s+(\w+)((?:\s+[\d.]+){6})(.*)', line)
+    if found:
+      devices, phase, numbers, fits = found.groups()
+      numbers = [float(x) for x in numbers.split()]
+      answers = [word == 'yes' for word in re.findall('yes|no', fits)]
+      planned[devices, phase] = [*numbers[:3], numbers[-1]], answers[1:]
+  rows = re.findall(
+    r'^\| (\d+) \| (pixels|lock_37) \| (.*) \|$',
+    (root / 'launch/README.md').read_text(),
+    re.MULTILINE,
+  )
+  assert len(rows) == 4
+  for devices, phase, rest in rows:
+    exact, total, *fits = rest.split(' | ')
+    numbers, answers = planned[devices, phase]
+    assert [float(x) for x in exact.split(' + ')] == numbers[:3]
+    assert float(total) == pytest.approx(numbers[3], abs=0.06)
+    assert [x == 'yes' for x in fits] == answers

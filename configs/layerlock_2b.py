@@ -6,7 +6,7 @@ clips of the authors' own. Variants: sizes `:S :B :L :H :G` (default G, the 2B
 of the name), `:mae` (the baseline of as many steps, no lock), `:mae-flops` (of
 as many FLOPs, the targets' included: 1.54 times the steps for G), `:pixels`
 (locks with the pixel target throughout), `:subset` (the target on 5 % of the
-positions), `:control` (latent target without locks, which collapses),
+positions), `:control` (latent target without locks, said to collapse),
 `:control-block` (the same under V-JEPA's long blocks, which show 80 tokens in
 place of 78: is it the mask that collapses?), `:vjepa` (ViT-L, locks under
 V-JEPA's masks and average). After a size they are joined by a dash: `:L-mae`.

@@ -22,14 +22,14 @@ def get_config(variant=''):
     raise ValueError(
       f'layerlock_4b.py: found :{variant}, wanted one of {VARIANTS} or nothing'
     )
-  size = f'e-{variant}' if variant else 'e'
-  _, c = config_lib.load(f'configs/layerlock_2b.py:{size}')
+  mae = variant.startswith('mae')
+  knob = f'-{variant}' if variant and not mae else ''
+  _, c = config_lib.load(f'configs/layerlock_2b.py:e{knob}')
   c.method.total = 488_281
   c.method.frozen_dtype = 'bfloat16'
   if variant == 'mae-flops':
-    c.method.schedule = ''
     clip = options.spec(c.data).shape
     c.method.total = layerlock_config.mae_steps(c.method, clip)
-  if variant in ('mae', 'mae-flops'):
+  if mae:
     c.method.schedule = f'((0, {c.method.total}),)'
   return c

@@ -78,10 +78,9 @@ class Panel:
       done: steps done.
     """
     if self._phase != span.phase.name:
-      self._phase = span.phase.name
+      self._phase, self._early = span.phase.name, {}
       if span.phase.init == 'fresh':
-        # Another encoder: nothing to compare with.
-        self._weights, self._early = {}, {}
+        self._weights = {}  # another encoder: nothing to compare with
       self._encode = jax.jit(
         lambda params, video: _summary(
           run.method.encode(params, video, phase=span.phase)

@@ -3,9 +3,6 @@
 import json
 import os
 import pickle
-import shutil
-import subprocess
-import sys
 
 import pytest
 
@@ -144,74 +141,3 @@ def test_damaged_records_have_a_reason():
   for bad in (record[:10], record[:20], records.MAGIC + b'\xff' * 8):
     with pytest.raises(decode.VideoError, match='unreadable'):
       records.unpack(bad)
-
-
-WRITE_TFDS = """
-import sys
-import numpy as np
-import tensorflow_datasets as tfds
-
-class Toy(tfds.core.GeneratorBasedBuilder):
-  VERSION = tfds.core.Version('1.0.0')
-
-  def _info(self):
-    features = tfds.features.FeaturesDict({
-      'video': np.object_,
-      'label': tfds.features.ClassLabel(names=['sit', 'stand']),
-      'name': tfds.features.Text(),
-    })
-    return tfds.core.DatasetInfo(builder=self, features=features)
-
-  def _split_generators(self, manager):
-    return {'train': self._generate_examples()}
-
-  def _generate_examples(self):
-    for i in range(6):
-      yield i, {'video': b'film %d' % i, 'label': i % 2, 'name': f'n{i}'}
-
-builder = Toy(data_dir=sys.argv[1], file_format='array_record')
-builder.download_and_prepare()
-"""
-
-
-@pytest.fixture(scope='module')
-def tfds_written(tmp_path_factory):
-  root = tmp_path_factory.mktemp('tfds')
-  subprocess.run(
-    [sys.executable, '-c', WRITE_TFDS, str(root)],
-    check=True,
-    capture_output=True,
-  )
-  return root / 'toy' / '1.0.0'
-
-
-@pytest.fixture
-def tfds_folder(tfds_written, tmp_path):
-  return str(shutil.copytree(tfds_written, tmp_path / 'toy' / '1.0.0'))
-
-
-@pytest.mark.filterwarnings('ignore')
-def test_tfds_directories_need_no_tensorflow(tfds_folder):
-  found = sources.find(tfds_folder)
-  items = [found.item(i) for i in range(len(found))]
-  assert {item.media for item in items} == {b'film %d' % i for i in range(6)}
-  for item in items:
-    assert item.label == int(item.media[-1:]) % 2
-  assert found.classes == ('sit', 'stand')
-  assert len(sources.find(tfds_folder, split='train[:50%]')) == 3
-  assert pickle.loads(pickle.dumps(found)).item(0).media == items[0].media
-
-
-@pytest.mark.filterwarnings('ignore')
-def test_tfds_directories_import_nothing_of_their_own(tfds_folder, tmp_path):
-  path = os.path.join(tfds_folder, 'features.json')
-  with open(path, encoding='utf-8') as file:
-    text = file.read()
-  strange = text.replace(
-    'tensorflow_datasets.core.features.text_feature.Text', 'evil.module.Text'
-  )
-  assert strange != text
-  with open(path, 'w', encoding='utf-8') as file:
-    file.write(strange)
-  with pytest.raises(ValueError, match=r'evil\.module'):
-    sources.find(tfds_folder)

@@ -1,4 +1,4 @@
-"""Videos inside shards: ArrayRecord files of ours, and TFDS directories.
+"""Videos inside shards: ArrayRecord files.
 
 A record of ours is `MAGIC`, the length of a JSON header (4 bytes, little
 endian), the header {"name": ..., "class": ...} and then the bytes of an
@@ -15,10 +15,12 @@ import os
 import struct
 from collections.abc import Iterator
 
-import numpy as np
-from array_record.python import array_record_data_source
+from array_record.python import (
+  array_record_data_source,
+  array_record_module,
+)
 
-from vssl_jax.data import decode
+from vssl_jax.data import decode, json_files
 from vssl_jax.data import item as item_lib
 
 MAGIC = b'VSSLREC1'
@@ -52,9 +54,7 @@ def unpack(record: bytes) -> tuple[dict, bytes]:
     (length,) = struct.unpack('<I', record[len(MAGIC) : start])
     if length > _MAX_HEADER:
       raise ValueError(f'a header of {length} bytes')
-    header = json.loads(record[start : start + length])
-    if not isinstance(header, dict):
-      raise ValueError('a header that is not an object')
+    header = json_files.parse(record[start : start + length])
   except (ValueError, struct.error) as error:
     raise decode.VideoError('unreadable', f'damaged record: {error}') from error
   return header, record[start + length :]
@@ -101,57 +101,12 @@ class Shards:
 
   def item(self, index: int) -> item_lib.Item:
     """Example `index`."""
-    with _reading(self.paths[0]):
+    with reading(f'shard near {self.paths[0]}'):
       record = self._data[index]
     header, media = unpack(record)
     name = str(header.get('name') or f'record {index}')
-    label = self._numbers.get(header.get('class'), item_lib.UNKNOWN)
+    label = self._numbers.get(str(header.get('class')), item_lib.UNKNOWN)
     return item_lib.Item(name, media, label)
-
-
-@dataclasses.dataclass(frozen=True)
-class Tfds:
-  """A split of a TFDS directory that holds encoded videos or images.
-
-  Attributes:
-    folder: the version's directory (with features.json).
-    split: such as 'train' or 'train[:90%]'.
-    media_key: feature that holds a file's content.
-    label_key: integer feature, '' for none.
-    classes: class names by label, or None.
-  """
-
-  folder: str
-  split: str
-  media_key: str
-  label_key: str
-  classes: tuple[str, ...] | None = None
-
-  @functools.cached_property
-  def _data(self) -> object:
-    return _builder(self.folder).as_data_source(split=self.split)
-
-  def __getstate__(self) -> dict:
-    return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-
-  def __setstate__(self, state: dict) -> None:
-    self.__dict__.update(state)
-
-  def __len__(self) -> int:
-    return len(self._data)
-
-  @property
-  def fingerprint(self) -> str:
-    """Hash of the split, its length and the classes."""
-    return item_lib.digest((self.split, str(len(self)), *(self.classes or ())))
-
-  def item(self, index: int) -> item_lib.Item:
-    """Example `index`."""
-    with _reading(self.folder):
-      example = self._data[index]
-    label = int(example[self.label_key]) if self.label_key else -1
-    name = f'{self.split} {index}'
-    return item_lib.Item(name, bytes(example[self.media_key]), label)
 
 
 def matches(path: str) -> bool:
@@ -163,34 +118,28 @@ def matches(path: str) -> bool:
   return bool(glob.glob(path))
 
 
-def open_source(
-  path: str, classes: tuple[str, ...] = (), split: str = 'train'
-) -> Shards | Tfds:
-  """Opens shards: a file, a pattern, a folder of them or a TFDS directory.
+def open_source(path: str, classes: tuple[str, ...] = ()) -> Shards:
+  """Opens shards: a file, a pattern or a folder of them.
 
   Args:
     path: where they are.
     classes: class names by label; () takes those beside the shards.
-    split: of a TFDS directory.
 
   Raises:
-    ValueError: what was found is not what it should be.
+    ValueError: a shard is missing or cannot be opened.
   """
   if os.path.isdir(path):
-    if os.path.isfile(os.path.join(path, 'features.json')):
-      return _open_tfds(path, classes, split)
     pattern = os.path.join(glob.escape(path), PATTERN)
   else:
     pattern = glob.escape(path) if os.path.isfile(path) else path
   paths = tuple(sorted(glob.glob(pattern)))
+  for shard in paths:
+    count(shard)
   index = os.path.join(os.path.dirname(paths[0]), INDEX)
-  if not classes and os.path.isfile(index):
-    with open(index, encoding='utf-8') as file:
-      found = json.load(file)
-    classes = tuple(found.get('classes') or ())
-    missing = sorted(
-      set(found.get('shards', ())) - {os.path.basename(p) for p in paths}
-    )
+  if os.path.isfile(index):
+    names, shards = _read_index(index)
+    classes = classes or names
+    missing = sorted(shards - {os.path.basename(p) for p in paths})
     if missing and os.path.isdir(path):
       raise ValueError(
         f'{path}: {INDEX} lists shards that are not there: {missing[:5]}; '
@@ -199,63 +148,59 @@ def open_source(
   return Shards(paths, classes or None)
 
 
-def _open_tfds(folder: str, classes: tuple[str, ...], split: str) -> Tfds:
-  features = _builder(folder).info.features
-  media = [k for k, v in features.items() if _holds_bytes(v)]
-  known = [k for k in ('video', 'image', 'clip', 'media') if k in media]
-  if len(known or media) != 1:
+def _read_index(path: str) -> tuple[tuple[str, ...], set[str]]:
+  """Returns class names and names of shards from an index."""
+  try:
+    index = json_files.load(path)
+    names, shards = index.get('classes') or [], index.get('shards') or []
+    for key, values in (('classes', names), ('shards', shards)):
+      if not isinstance(values, list) or not all(
+        isinstance(value, str) for value in values
+      ):
+        raise ValueError(f'{path}: {key!r} is no list of names')
+  except ValueError as error:
     raise ValueError(
-      f'{folder}: wanted one feature with the bytes of a video (object, '
-      f'without TensorFlow), found {media} among {dict(features)}'
-    )
-  label = 'label' if 'label' in features else ''
-  if label and not classes:
-    classes = tuple(getattr(features[label], 'names', None) or ())
-  return Tfds(folder, split, (known or media)[0], label, classes or None)
+      f'{error}. Copy it again, or make it anew by starting '
+      'vssl_jax.data.prepare again with the same --out'
+    ) from error
+  return tuple(names), set(shards)
 
 
-def _holds_bytes(feature: object) -> bool:
-  """Whether a feature is one string of bytes (not a class label)."""
-  kind = np.dtype(feature.np_dtype).kind if feature.shape == () else ''
-  return kind in 'OSU' and bool(kind)
+def count(path: str) -> int:
+  """Returns the number of records of a shard.
 
-
-@functools.lru_cache(maxsize=8)
-def _builder(folder: str) -> object:
-  """Reads a TFDS directory whose features are TFDS's own classes.
-
-  features.json names Python classes that TFDS imports: others are refused.
+  Raises:
+    ValueError: it is no ArrayRecord file, or is cut; its name is in the
+      message.
   """
-  path = os.path.join(folder, 'features.json')
-  with open(path, encoding='utf-8') as file:
-    strange = sorted(set(_class_names(json.load(file))))
-  if strange:
+  try:
+    reader = array_record_module.ArrayRecordReader(path)
+    number = reader.num_records()
+    reader.close()
+  except (RuntimeError, ValueError, OSError) as error:
+    size = os.path.getsize(path) if os.path.exists(path) else 0
     raise ValueError(
-      f'{path} asks to import {strange}; only tensorflow_datasets.core is '
-      'trusted'
-    )
-  import tensorflow_datasets as tfds  # slow, and needed here only
-
-  return tfds.builder_from_directory(folder)
-
-
-def _class_names(tree: object) -> Iterator[str]:
-  """Yields the class names in features.json that are not TFDS's own."""
-  if isinstance(tree, dict):
-    for key, value in tree.items():
-      if key == 'pythonClassName':
-        if not str(value).startswith('tensorflow_datasets.core.features.'):
-          yield str(value)
-      else:
-        yield from _class_names(value)
-  elif isinstance(tree, list):
-    for value in tree:
-      yield from _class_names(value)
+      f'{path}: found {size} bytes that are not a whole ArrayRecord file '
+      f'({str(error).split(";")[0][:200] or "its end is missing"}); copy or '
+      'make it again, or remove it'
+    ) from error
+  return number
 
 
 @contextlib.contextmanager
-def _reading(path: str) -> Iterator[None]:
+def reading(place: str) -> Iterator[None]:
+  """Turns what readers of records raise into VideoError.
+
+  Args:
+    place: the record, for the message.
+  """
   try:
     yield
-  except (RuntimeError, ValueError, IndexError, OSError) as error:
-    raise decode.VideoError('io', f'shard near {path}: {error}') from error
+  except decode.VideoError:
+    raise
+  except (OSError, RuntimeError) as error:
+    raise decode.VideoError('io', f'{place}: {error}') from error
+  except (
+    ValueError, IndexError, KeyError, TypeError, AttributeError,
+  ) as error:  # fmt: skip
+    raise decode.VideoError('unreadable', f'{place}: {error}') from error

@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from vssl_jax.data import decode, manifests, records
+from vssl_jax.data import decode, manifests, records, tfds_folder
 from vssl_jax.data import item as item_lib
 
 
@@ -142,8 +142,10 @@ def find(
     )
   parts = []
   for path in paths:
-    if records.matches(path):
-      part = records.open_source(path, tuple(classes), split)
+    if tfds_folder.matches(path):
+      part = tfds_folder.open_source(path, tuple(classes), split)
+    elif records.matches(path):
+      part = records.open_source(path, tuple(classes))
     elif os.path.isdir(path):
       part = folder(path, tuple(classes))
     elif os.path.isfile(path):

@@ -4,7 +4,8 @@
 # What it chooses can be chosen for it:
 #   VSSL_PYTHON        the Python to build on
 #   VSSL_ACCELERATOR   cpu, cuda12, cuda13 or tpu
-#   VSSL_VENV          where the environment goes (default: .venv in the clone)
+#   VSSL_VENV          where the environment goes (default: .venv in the clone);
+#                      a new folder, or one that these scripts made
 #   VSSL_EXTRAS        more extras of setup.cfg, e.g. parity,tensorboard
 #
 # Everything it says goes to stderr: stdout belongs to the program it starts.
@@ -12,6 +13,7 @@
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=${VSSL_VENV:-$root/.venv}
 [[ $venv == /* ]] || venv=$PWD/$venv
+while [[ $venv == ?*/ ]]; do venv=${venv%/}; done
 
 say() { printf 'launch: %s\n' "$*" >&2; }
 
@@ -127,24 +129,82 @@ stamp() {
   } | cksum
 }
 
+# What python -m venv and pip make in an environment, and this script's marks.
+#   .vssl_own    this script made the folder: it was not there, or empty
+#   .vssl_begun  packages are being installed
+#   .vssl_made   they are complete: the stamp, then the extras
+venv_parts='bin include lib lib64 share etc pyvenv.cfg .gitignore'
+venv_marks='.vssl_begun .vssl_made .vssl_own'
+
+# Prints the first entry of the environment's folder that is none of NAME...
+other_than() {
+  local path
+  for path in "$venv"/* "$venv"/.[!.]* "$venv"/..?*; do
+    if [[ -e $path || -L $path ]] && [[ " $* " != *" ${path##*/} "* ]]; then
+      printf '%s' "$path"
+      return
+    fi
+  done
+}
+
+# Fails where the environment's place holds what is not this script's.
+check_place() {
+  local remedy='Nothing in it was touched. Set VSSL_VENV to a folder that does'
+  remedy+=' not exist yet, or move this one away.'
+  if [[ -e $venv && ! -d $venv ]]; then
+    fail "$venv is not a folder. $remedy"
+  fi
+  if [[ -n $(other_than) && ! -e $venv/.vssl_own && ! -e $venv/.vssl_made ]]
+  then
+    fail "$venv is not an environment that this script made. $remedy"
+  fi
+}
+
+# Makes way for a new environment. One that was never complete holds nothing
+# but a half of this script's work, and is removed part by part. Another may
+# hold packages that the user installed: it is moved aside.
+clear_place() {
+  local name aside=$venv.old why
+  why="the last set-up of $venv did not finish, or its Python is gone"
+  if [[ -e $venv/.vssl_made ]]; then
+    while [[ -e $aside || -L $aside ]]; do aside+=.old; done
+    mv "$venv" "$aside"
+    say "$why: starting afresh. What was there is now $aside; remove it when" \
+      'nothing in it is needed.'
+    return
+  fi
+  # shellcheck disable=SC2086 # lists of words
+  name=$(other_than $venv_parts $venv_marks)
+  [[ -z $name ]] || fail "$why, and $name is no part of an environment." \
+    'Nothing was touched. Move it out of there and start again.'
+  say "$why: starting afresh"
+  # The marks go last: interrupted here, the rest is still known as ours.
+  for name in $venv_parts $venv_marks; do
+    rm -rf "${venv:?}/$name"
+  done
+}
+
 # make_environment EXTRA...: an environment with the project and these extras.
 make_environment() {
-  local made=$venv/.vssl_made begun=$venv/.vssl_begun
-  local wanted missing='' have='' name python
+  local made=$venv/.vssl_made begun=$venv/.vssl_begun own=$venv/.vssl_own
+  local wanted missing='' have='' name python parent=${venv%/*}
+  local unwritable="$venv cannot be written. Set VSSL_VENV to another folder."
   wanted=$(printf '%s ' "$@" "${VSSL_EXTRAS:-}" | tr ',' ' ')
+  check_place
+  mkdir -p "${parent:-/}" || fail "$unwritable"
 
-  # One start at a time; the descriptor is closed again below, so that the
-  # program does not hold the lock while it runs.
-  exec 9<"$root/launch"
-  if command -v flock >/dev/null && ! flock -n 9; then
+  # One start at a time, of all clones that share the environment; the
+  # descriptor is closed again below, so that the program does not hold the
+  # lock while it runs.
+  exec 9<"${parent:-/}"
+  if command -v flock >/dev/null && ! flock -n 9 2>/dev/null; then
     say 'waiting for another start that is setting up'
-    flock 9
+    flock 9 || say "no locks in ${parent:-/}: start one set-up at a time"
   fi
+  check_place
 
-  if [[ -e $begun || ( -d $venv && -e $made && ! -x $venv/bin/python ) ]]; then
-    say "the last set-up of $venv did not finish, or its Python is gone:" \
-      'starting afresh'
-    rm -rf "$venv"
+  if [[ -e $begun || ( -e $made && ! -x $venv/bin/python ) ]]; then
+    clear_place
   fi
   if [[ -r $made && $(head -n 1 "$made") == "$(stamp)" ]]; then
     have=$(tail -n 1 "$made")
@@ -153,39 +213,48 @@ make_environment() {
     [[ " $have " == *" $name "* ]] || missing+=${missing:+,}$name
   done
   if [[ -z $have || -n $missing ]]; then
+    # A program that is interrupted may end as if it had failed by itself.
+    trap 'fail "interrupted while setting up $venv; start again to go on."' \
+      INT TERM
     if [[ ! -x $venv/bin/python ]]; then
       python=$(find_python)
       say "making $venv with $("$python" -V) ($python)"
-      mkdir -p "$venv"
-      touch "$begun"
+      mkdir -p "$venv" || fail "$unwritable"
+      touch "$own" "$begun" || fail "$unwritable"
       "$python" -m venv "$venv" || fail "$python could not make $venv."
     fi
-    touch "$begun"
+    touch "$begun" || fail "$unwritable"
     install "${missing:-cpu}"
     for name in $wanted; do
       [[ " $have " == *" $name "* ]] || have+="${have:+ }$name"
     done
     printf '%s\n%s\n' "$(stamp)" "${have:-cpu}" >"$made"
     rm "$begun"
+    trap - INT TERM
   fi
   exec 9<&-
 }
 
 # cpu is no extra of setup.cfg: it needs nothing more than everyone has.
 install() {
-  local extras=",$1," quiet=(-q)
+  local extras=",$1,"
   extras=${extras/,cpu,/,}
   extras=${extras#,}
   extras=${extras%,}
-  if [[ -t 2 ]]; then quiet=(); fi
   say "installing${extras:+ with $extras}, a minute or a few the first time"
-  "$venv/bin/python" -m pip install --disable-pip-version-check \
-    ${quiet[@]+"${quiet[@]}"} -c "$root/launch/constraints.txt" \
-    -e "$root${extras:+[$extras]}" >&2 ||
-    fail 'pip failed (its message is above); start again when that is mended.'
+  pip_install -c "$root/launch/constraints.txt" -e "$root${extras:+[$extras]}"
   if [[ ,$extras, == *,parity,* ]]; then
-    "$venv/bin/python" -m pip install --disable-pip-version-check \
-      ${quiet[@]+"${quiet[@]}"} --no-deps -r "$root/launch/parity.txt" >&2 ||
-      fail 'pip failed (its message is above); start again when that is mended.'
+    pip_install --no-deps -r "$root/launch/parity.txt"
   fi
+}
+
+# pip that fails by itself leaves an environment that it can go on with; after
+# one that was ended from outside, the next start begins afresh.
+pip_install() {
+  local quiet=(-q)
+  if [[ -t 2 ]]; then quiet=(); fi
+  "$venv/bin/python" -m pip install --disable-pip-version-check \
+    ${quiet[@]+"${quiet[@]}"} "$@" >&2 && return
+  if (($? < 128)); then rm "$venv/.vssl_begun"; fi
+  fail 'pip failed (its message is above); start again when that is mended.'
 }

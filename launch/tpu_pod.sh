@@ -29,7 +29,11 @@ delete() { pod delete "$TPU_NAME" --quiet; }
 # look (VSSL_CLUSTER).
 start() {
   local line
-  line="rm -rf vssl_jax && mkdir vssl_jax && tar -xzf clone.tar.gz -C vssl_jax"
+  # Only a folder with the mark of an earlier start is replaced.
+  line='if [ -e vssl_jax ] && [ ! -e vssl_jax/.vssl_pod ]; then echo "error:'
+  line+=' ~/vssl_jax on $(hostname) was not made by tpu_pod.sh; move it away"'
+  line+=' >&2; exit 2; fi; rm -rf vssl_jax && mkdir vssl_jax'
+  line+=' && touch vssl_jax/.vssl_pod && tar -xzf clone.tar.gz -C vssl_jax'
   line+=' && cd vssl_jax && export VSSL_ACCELERATOR=tpu VSSL_CLUSTER=1'
   line+=" VSSL_VENV=\$HOME/vssl_venv && $(trainer_line "$@")"
   pack "$logs/clone.tar.gz" &&

@@ -16,6 +16,9 @@ needs xpk 'pip install xpk, or look with --dry-run.'
 shared_workdir "$@"
 packed=$PWD/runs/xpk/$XPK_WORKLOAD
 where=("--cluster=$XPK_CLUSTER" "--zone=$XPK_ZONE")
+if [[ -e $packed && ! -e $packed/clone.tar.gz ]]; then
+  fail "$packed was not made by xpk.sh; move it away, or set XPK_WORKLOAD."
+fi
 step rm -rf "$packed"
 step mkdir -p "$packed/clone"
 pack "$packed/clone.tar.gz"

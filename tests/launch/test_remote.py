@@ -159,6 +159,47 @@ def test_what_is_run_is_what_a_dry_run_prints(launcher):
   assert packed.exists()
 
 
+def test_a_folder_that_others_made_is_not_removed(launcher):
+  for words in ('.', 'x'):
+    packed = launcher.root / 'runs/xpk' / words
+    packed.mkdir(parents=True, exist_ok=True)
+    (packed / 'mine').touch()
+    status, _, err = launcher.run('xpk.sh', *TRAINER, XPK_WORKLOAD=words)
+    assert (status, 'was not made by xpk.sh' in err) == (1, True)
+    assert (packed / 'mine').exists()
+  # What the hosts of a slice are given, run here.
+  _, out, _ = launcher.run('tpu_pod.sh', '--dry-run', 'run', *TRAINER)
+  command = _plain(out.splitlines()[-1])[-2].removeprefix('--command=')
+  home = launcher.root.parent / 'home'
+  (home / 'vssl_jax').mkdir(parents=True)
+  (home / 'vssl_jax/mine').touch()
+  pack = [
+    'tar',
+    '-czf',
+    home / 'clone.tar.gz',
+    '-C',
+    launcher.root,
+    'setup.cfg',
+  ]
+  subprocess.run(pack, check=True)
+  for start, wanted in enumerate((2, 127, 127)):
+    made = start > 0  # by the command itself; 127: no program to start here
+    if start == 1:
+      shutil.rmtree(home / 'vssl_jax')
+    result = subprocess.run(
+      ['bash', '-c', command],
+      cwd=home,
+      env=launcher.env | {'HOME': str(home)},
+      check=False,
+      capture_output=True,
+      text=True,
+    )
+    assert result.returncode == wanted, result.stderr
+    assert (home / 'vssl_jax/mine').exists() == (not made)
+    assert (home / 'vssl_jax/setup.cfg').exists() == made
+    assert ('error: ~/vssl_jax on' in result.stderr) == (not made)
+
+
 def test_settings_come_from_the_env_file_unless_set(launcher):
   _, out, _ = launcher.run('tpu_pod.sh', '--dry-run', 'create')
   assert '--accelerator-type=v5p-128 --version=v2-alpha-tpuv5 --zone' in out

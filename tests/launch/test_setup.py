@@ -11,7 +11,7 @@ import time
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-TOOLS = 'bash cat cksum dirname flock grep head mkdir rm tail touch tr env'
+TOOLS = 'bash cat cksum dirname flock grep head mkdir mv rm tail touch tr env'
 PIP = """
 import os, pathlib, signal, sys, time
 print('Successfully installed everything')
@@ -23,8 +23,12 @@ if do == 'fail':
 if do == 'slow':
   time.sleep(1)
 if do == 'kill':
-  pathlib.Path(sys.prefix, 'half-unpacked').touch()
+  pathlib.Path(sys.prefix, 'lib/half-unpacked').touch()
   os.kill(os.getppid(), signal.SIGKILL)
+if do == 'ctrl-c':  # to all processes of the terminal; pip then exits with 1
+  signal.signal(signal.SIGINT, lambda *_: sys.exit(1))
+  os.killpg(0, signal.SIGINT)
+  time.sleep(9)
 """
 MAIN = """
 import json, os, sys, time
@@ -80,6 +84,7 @@ class Clone:
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
+      process_group=0,
     )
 
   def run(self, *args, **kwargs):
@@ -156,27 +161,94 @@ def test_parity_has_packages_without_what_they_ask_for(clone):
   assert second.endswith(f' --no-deps -r {clone.root}/launch/parity.txt')
 
 
+def _files(folder):
+  """Returns every path below a folder, with the content of files."""
+  return {
+    str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+    for path in folder.rglob('*')
+  }
+
+
 @pytest.mark.slow
-def test_recovers_from_an_interrupted_install(clone):
-  assert clone.run(STUB_PIP='kill')[0] == -9
-  assert (clone.root / '.venv/half-unpacked').exists()
+@pytest.mark.parametrize('how, status', [('kill', -9), ('ctrl-c', 1)])
+def test_an_interrupted_first_set_up_is_begun_afresh(clone, how, status):
+  got, out, err = clone.run(STUB_PIP=how)
+  assert (got, out) == (status, ''), err
+  venv = clone.root / '.venv'
+  (venv / 'lib/half-unpacked').touch()
+  (venv / 'mine').mkdir()
+  before = _files(venv)
+  status, _, err = clone.run()
+  assert (status, f'{venv}/mine is no part' in err) == (1, True), err
+  assert _files(venv) == before
+  (venv / 'mine').rmdir()
   status, _, err = clone.run()
   assert (status, 'did not finish' in err) == (0, True), err
-  assert not (clone.root / '.venv/half-unpacked').exists()
-  # A Python that was removed from under the environment.
-  (clone.root / '.venv/bin/python').unlink()
-  status, _, err = clone.run()
-  assert status == 0, err
-  assert len(clone.installs()) == 3
+  assert not (venv / 'lib/half-unpacked').exists()
+  assert len(clone.installs()) == 2
 
 
 @pytest.mark.slow
-def test_a_failed_install_starts_nothing(clone):
-  status, out, err = clone.run(STUB_PIP='fail')
-  assert (status, out) == (1, '')
-  assert 'no network' in err
-  assert 'pip failed' in err
-  assert clone.run()[0] == 0
+def test_an_environment_that_was_complete_is_moved_aside(clone):
+  # The user has added a package; then an update is killed, or Python is gone.
+  clone.run()
+  venv = clone.root / '.venv'
+  (venv / 'lib/package').write_text('mine')
+  assert clone.run(STUB_PIP='kill', VSSL_EXTRAS='tensorboard')[0] == -9
+  status, _, err = clone.run()
+  assert (status, f'now {venv}.old;' in err) == (0, True), err
+  assert (clone.root / '.venv.old/lib/package').read_text() == 'mine'
+  (venv / 'bin/python').unlink()
+  status, _, err = clone.run()
+  assert (status, f'now {venv}.old.old;' in err) == (0, True), err
+  assert (clone.root / '.venv.old/lib/package').read_text() == 'mine'
+  assert len(clone.installs()) == 4
+
+
+@pytest.mark.slow
+def test_a_failed_install_starts_nothing_and_removes_nothing(clone):
+  for extras in ('', 'tensorboard'):  # the first set-up, then an update
+    status, out, err = clone.run(STUB_PIP='fail', VSSL_EXTRAS=extras)
+    assert (status, out) == (1, '')
+    assert 'no network' in err
+    assert 'pip failed' in err
+    mine = clone.root / '.venv/lib' / f'package {extras}'
+    mine.touch()
+    status, out, err = clone.run()
+    assert status == 0, err
+    assert mine.exists()
+  assert not (clone.root / '.venv.old').exists()
+
+
+@pytest.mark.parametrize(
+  'place', ['environment', 'folder', 'with a slash/', 'link', 'file', 'hidden']
+)
+def test_what_it_did_not_make_is_refused_and_left_alone(clone, place):
+  # Named by a mistake, such as VSSL_VENV=$HOME, or by intent.
+  mine = clone.elsewhere / place
+  target = mine
+  if place == 'link':
+    target = clone.elsewhere / 'target'
+    mine.symlink_to(target)
+  if place == 'file':
+    mine.write_text('mine')
+  else:
+    target.mkdir()
+    (target / ('.notes' if place == 'hidden' else 'notes')).write_text('mine')
+  if place == 'environment':
+    (target / 'bin').mkdir()
+    (target / 'bin/python').symlink_to(sys._base_executable)
+    (target / 'pyvenv.cfg').touch()
+  before = _files(clone.elsewhere)
+  for pip in ('fail', ''):
+    # A name relative to where the user stands.
+    status, out, err = clone.run(STUB_PIP=pip, VSSL_VENV=place)
+    assert (status, out) == (1, '')
+    last = err.splitlines()[-1]
+    assert str(mine) in last
+    assert 'Set VSSL_VENV to a folder that does not exist yet' in last
+    assert _files(clone.elsewhere) == before
+  assert clone.installs() == []
 
 
 def test_two_starts_at_once_install_once(clone):

@@ -39,8 +39,27 @@ def test_parts_stay_in_their_part_where_they_fit():
     for chance in (0.0, 0.999):
       numbers = transforms.part(80, 4, 5, chance, which, 4)
       assert which * 20 <= numbers[0] and numbers[-1] < (which + 1) * 20
-  last = transforms.part(20, 4, 4, 0.5, 3, 4)  # 13 frames into a part of 5
-  assert last.tolist() == [7, 11, 15, 19]
+
+
+@pytest.mark.parametrize(
+  ('count', 'parts'),
+  [(300, 8), (530, 8), (46, 2), (250, 2), (129, 2), (128, 2), (40, 2), (90, 1)],
+)
+def test_parts_start_where_the_published_code_starts_them(count, parts):
+  """Starts of clips of 16 frames, 4 apart, in V-JEPA 2's data set."""
+  length, part = 64, count // parts
+  for which in range(parts):
+    if part > length:  # randint(length, part) - length
+      wanted = {which * part + i for i in range(part - length)}
+    elif count > length:
+      wanted = {which * ((count - length) // (parts - 1))} if parts > 1 else {0}
+    else:
+      wanted = {0}
+    found = {
+      int(transforms.part(count, 16, 4, chance, which, parts)[0])
+      for chance in np.linspace(0, 1, 4001)[:-1]
+    }
+    assert found == wanted
 
 
 def test_scattered_takes_one_frame_of_each_part():

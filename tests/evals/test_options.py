@@ -42,6 +42,16 @@ def test_classifiers_have_the_published_size(page, classes, wanted):
   )
 
 
+@pytest.mark.parametrize('page', ['probe_ssv2.py', 'probe_k400.py'])
+def test_pages_take_the_published_clips(page):
+  """V-JEPA 2: a segment in each part; one view is 224 of 256 pixels."""
+  for variant, part in (('', 1.0), (':fast', 0.875)):
+    _, c = config_lib.load(f'configs/{page}{variant}')
+    assert (c.data.sampling, c.data.crop_part) == ('parts', part)
+    settings = probe.Settings.of(c.probe)
+    assert settings.held_out_fraction == (0.0 if variant else 0.1)
+
+
 def test_depth_has_the_published_size():
   _, c = config_lib.load('configs/depth_scannet.py')
   clip = data_options.spec(c.data).shape

@@ -57,7 +57,8 @@ def default() -> ml_collections.ConfigDict:
       size=(224, 224),  # height, width in pixels
       channels=3,  # 1: grey
       # 'window': T neighbours anywhere; 'middle': those in the middle, always;
-      # 'parts': anywhere, but repeat r in the r-th of `repeats` equal parts;
+      # 'parts': repeat r anywhere in the r-th of `repeats` equal parts, or, in
+      # shorter videos, repeats at equal distances;
       # 'scattered': a frame from each of T parts
       sampling='window',
       min_frames=1,  # videos with fewer are bad; others repeat the last frame

@@ -40,9 +40,11 @@ def window(
 def part(
   count: int, frames: int, stride: int, chance: Number, which: int, parts: int
 ) -> Int[np.ndarray, 'T']:
-  """A window inside one of `parts` equal parts of the video.
+  """Frame numbers of a window inside one of `parts` equal parts of the video.
 
-  It starts in its part, and reaches into the next where that is too short.
+  Parts have count // parts frames. The window starts anywhere in its part
+  where `frames * stride` frames fit. Where they do not, windows start at equal
+  distances from the first frame on, without chance.
 
   Args:
     count: frames in the video.
@@ -54,11 +56,14 @@ def part(
 
   Returns:
     int64 [frames].
+
+  Source: V-JEPA 2, `src/datasets/video_dataset.py`, with overlapping clips.
   """
-  low, high = which * count // parts, (which + 1) * count // parts
-  span = (frames - 1) * stride + 1
-  start = low + int(chance * (max(high - low - span, 0) + 1))
-  start = max(min(start, count - span), 0)
+  length, part_length = frames * stride, count // parts
+  if part_length > length:
+    start = which * part_length + int(chance * (part_length - length))
+  else:
+    start = which * (max(count - length, 0) // max(parts - 1, 1))
   return _reachable(start + np.arange(frames) * stride, count, stride, start)
 
 

@@ -6,6 +6,8 @@ epochs, augmentation (that of probe_ssv2.py) and 2 or 4 clips x 3 views in
 testing are ours, so absolute numbers are not theirs. An encoder of LayerLock
 is tapped before the blocks that serve as its decoder; others are tapped as in
 4DS with --config.probe.depth=0.95.
+Heads are trained on 90 % of the videos; the other tenth chooses the head of
+`selected`. --config.probe.holdout=0 trains them on 100 % and reports `max`.
 Hardware: 3 heads of 11 M parameters beside the frozen encoder.
 Command: bash launch/local.sh --config=configs/probe_4ds.py:ssv2 \
   --config.encoder=<run folder, folder with published weights, or hub id> \

@@ -160,6 +160,27 @@ def test_test_batch_size_changes_nothing():
   assert four.total == 30
 
 
+def test_a_single_head_is_trained_on_all_videos():
+  """The labels of what would be held out matter to it."""
+  train = gaussians(60, 0)
+  out = probe.held_out(train.index, 0.3)
+  wrong = features.Table(
+    train.tokens,
+    np.where(out, (train.label + 1) % 3, train.label).astype(np.int32),
+    train.index,
+    train.view,
+  )
+  one = probe.Settings(epochs=2, lrs=(3e-2,), wds=(0.1,), holdout=0.3)
+  assert (one.held_out_fraction, SETTINGS.held_out_fraction) == (0.0, 0.1)
+  right, other = (
+    run('linear', settings=one, train=table, batch_size=60)
+    for table in (train, wrong)
+  )
+  assert right.history[0]['loss'] != other.history[0]['loss']
+  assert (right.selected, right.held_total, right.held) == (0, 0, None)
+  assert right.summary()['selected'] == right.summary()['max']
+
+
 def test_history_holds_one_entry_per_test():
   settings = probe.Settings(epochs=4, lrs=(1e-2,), wds=(0.1,), eval_every=2)
   found = run('linear', settings=settings)

@@ -11,9 +11,10 @@ REPORT = {
   'segments': 2,
   'clips': 1,
   'views': 3,
-  'train': {'source': 'a', 'videos': 40},
+  'train': {'source': 'a', 'videos': 40, 'trained_on': 36},
   'test': {'source': 'b', 'evaluated': 19, 'missing': 1},
   'held_out': 4,
+  'heads': [{'lr': 1e-3, 'wd': 0.01}, {'lr': 5e-3, 'wd': 0.1}],
   'classes': [f'c{i}' for i in range(10)],
   'chance': 0.1,
   'results': {
@@ -34,7 +35,7 @@ def test_text_says_how_it_was_measured_and_labels_both_accuracies():
   text = '\n'.join(lines)
   for wanted in (
     '8x32x32, stride 1, 2 segments x 3 views',
-    '40 videos of a, 4 of them held out',
+    '40 videos of a, heads are trained on 36 of them (90 %), 4 are held out',
     '19 videos of b, 1 missing',
     '10: 0 c0, 1 c1',
     'linear, frozen; tapped after block 12 of 12, final norm',
@@ -49,6 +50,15 @@ def test_text_says_how_it_was_measured_and_labels_both_accuracies():
   assert 'flatters' in best
   (chance,) = [x for x in lines if x.startswith('chance')]
   assert '10.00 %' in chance
+
+
+def test_text_states_the_share_of_the_videos_that_heads_are_trained_on():
+  every = {'train': {'source': 'a', 'videos': 40, 'trained_on': 40}}
+  one = report.text(REPORT | every | {'held_out': 0, 'heads': [{}]})
+  assert 'on 40 of them (100 %): one head leaves nothing to choose' in one
+  assert one.count('(the only head)') == 2 and 'flatters' not in one
+  grid = report.text(REPORT | every | {'held_out': 0})
+  assert '(100 %); none is chosen without the test videos' in grid
 
 
 def test_clips_that_vote_alone_are_told():

@@ -150,6 +150,7 @@ def _train(job: job_lib.Job) -> tuple[depth_fit.Trained, dict[str, Any]]:
   return found, {
     'source': lists.name(job.train),
     'examples': examples.num_examples,
+    'trained_on': job.trained_on(examples.num_examples),
     'fingerprint': examples.fingerprint,
   }
 

@@ -68,7 +68,7 @@ def fit(
     ValueError: there are no training batches.
   """
   spec = settings.spec(network, steps_per_epoch, loss=LOSSES[loss])
-  fraction = settings.holdout if held else 0.0
+  fraction = settings.held_out_fraction if held else 0.0
   state, history, seen = None, [], None
   for epoch in range(1, settings.epochs + 1):
     losses = []
@@ -84,7 +84,7 @@ def fit(
     mean = np.mean([features.fetch(x) for x in losses], axis=0)
     history.append({'epoch': epoch, 'loss': mean.tolist()})
     log(history[-1])
-  chosen = _choose(spec, state, held and held(), settings.holdout)
+  chosen = _choose(spec, state, held() if fraction else None, fraction)
   total, number = (features.fetch(x).sum(0) for x in seen)
   return Trained(spec, state, _fill(total, number), *chosen, history)
 
@@ -107,7 +107,7 @@ def _choose(
   spec: heads.Spec, state: heads.State, held: Rows | None, fraction: float
 ) -> tuple[int | None, int]:
   """Returns the best head on held-out rows and the pixels that chose it."""
-  if held is None or not fraction:
+  if held is None:
     return (0 if len(spec.pairs) == 1 else None), 0
   found, _ = add_up(spec, state, held, fraction)
   error = np.where(np.isnan(found['abs_rel']), np.inf, found['abs_rel'])

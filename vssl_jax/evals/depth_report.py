@@ -55,7 +55,8 @@ def text(report: Mapping[str, Any]) -> str:
     'protocol': f'{report["protocol"]}, frozen; tapped {report["tap"]}',
     'clips': f'{"x".join(map(str, report["clip"][:3]))}, {report["timing"]}, '
     f'{report["clips"]} clips x {report["views"]} views of an example',
-    'train': f'{train["examples"]} examples of {train["source"]}',
+    'train': f'{train["examples"]} examples of {train["source"]}, heads are '
+    f'trained on {train["trained_on"]} of them',
     'test': f'{test["examples"]} examples of {test["source"]}, '
     f'{test["unreadable"]} unreadable; {found["pixels"]} pixels with a depth',
   }

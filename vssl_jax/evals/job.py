@@ -51,6 +51,16 @@ class Job:
     """Tokens (t, h, w) of such a clip."""
     return layers.grid_of((1, *self.clip), self.encoder.module.patch)
 
+  @property
+  def held_out_fraction(self) -> float:
+    """Fraction of the training videos that no head is trained on."""
+    return probe.Settings.of(self.config.probe).held_out_fraction
+
+  def trained_on(self, videos: int) -> int:
+    """Returns how many of the training videos heads are trained on."""
+    held = probe.held_out(np.arange(videos), self.held_out_fraction)
+    return int((~held).sum())
+
   def tokens(self) -> tuple[int, ...]:
     """Returns the shape (N, D) of a clip's tokens, without computing them."""
     clip = jax.ShapeDtypeStruct((1, *self.clip), np.uint8)
@@ -111,7 +121,7 @@ class Job:
       The rows, and the videos that they come from.
     """
     config = self.config.probe
-    size, share = config.test_batch_size, config.holdout
+    size, fraction = config.test_batch_size, self.held_out_fraction
     if config.augment:
       with contextlib.closing(self.stream()) as clips:
         yield self._streamed(clips, along), clips
@@ -127,12 +137,12 @@ class Job:
         mesh=self.mesh,
       )
     epochs = probe.kept(
-      table, share, config.batch_size, seed=seed, mesh=self.mesh
+      table, fraction, config.batch_size, seed=seed, mesh=self.mesh
     )
     yield epochs, videos
 
   def _streamed(self, clips: pipeline.Clips, along: int) -> probe.Epochs:
-    config = self.config.probe
+    config, fraction = self.config.probe, self.held_out_fraction
     steps = max(clips.num_examples // config.batch_size, 1)
     stream = clips.iterator()
 
@@ -144,11 +154,13 @@ class Job:
       # Encoding the others would be wasted. Several processes must agree on
       # the number of batches, so there they all are encoded, not counted.
       if jax.process_count() == 1:
-        keep = functools.partial(probe.held_out, fraction=config.holdout)
+        keep = functools.partial(probe.held_out, fraction=fraction)
         batches = features.only(batches, keep)
       return self.encoded(batches)
 
-    return probe.Epochs(train, steps, held if config.holdout else None)
+    count = clips.num_examples
+    none_held = self.trained_on(count) == count
+    return probe.Epochs(train, steps, None if none_held else held)
 
   def _bytes(self, along: int, pool: bool) -> int:
     """Returns what keeping one video takes."""

@@ -56,7 +56,10 @@ def default() -> ml_collections.ConfigDict:
       width=1024,  # of queries, keys and values of 'readout' and of depth
       dropout=0.0,  # of what these attend to
       dtype='bfloat16',
-      holdout=0.1,  # of the training videos, to choose the head; 0.0: none
+      # Fraction of the training videos that chooses the head and that no head
+      # is trained on; 0.0: all heads are trained on all videos and none is
+      # chosen, as published. A single head is always trained on all of them.
+      holdout=0.1,
       eval_every=0,  # epochs between tests; 0: at the end only
       ks=(10, 20, 100, 200),  # neighbours of 'knn'; the report's is k=20
       # --- of the job 'depth'

@@ -2,7 +2,8 @@
 
 Two accuracies are reported. `max` is that of the best head on the test clips,
 as published probes report it; choosing there flatters. `selected` is that of
-the head chosen on a tenth of the training clips that no head was trained on.
+the head chosen on a tenth of the training clips that no head was trained on. A
+single head is both, and is trained on all of them.
 """
 
 import dataclasses
@@ -24,7 +25,8 @@ class Outcome:
     total: test videos.
     held: fraction of held-out videos that each head got right, or None.
     held_total: held-out videos.
-    selected: head chosen on the held-out videos, or None.
+    selected: head chosen on the held-out videos, the only one if there is
+      one, or None.
     history: one entry per test: epoch, losses and accuracies.
     predictions: videos [n], true classes [n] and predicted ones [n, heads].
   """

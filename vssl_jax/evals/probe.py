@@ -1,6 +1,7 @@
 """Frozen probes: heads trained on tokens, chosen on held-out training clips."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -30,7 +31,8 @@ class Settings:
     wds: weight decays of the grid.
     groups: parts of the grid trained one after the other.
     eval_every: epochs between tests; 0 for one at the end.
-    holdout: fraction of the training videos that chooses the head.
+    holdout: fraction of the training videos that chooses the head, if there
+      are several.
     warmup: steps in which the learning rate rises from 0.
     decay: parameters that decay, `all` or `matrices`.
   """
@@ -48,6 +50,19 @@ class Settings:
   def of(cls, config: ml_collections.ConfigDict) -> 'Settings':
     """Returns what `config.probe` says."""
     return cls(**{f.name: config[f.name] for f in dataclasses.fields(cls)})
+
+  @property
+  def pairs(self) -> list[tuple[float, float]]:
+    """(learning rate, weight decay) of each head."""
+    return list(itertools.product(self.lrs, self.wds))
+
+  @property
+  def held_out_fraction(self) -> float:
+    """Fraction of the training videos that no head is trained on.
+
+    A single head leaves nothing to choose and is trained on all of them.
+    """
+    return self.holdout if len(self.pairs) > 1 else 0.0
 
   def spec(self, network: heads.Readout, steps: int, **more: Any) -> heads.Spec:
     """Returns what is trained, given the readout and the steps of an epoch."""
@@ -105,7 +120,7 @@ def measure(
     ValueError: there are no training batches, or views are missing.
   """
   spec, held = settings.spec(network, epochs.steps), epochs.held
-  fraction = settings.holdout if held else 0.0
+  fraction = settings.held_out_fraction if held else 0.0
   state, history = None, []
   for epoch in range(1, settings.epochs + 1):
     losses = []
@@ -130,8 +145,8 @@ def measure(
       history.append(entry)
       log(entry)
   chosen = None
-  if held and settings.holdout:
-    chosen = count(spec, state, held(), 1, settings.holdout)
+  if fraction:
+    chosen = count(spec, state, held(), 1, fraction)
   return _outcome(spec, tested, chosen, history)
 
 
@@ -196,6 +211,8 @@ def _outcome(
   history: list[dict[str, Any]],
 ) -> outcome.Outcome:
   held, selected = None, None
+  if len(spec.pairs) == 1:
+    selected = 0
   if chosen is not None:
     held = chosen.correct() / chosen.total
     # Few clips give many ties: the more probable truth decides.
@@ -240,7 +257,7 @@ def on_tables(
   """
   epochs = kept(
     train,
-    settings.holdout,
+    settings.held_out_fraction,
     batch_size,
     seed=jax.random.key_data(key).astype(np.uint32).tolist(),
     mesh=mesh,

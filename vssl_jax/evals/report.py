@@ -11,6 +11,7 @@ NOTES = {
   'selected': 'head chosen on held-out training clips',
   'max': 'best head on the test clips, as papers report; flatters',
 }
+ONLY = 'the only head'
 
 
 def knn_results(
@@ -46,7 +47,7 @@ def text(report: Mapping[str, Any]) -> str:
     'protocol': f'{report["protocol"]}, frozen; tapped {report["tap"]}',
     'clips': f'{shape(report["clip"])}, {report["timing"]}, {_votes(report)}',
     'train': f'{train["videos"]} videos of {train["source"]}, '
-    f'{report["held_out"]} of them held out to choose a head',
+    f'{_trained(report)}',
     'test': f'{test["evaluated"]} videos of {test["source"]}, '
     f'{test["missing"]} missing (unreadable or without a label)',
     'classes': classes(report['classes']),
@@ -65,7 +66,7 @@ def text(report: Mapping[str, Any]) -> str:
     )
     if 'lr' in found:
       line += f'   lr {found["lr"]:g}, wd {found["wd"]:g}'
-    note = NOTES.get(name)
+    note = ONLY if len(report.get('heads', ())) == 1 else NOTES.get(name)
     lines.append(line + (f'   ({note})' if note else ''))
   if 'median' in report:
     lines.append(f'{"median of the heads":22}{100 * report["median"]:7.2f} %')
@@ -75,6 +76,22 @@ def text(report: Mapping[str, Any]) -> str:
     'to it.'
   )
   return '\n'.join(lines)
+
+
+def _trained(report: Mapping[str, Any]) -> str:
+  """Returns which share of the training videos heads are trained on."""
+  train, held = report['train'], report['held_out']
+  if report['protocol'] == 'knn':
+    return f'{train["trained_on"]} of them with a label, all of them neighbours'
+  text = (
+    f'heads are trained on {train["trained_on"]} of them '
+    f'({100 * train["trained_on"] / train["videos"]:.0f} %)'
+  )
+  if held:
+    return f'{text}, {held} are held out to choose a head'
+  if len(report['heads']) == 1:
+    return f'{text}: one head leaves nothing to choose'
+  return f'{text}; none is chosen without the test videos'
 
 
 def _votes(report: Mapping[str, Any]) -> str:

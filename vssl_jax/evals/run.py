@@ -83,7 +83,7 @@ def _knn(job: job_lib.Job) -> dict[str, Any]:
   return {
     'results': report.knn_results(correct, len(test)),
     'held_out': 0,
-    **_sides(job, passes[0], passes[1], len(test)),
+    **_sides(job, passes[0], passes[1], len(train), len(test)),
   }
 
 
@@ -121,19 +121,20 @@ def _heads(job: job_lib.Job) -> dict[str, Any]:
     'held_out': found.held_total,
     'history': found.history,
     'heads': [{'lr': lr, 'wd': wd} for lr, wd in found.pairs],
-    **_sides(job, train, test, found.total),
+    **_sides(job, train, test, job.trained_on(train.num_examples), found.total),
   }
 
 
 def _sides(
-  job: job_lib.Job, train: Any, test: Any, evaluated: int
+  job: job_lib.Job, train: Any, test: Any, trained_on: int, evaluated: int
 ) -> dict[str, Any]:
-  """Returns what the report says of the videos."""
+  """Returns the part of the report on the videos."""
   classes = [str(c) for c in job.train['classes']]
   return {
     'train': {
       'source': lists.name(job.train),
       'videos': train.num_examples,
+      'trained_on': trained_on,
       'fingerprint': train.fingerprint,
     },
     'test': {

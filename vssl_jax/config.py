@@ -84,6 +84,7 @@ def default(method: str = 'salt') -> ml_collections.ConfigDict:
         'log',
         'health',
         'data.examples',
+        'data.allow_change',
         'data.workers',
         'data.decode_processes',
         'data.isolate',

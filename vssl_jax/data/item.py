@@ -5,6 +5,9 @@ import hashlib
 from collections.abc import Iterable
 
 UNKNOWN = -1  # the label of a video without one
+# Starts every fingerprint of a source. Older ones, without sizes, lack it and
+# cannot be compared.
+FINGERPRINT = 'v2-'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +26,9 @@ class Item:
 
 
 def digest(lines: Iterable[str]) -> str:
-  """Short hash of lines of text."""
+  """Returns a short hash of lines of text."""
   state = hashlib.sha256()
   for line in lines:
-    state.update(line.encode() + b'\n')
+    # Names of files need not be UTF-8; Python holds such bytes as surrogates.
+    state.update(line.encode(errors='surrogatepass') + b'\n')
   return state.hexdigest()[:16]

@@ -43,6 +43,10 @@ def default() -> ml_collections.ConfigDict:
       # Fraction of the videos that no training batch holds, by their numbers;
       # the job 'finetune' chooses by them.
       holdout=0.0,
+      # Whether a resumed run may go on with other videos than it was started
+      # with (added, missing, other labels or sizes); run.json records it.
+      # False: refused, with counts and names.
+      allow_change=False,
       # --- frames with depth
       # Units per metre of the 16-bit depth pictures beside the pictures: 1000
       # for millimetres (ScanNet, 7-Scenes), 5000 for TUM. 0: no depth is read,

@@ -103,6 +103,10 @@ class Clips:
     finally:  # also when the caller stops half-way
       iterator.close()
 
+  def lines(self) -> Iterator[str]:
+    """Yields the lines that the fingerprint is a hash of, a video each."""
+    return self._loader.source.lines()
+
   def report(self) -> dict[str, float]:
     """Rates since the last report, counts since the start."""
     return self._ledger.report()

@@ -89,15 +89,10 @@ class Shards:
   def __len__(self) -> int:
     return len(self._data)
 
-  @property
-  def fingerprint(self) -> str:
-    """Hash of the shards' names, sizes and classes."""
-    return item_lib.digest(
-      (
-        *(f'{os.path.basename(p)}\t{os.path.getsize(p)}' for p in self.paths),
-        *(self.classes or ()),
-      )
-    )
+  def lines(self) -> Iterator[str]:
+    """Yields the name and size of each shard."""
+    for path in self.paths:
+      yield f'{os.path.basename(path)}\t{os.path.getsize(path)} bytes'
 
   def item(self, index: int) -> item_lib.Item:
     """Example `index`."""

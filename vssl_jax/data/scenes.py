@@ -74,12 +74,11 @@ class Stretches:
   def __len__(self) -> int:
     return int(self._ends[-1])
 
-  @property
-  def fingerprint(self) -> str:
-    """Hash of the frames' names (not of the files' content)."""
-    return item_lib.digest(
-      f'{self.length}\t{s.name}\t{s.colour}\t{s.depth}' for s in self.scenes
-    )
+  def lines(self) -> Iterator[str]:
+    """Yields each scene with a hash of its frames' names (not their sizes)."""
+    for scene in self.scenes:
+      names = item_lib.digest((str(self.length), scene.colour, scene.depth))
+      yield f'{scene.name}\t{scene.count} frames, names {names}'
 
   def item(self, index: int) -> item_lib.Item:
     """Example `index`: all frames of a scene belong to one of its parts."""

@@ -5,10 +5,12 @@ what is example i. The order is a pure function of the names, so that a number
 means the same video on every machine.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -22,10 +24,12 @@ class Source(Protocol):
   """What the pipeline wants of a list of videos."""
 
   classes: tuple[str, ...] | None
-  fingerprint: str
 
   def __len__(self) -> int:
     """Number of examples."""
+
+  def lines(self) -> Iterator[str]:
+    """Yields what the source is made of: a name, a tab and what may change."""
 
   def item(self, index: int) -> item_lib.Item:
     """Example `index`; may raise decode.VideoError or OSError."""
@@ -57,13 +61,11 @@ class Files:
       name, os.path.join(self.root, name), self.labels[index]
     )
 
-  @property
-  def fingerprint(self) -> str:
-    """Hash of names and labels (not of the files' content)."""
-    return item_lib.digest(
-      f'{name}\t{label}'
-      for name, label in zip(self.names, self.labels, strict=True)
-    )
+  def lines(self) -> Iterator[str]:
+    """Yields the name, label and size in bytes (-1: no file) of each video."""
+    sizes = _sizes(self.root, self.names)
+    for row in zip(self.names, self.labels, sizes, strict=True):
+      yield '{}\tlabel {}, {} bytes'.format(*row)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +92,18 @@ class Joined:
   def _numbers(self) -> dict[str, int]:
     return {name: i for i, name in enumerate(self.classes or ())}
 
-  @property
+  def lines(self) -> Iterator[str]:
+    """Yields the lines of all parts, numbered if there are several."""
+    for number, part in enumerate(self.parts):
+      start = f'{number}: ' if len(self.parts) > 1 else ''
+      for line in part.lines():
+        yield start + line
+
+  @functools.cached_property
   def fingerprint(self) -> str:
-    """Hash of the parts' hashes."""
-    return item_lib.digest(part.fingerprint for part in self.parts)
+    """Hash of names, labels and sizes (not of the files' content)."""
+    lines = itertools.chain(self.lines(), self.classes or ())
+    return item_lib.FINGERPRINT + item_lib.digest(lines)
 
   def item(self, index: int) -> item_lib.Item:
     """Example `index`, its label in the joint list of classes."""
@@ -210,6 +220,26 @@ def _listed(
   return Files(root, names, _number(labels, classes, path), classes)
 
 
+def _sizes(root: str, names: Sequence[str]) -> list[int]:
+  """Returns the sizes of files in bytes, -1 where there is none."""
+
+  def measure(part: Sequence[str]) -> list[int]:
+    sizes = []
+    for name in part:
+      try:
+        sizes.append(os.stat(os.path.join(root, name)).st_size)
+      except (OSError, ValueError):  # not there; a NUL in its name
+        sizes.append(-1)
+    return sizes
+
+  # Network disks answer slowly, and many questions at a time.
+  with concurrent.futures.ThreadPoolExecutor(_STAT_THREADS) as threads:
+    parts = [
+      names[i : i + _STAT_FILES] for i in range(0, len(names), _STAT_FILES)
+    ]
+    return [size for part in threads.map(measure, parts) for size in part]
+
+
 def _number(
   labels: Sequence[str], classes: tuple[str, ...], where: str
 ) -> tuple[int, ...]:
@@ -223,4 +253,5 @@ def _number(
   return tuple(numbers.get(label, item_lib.UNKNOWN) for label in labels)
 
 
+_STAT_THREADS, _STAT_FILES = 32, 500
 MEDIA = decode.VIDEOS + decode.IMAGES

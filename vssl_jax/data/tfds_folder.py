@@ -9,7 +9,7 @@ records with features that this module made.
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -112,10 +112,14 @@ class Tfds:
   def __len__(self) -> int:
     return len(self._records)
 
-  @property
-  def fingerprint(self) -> str:
-    """Hash of the split, its length and the classes."""
-    return item_lib.digest((self.split, str(len(self)), *(self.classes or ())))
+  def lines(self) -> Iterator[str]:
+    """Yields the name, size and records of each shard of the split."""
+    for part in _shards(self.folder, self.split):
+      size = os.path.getsize(part.filename)
+      yield (
+        f'{os.path.basename(part.filename)}\trecords {part.skip} to '
+        f'{part.skip + part.take}, {size} bytes'
+      )
 
   def item(self, index: int) -> item_lib.Item:
     """Example `index`."""

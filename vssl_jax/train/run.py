@@ -20,6 +20,7 @@ from vssl_jax.methods import base
 from vssl_jax.models import float8
 from vssl_jax.train import (
   checkpoint,
+  data_changes,
   health,
   keeping,
   manifests,
@@ -61,6 +62,8 @@ class Run:
   watchers: Sequence[Watcher] = ()
   left_out: order.Ranges = ()  # batches that no step takes
   rewinds: list[dict[str, int]] = dataclasses.field(default_factory=list)
+  # How the videos changed between starts, where data.allow_change let it.
+  data_changes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
   asked: bool = False  # this process got a SIGTERM
   preempted: bool = False  # all processes agreed to save and stop
 
@@ -216,6 +219,8 @@ def check_same_run(run: Run, saved: manifests.Saved | None) -> None:
     _check_config(run, before)
     run.left_out = order.from_json(before.get('left_out', ()))
     run.rewinds = before.get('rewinds', [])
+    run.data_changes = before.get('data_changes', [])
+    _check_data(run, before, saved.step)
     _check_batches(run, saved)
 
 
@@ -257,6 +262,25 @@ def _check_config(run: Run, record: Mapping[str, Any]) -> None:
     )
 
 
+def _check_data(run: Run, record: Mapping[str, Any], step: int) -> None:
+  """Refuses other videos than before, or records them with data.allow_change.
+
+  Raises:
+    TrainingError: the videos changed, and that was not allowed.
+  """
+  change = data_changes.compare(run.workdir, record, run.clips)
+  if not change:
+    return
+  if not run.config.data.allow_change:
+    raise TrainingError(
+      f'{run.workdir}: the videos are not those that the run was started with: '
+      f'{change}. Put them back as they were, or give a new --config.workdir, '
+      'or go on with other batches: --config.data.allow_change=True'
+    )
+  run.logger.say(f'data.allow_change: going on at step {step} with {change}')
+  run.data_changes = [*run.data_changes, {'step': step, 'change': change}]
+
+
 def _check_rounding(run: Run, before: Mapping[str, Any]) -> None:
   """Refuses targets of another precision: a cache rounds, its place does not.
 
@@ -294,6 +318,7 @@ def write_record(run: Run) -> None:
     'config': config,
     'video': list(run.video),
     'data_fingerprint': run.clips.fingerprint,
+    'data_changes': run.data_changes,
     'num_examples': run.clips.num_examples,
     'classes': run.clips.classes,
     'left_out': run.left_out,
@@ -302,6 +327,7 @@ def write_record(run: Run) -> None:
     'provenance': provenance.describe(config),
   }
   if jax.process_index() == 0:
+    data_changes.store(run.workdir, run.clips)
     manifests.write_atomic(run.workdir / 'run.json', record, indent=1)
 
 

@@ -1,9 +1,10 @@
 """Named random streams: adding one never shifts another.
 
 A stream is the run's key folded with a hash of the stream's name, then with
-the step, then (for masks and other per-example draws) with the example's
-global index. No draw depends on the mesh, on the number of hosts or on the
-order of examples in the batch.
+the step, then with the example's global index (`per_example`: masks) or with
+the number of the micro-batch (`per_batch`: drop path, dropout, mixing). No draw
+depends on the mesh or on the number of hosts. Draws per example depend neither
+on the order of examples in the batch nor on `optim.accumulate`.
 """
 
 import dataclasses
@@ -34,14 +35,28 @@ class Rng:
   Attributes:
     key: typed key of the run, the same at every step.
     step: int32 scalar, may be traced.
+    micro_batch: int32 scalar, number of the micro-batch where the step
+      accumulates gradients; None where it does not.
   """
 
   key: Key[Array, '']
   step: Any
+  micro_batch: Any = None
 
   def stream(self, name: str) -> Key[Array, '']:
     """Returns the key of stream `name` at this step."""
     return jax.random.fold_in(stream(self.key, name), self.step)
+
+  def per_batch(self, name: str) -> Key[Array, '']:
+    """Returns the key of what is drawn by the place of an example in a batch.
+
+    Each micro-batch of a step has its own: with one key for all of them, the
+    first example of each would drop the same branches.
+    """
+    key = self.stream(name)
+    if self.micro_batch is None:
+      return key
+    return jax.random.fold_in(key, self.micro_batch)
 
   def per_example(self, name: str, batch: Mapping[str, Any]) -> Key[Array, 'B']:
     """Returns one key per example of the batch.

@@ -285,7 +285,7 @@ def _predicted(
   video = batch['video']
   grid = phase.encoder.unit_grid(video.shape)
   mask, told = spec.draw(rng, batch, grid, scores)
-  dropout = {'dropout': rng.stream(f'dropout/{spec.name}')}
+  dropout = {'dropout': rng.per_batch(f'dropout/{spec.name}')}
   ends = _ends(
     phase,
     params['encoder'],

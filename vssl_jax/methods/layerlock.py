@@ -157,7 +157,7 @@ class LayerLock(base.Method):
       mask.visible,
       latents=params['latents']['tokens'],
       deterministic=rng is None,
-      rngs=None if rng is None else {'dropout': rng.stream('dropout')},
+      rngs=None if rng is None else {'dropout': rng.per_batch('dropout')},
     )
 
   def _head(

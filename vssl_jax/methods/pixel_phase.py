@@ -151,7 +151,7 @@ def _predicted(
       video,
       mask.visible,
       deterministic=deterministic,
-      rngs={'dropout': rng.stream(f'dropout/{spec.name}')},
+      rngs={'dropout': rng.per_batch(f'dropout/{spec.name}')},
     )
     predicted = phase.decoder.apply(
       {'params': params['decoder']}, tokens, mask, grid, token=token

@@ -207,7 +207,7 @@ class Pmd(base.Method):
       video,
       mask,
       deterministic=False,
-      rngs={'dropout': rng.stream(f'dropout/{spec.name}')},
+      rngs={'dropout': rng.per_batch(f'dropout/{spec.name}')},
     )
     terms, per_patch = {}, {}
     for name, predicted in out.predicted.items():

@@ -104,7 +104,7 @@ class Salt(base.Method):
         video,
         mask.visible,
         deterministic=False,
-        rngs={'dropout': rng.stream(f'dropout/{spec.name}')},
+        rngs={'dropout': rng.per_batch(f'dropout/{spec.name}')},
       )
       predicted = phase.predictor.apply(
         {'params': params['predictor']}, tokens, mask, grid, token=token

@@ -69,7 +69,7 @@ class Supervised(base.Method):
     # The pixels of another video, which may be one that is held out.
     label = jnp.where(batch['substituted'], -1, batch['label'])
     height, width = batch['video'].shape[2:4]
-    drawn = mixing.draw(phase.mix, rng.stream('mix'), height, width)
+    drawn = mixing.draw(phase.mix, rng.per_batch('mix'), height, width)
     target = mixing.targets(
       label, phase.head.classes, phase.mix.smoothing, drawn
     )
@@ -77,13 +77,13 @@ class Supervised(base.Method):
       {'params': params['encoder']},
       mixing.blend(batch['video'], drawn),
       deterministic=False,
-      rngs={'dropout': rng.stream('dropout/encoder')},
+      rngs={'dropout': rng.per_batch('dropout/encoder')},
     )
     logits = phase.head.apply(
       {'params': params['head']},
       tokens,
       deterministic=False,
-      rngs={'dropout': rng.stream('dropout/head')},
+      rngs={'dropout': rng.per_batch('dropout/head')},
     )
     weight = mixing.known(label)
     weight = weight / jnp.maximum(jnp.sum(weight), 1.0)

@@ -67,32 +67,56 @@ def _begin(
   target: step.TrainState,
   saved: manifests.Saved | None,
 ) -> step.TrainState:
-  """Carries over by name what the phase asks for, and loads `init_from`."""
+  """Carries over by name what the phase asks for, and loads `init_from`.
+
+  The order matters: averages are derived last, from the parameters that the
+  phase starts with.
+  """
   phase = span.phase
+  carried = _carried(run, phase, target, saved)
+  if carried:
+    state = trees.map_named(carried.get, state)
+    run.logger.say(
+      f'phase {phase.name}: carried {len(carried)} of '
+      f'{len(trees.named_leaves(target))} leaves from {saved.phase}'
+    )
+  if phase.init_from:
+    params = _started(run, phase, state.params)
+    state = dataclasses.replace(state, params=params)
+  if not carried and not phase.init_from:
+    return state
+  return dataclasses.replace(state, ema=_averages(phase, state, carried))
+
+
+def _carried(
+  run: Run,
+  phase: base.Phase,
+  target: step.TrainState,
+  saved: manifests.Saved | None,
+) -> dict[str, Any]:
+  """Reads the leaves of the phase before that this one takes over, by name."""
   parts = {
     'params': phase.init == 'carry',
     'ema': phase.init == 'carry',
     'opt': phase.opt == 'carry',
     'rows': phase.rows == 'carry',
   }
-  if saved is not None and any(parts.values()):
-    there = dict(trees.named_leaves(saved.shapes()))
-    wanted = {
-      name: x
-      for name, x in trees.named_leaves(target)
-      if parts.get(name.split('/')[0])
-      and name in there
-      and there[name].shape == x.shape
-    }
-    carried = _carry(saved, wanted, there)
-    state = trees.map_named(carried.get, state)
-    run.logger.say(
-      f'phase {phase.name}: carried {len(carried)} of '
-      f'{len(trees.named_leaves(target))} leaves from {saved.phase}'
-    )
-  if not phase.init_from:
-    return state
-  params = dict(state.params)
+  if saved is None or not any(parts.values()):
+    return {}
+  there = dict(trees.named_leaves(saved.shapes()))
+  wanted = {
+    name: x
+    for name, x in trees.named_leaves(target)
+    if parts.get(name.split('/')[0])
+    and name in there
+    and there[name].shape == x.shape
+  }
+  return _carry(saved, wanted, there) if wanted else {}
+
+
+def _started(run: Run, phase: base.Phase, params: Any) -> dict[str, Any]:
+  """Returns the parameters with those of `init_from` in place of the fresh."""
+  params = dict(params)
   for role, source in phase.init_from.items():
     loaded = encoders.load(source).params
     differing = trees.difference(loaded, trees.shapes(params[role]))
@@ -102,7 +126,31 @@ def _begin(
       )
     at = jax.tree.map(lambda x: x.sharding, params[role])
     params[role] = jax.device_put(jax.device_get(loaded), at)
-  return dataclasses.replace(state, params=params)
+  return params
+
+
+def _averages(
+  phase: base.Phase, state: step.TrainState, carried: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns the averages: leaves that were not carried equal the parameters.
+
+  Those of a role in `init_from` are never carried: the average would be of
+  other weights than those that the phase trains.
+  """
+  averages = dict(state.ema)
+  for name, average in phase.ema.items():
+    old = averages[name]
+    shardings = jax.tree.map(lambda x: x.sharding, old)
+    copied = jax.jit(step.copy_params, out_shardings=shardings)(
+      state.params[average.of]
+    )
+    if average.of not in phase.init_from:
+      prefix = f'ema/{name}/'
+      copied = trees.map_named(
+        lambda leaf, x, prefix=prefix: carried.get(prefix + leaf, x), copied
+      )
+    averages[name] = copied
+  return averages
 
 
 def _carry(

@@ -52,7 +52,11 @@ def default() -> ml_collections.ConfigDict:
       # Factor on the learning rate from one block of the encoder to the one
       # before it, counted from the head; 1.0: the same for all.
       layer_decay=1.0,
-      accumulate=1,  # micro-batches per step; the result is the same
+      # Micro-batches per step, at least 1. Masks, rows and the mean of a loss
+      # over clips stay what they are with 1. Drop path, dropout and mixing
+      # draw anew for each micro-batch, and clips mix within it; a mean over
+      # labelled clips is taken within each micro-batch.
+      accumulate=1,
       # Skip a step whose loss is this many times the running median; 0: never.
       # Steps with a loss or gradient that is not finite are always skipped.
       skip_spike=0.0,
@@ -137,7 +141,8 @@ def learning_rate(
   warmup = warmup_steps(optim, horizon)
   rest = horizon.steps - warmup
   if optim.schedule == 'cosine':
-    after = optax.cosine_decay_schedule(peak, rest, alpha=end / peak)
+    alpha = end / peak if peak else 0.0
+    after = optax.cosine_decay_schedule(peak, rest, alpha=alpha)
   elif optim.schedule == 'constant':
     down = min(optim.cooldown, rest)
     after = optax.join_schedules(

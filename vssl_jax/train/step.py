@@ -79,14 +79,14 @@ def init_state(
     step=jnp.asarray(start, jnp.int32),
     params=params,
     opt=tx.init(params),
-    ema={n: _copy(params[e.of]) for n, e in phase.ema.items()},
+    ema={n: copy_params(params[e.of]) for n, e in phase.ema.items()},
     rows=rows.init(phase.row_specs, num_examples),
     guard=init_guard(),
   )
 
 
-def _copy(params: Any) -> Any:
-  """Returns a copy: two donated arguments must not share a buffer."""
+def copy_params(params: Any) -> Any:
+  """Returns a float32 copy: donated arguments must not share a buffer."""
   return jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params)
 
 
@@ -119,15 +119,17 @@ def make_update(
   def update(
     state: TrainState, teachers: Any, batch: Mapping[str, Any]
   ) -> tuple[TrainState, Any]:
-    rng = rngs.Rng(key, state.step)
     targets = dict(teachers) | ema_teachers(phase, state.ema)
     specs, index = phase.row_specs, batch['index']
     batch = dict(batch) | rows.gather(specs, state.rows, index, num_examples)
 
     trained, frozen = freezing.split(state.params, labels)
 
-    def loss(trained: Any, batch: Any) -> tuple[jax.Array, base.Aux]:
+    def loss(
+      trained: Any, batch: Any, micro_batch: Any
+    ) -> tuple[jax.Array, base.Aux]:
       params = freezing.join(trained, frozen)
+      rng = rngs.Rng(key, state.step, micro_batch)
       return method.loss(params, targets, batch, rng, phase)
 
     grad = jax.value_and_grad(loss, has_aux=True)
@@ -211,9 +213,14 @@ def ema_teachers(phase: base.Phase, ema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _accumulate(grad: Callable[..., Any], micro: int) -> Callable[..., Any]:
-  """Wraps value_and_grad to run over micro-batches and average."""
+  """Wraps value_and_grad to run over micro-batches and average.
+
+  Args:
+    grad: (parameters, batch, number of the micro-batch or None).
+    micro: micro-batches per step.
+  """
   if micro == 1:
-    return grad
+    return lambda params, batch: grad(params, batch, None)
 
   def averaged(params: Any, batch: Mapping[str, Any]) -> Any:
     shared = {k: x for k, x in batch.items() if not x.ndim}
@@ -224,17 +231,21 @@ def _accumulate(grad: Callable[..., Any], micro: int) -> Callable[..., Any]:
       if x.ndim
     }
 
-    def body(total: Any, part: Any) -> tuple[Any, Any]:
-      (value, aux), grads = grad(params, part | shared)
+    def body(total: Any, numbered: tuple[Any, Any]) -> tuple[Any, Any]:
+      number, part = numbered
+      (value, aux), grads = grad(params, part | shared, number)
       total = jax.tree.map(jnp.add, total, (value, aux.metrics, grads))
       return total, aux.rows
 
     first = jax.tree.map(lambda x: x[0], split)
-    (value, aux), grads = jax.eval_shape(grad, params, first | shared)
+    numbers = jnp.arange(micro, dtype=jnp.int32)
+    (value, aux), grads = jax.eval_shape(
+      grad, params, first | shared, numbers[0]
+    )
     zero = jax.tree.map(
       lambda x: jnp.zeros(x.shape, x.dtype), (value, aux.metrics, grads)
     )
-    total, row_parts = jax.lax.scan(body, zero, split)
+    total, row_parts = jax.lax.scan(body, zero, (numbers, split))
     value, metrics, grads = jax.tree.map(lambda x: x / micro, total)
     new_rows = jax.tree.map(
       lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), row_parts

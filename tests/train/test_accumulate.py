@@ -1,0 +1,142 @@
+"""Micro-batches: what they share with one batch, and what they draw anew."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vssl_jax import methods, rngs
+from vssl_jax.methods import base
+from vssl_jax.train import freezing, optimizer, step
+
+KEY, VIDEO, CLIPS, CLASSES = jax.random.key(3), (2, 16, 16, 3), 8, 3
+QUIET = dict(drop_path=0.0, dropout=0.0, mixup=0.0, cutmix=0.0)
+NOISY = dict(drop_path=0.5, dropout=0.5, mixup=0.8, cutmix=1.0)
+
+
+ENCODERS = ['linear', pytest.param('vit', marks=pytest.mark.slow)]
+
+
+class Linear(nn.Module):
+  """An encoder of one product, which is quick to compile."""
+
+  width: int = 8
+
+  @nn.compact
+  def __call__(self, video, deterministic=True):
+    return nn.Dense(self.width)(video.reshape(len(video), 16, -1))
+
+
+def _method(encoder, **options):
+  c = methods.default('supervised')
+  c.vit.update(dict(patch=(2, 8, 8), dtype='float32'))
+  small = dict(size='Ti', width=8, depth=2, num_heads=2, mlp_width=8)
+  c.encoder.update(small)
+  c.update(dict(classes=CLASSES, steps=4, head_scale=1.0) | options)
+  method = methods.build(c, VIDEO, lambda _: None)
+  if encoder == 'vit':
+    return method
+  phase = dataclasses.replace(method.phase, encoder=Linear())
+  return dataclasses.replace(method, phase=phase)
+
+
+def _batch(same=False):
+  rng = np.random.default_rng(0)
+  video = rng.integers(0, 256, (CLIPS, *VIDEO), dtype=np.uint8)
+  return {
+    'video': video[:1].repeat(CLIPS, 0) if same else video,
+    'label': np.arange(CLIPS, dtype=np.int32) % CLASSES * (not same),
+    'substituted': np.zeros(CLIPS, bool),
+    'index': np.arange(CLIPS, dtype=np.int32),
+    'progress': np.float32(0),
+  }
+
+
+def _params(method):
+  clip = np.zeros((1, *VIDEO), np.uint8)
+  return jax.jit(lambda: method.init(KEY, clip, method.phase))()
+
+
+def _step(method, micro, batch, number):
+  """Returns the gradient of a train step: what SGD of rate 1 subtracts."""
+  optim = optimizer.default()
+  optim.update(dict(rule='sgd', b1=0.0, clip=0.0))
+  params, phase = _params(method), method.phase
+  labels = freezing.labels(params, ())
+  tx = optimizer.make(
+    optim, labels, lambda _: jnp.float32(1), lambda _: jnp.float32(0)
+  )
+  update = step.make_update(
+    method,
+    phase,
+    tx,
+    labels,
+    key=KEY,
+    start=0,
+    num_examples=CLIPS,
+    accumulate=micro,
+  )
+  guard = step.init_guard()
+  state = step.TrainState(
+    jnp.int32(number), params, tx.init(params), {}, {}, guard
+  )
+  after, metrics = jax.jit(update)(state, {}, batch)
+  grads = jax.tree.map(lambda a, b: np.asarray(a - b), params, after.params)
+  return float(metrics['loss']), grads
+
+
+def _part(batch, m, micro):
+  """The clips of micro-batch `m`: every `micro`-th one."""
+  return {k: x[m::micro] if np.ndim(x) else x for k, x in batch.items()}
+
+
+def _gradient(method):
+  def loss(params, batch, number, micro_batch):
+    rng = rngs.Rng(KEY, number, micro_batch)
+    value, aux = method.loss(params, {}, batch, rng, method.phase)
+    assert isinstance(aux, base.Aux)
+    return value
+
+  return jax.jit(jax.value_and_grad(loss))
+
+
+def _close(found, wanted):
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6),
+    found,
+    wanted,
+  )
+
+
+@pytest.mark.parametrize('encoder', ENCODERS)
+def test_without_noise_the_gradient_is_that_of_the_whole_batch(encoder):
+  method, batch = _method(encoder, **QUIET), _batch()
+  whole, parts = (_step(method, micro, batch, 5) for micro in (1, 4))
+  _close(parts, whole)
+
+
+@pytest.mark.parametrize('encoder', ENCODERS)
+def test_noise_is_drawn_anew_for_each_micro_batch(encoder):
+  """The gradient is the mean of those of micro-batches with keys of their own.
+
+  To a ViT clips are alike: the parts differ in what was drawn for them alone.
+  """
+  method, batch, number = _method(encoder, **NOISY), _batch(encoder == 'vit'), 5
+  gradient, params = _gradient(method), _params(method)
+  apart = [gradient(params, _part(batch, m, 2), number, m) for m in range(2)]
+  mean = jax.tree.map(lambda a, b: (a + b) / 2, *apart)
+  _close(_step(method, 2, batch, number), mean)
+  (first, _), (second, _) = apart
+  assert abs(first - second) > 1e-3
+
+
+def test_one_batch_draws_as_it_always_did():
+  """The key of a step without micro-batches is that of the stream alone."""
+  rng = rngs.Rng(KEY, jnp.int32(5))
+  keys = [rng.per_batch('mix'), rng.stream('mix')]
+  keys += [rngs.Rng(KEY, rng.step, m).per_batch('mix') for m in range(3)]
+  data = [tuple(np.asarray(jax.random.key_data(k)).tolist()) for k in keys]
+  assert data[0] == data[1] and len(set(data)) == 4

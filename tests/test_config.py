@@ -111,7 +111,7 @@ def test_one_number_is_the_side_of_a_square(capsys):
     options.spec(config.data.to_dict())
   assert main.main(['--config=configs/salt_single_gpu.py', '--plan',
                     '--config.batch_size=0']) == 2  # fmt: skip
-  assert 'config.batch_size: found 0' in capsys.readouterr().err
+  assert 'batch_size: found 0' in capsys.readouterr().err
 
 
 def test_a_page_of_the_clone_is_found_from_anywhere(tmp_path, monkeypatch):

@@ -16,65 +16,70 @@ from typing import Any
 
 import ml_collections
 
-from vssl_jax import methods
+from vssl_jax import methods, ranges
 from vssl_jax.data import options
 from vssl_jax.evals import finetune_options, probe
 from vssl_jax.train import optimizer
 
-
-def default(method: str = 'salt') -> ml_collections.ConfigDict:
-  """Returns every key there is, at the values of a full SALT run.
-
-  Args:
-    method: whose knobs `config.method` holds.
-  """
-  c = ml_collections.ConfigDict()
-  c.job = 'train'  # 'probe', 'depth', 'finetune'
-  c.seed = 0
+KEYS = ranges.Section(  # of every method; a full run of SALT
+  job=(
+    'train',
+    ranges.Choice(('train', 'probe', 'depth', 'finetune', 'demo')),
+  ),
+  seed=(0, ranges.Whole(0, 2**32 - 1)),
   # Everything a run writes; '' is runs/<page>[-<variant>].
-  c.workdir = ''
+  workdir=('', ranges.Text()),
   # What a 'probe' measures and 'finetune' starts from: a run folder, a local
   # folder with published weights, or a hub id.
-  c.encoder = ''
-  c.batch_size = 3072  # clips per step over all devices
-  c.method = methods.default(method)
-  c.optim = optimizer.default()
-  c.data = options.default()
-  c.mesh = ml_collections.ConfigDict(
-    dict(
-      data=1,  # replicas
-      fsdp=-1,  # devices that split parameters and the batch; -1: the rest
-      # ((regular expression of a leaf's name, (axis or None, ...)), ...)
-      overrides=(),
-    )
-  )
+  encoder=('', ranges.Text()),
+  # clips per step over all devices
+  batch_size=(3072, ranges.Whole(1, 2**20)),
+  optim=optimizer.KEYS,
+  data=options.KEYS,
+  mesh=ranges.Section(
+    data=(1, ranges.Whole(1, 2**20, also=(-1,))),  # replicas
+    # devices that split parameters and the batch; -1: the rest
+    fsdp=(-1, ranges.Whole(1, 2**20, also=(-1,))),
+    # ((regular expression of a leaf's name, (axis or None, ...)), ...)
+    overrides=(
+      (),
+      ranges.Tuple(
+        ranges.Record(
+          (
+            ranges.Text(ranges.pattern),
+            ranges.Tuple(ranges.Choice(('data', 'fsdp', None))),
+          )
+        )
+      ),
+    ),
+  ),
   # Folder for what frozen teachers say of the clips: written at a clip's first
   # visit and read at later ones, when the step does without its teachers. Clips
   # must be the same at every visit (data.sampling='middle', crop='centre', no
   # flip); one process only. --plan says how large it becomes. '': no cache.
-  c.cache_targets = ''
+  cache_targets=('', ranges.Text()),
   # Compile the next phase's step in the background while this one runs.
-  c.compile_ahead = True
-  c.checkpoint = ml_collections.ConfigDict(
-    dict(
-      every=1000,  # steps
-      keep=2,  # whole states
-      # Phases whose parameters are saved at their end, and stay: regular
-      # expressions of whole names. The last phase's are in any case, and those
-      # that a later phase needs as its teacher.
-      keep_phases=('.*',),
-      # States after a multiple of so many steps are never removed, so that a
-      # run can be taken back to them; 0: none.
-      keep_every=0,
-      # Every so many steps one is recorded, for --replay; best a multiple of
-      # `every`, so that a state is kept from right before it. 0: none.
-      probe_every=1000,
-      # Resume from the newest whole checkpoint in workdir. False refuses a
-      # workdir that holds one.
-      resume=True,
-      # A resumed run may differ from its first start in these keys only. Keys
-      # that came into being later must have their defaults.
-      may_change=(
+  compile_ahead=(True, ranges.Flag()),
+  checkpoint=ranges.Section(
+    every=(1000, ranges.Whole(1, ranges.MANY)),  # steps
+    keep=(2, ranges.Whole(1, 10**6)),  # whole states
+    # Phases whose parameters are saved at their end, and stay: regular
+    # expressions of whole names. The last phase's are in any case, and those
+    # that a later phase needs as its teacher.
+    keep_phases=(('.*',), ranges.Tuple(ranges.Text(ranges.pattern))),
+    # States after a multiple of so many steps are never removed, so that a
+    # run can be taken back to them; 0: none.
+    keep_every=(0, ranges.Whole(0, ranges.MANY)),
+    # Every so many steps one is recorded, for --replay; best a multiple of
+    # `every`, so that a state is kept from right before it. 0: none.
+    probe_every=(1000, ranges.Whole(0, ranges.MANY)),
+    # Resume from the newest whole checkpoint in workdir. False refuses a
+    # workdir that holds one.
+    resume=(True, ranges.Flag()),
+    # A resumed run may differ from its first start in these keys only. Keys
+    # that came into being later must have their defaults.
+    may_change=(
+      (
         'workdir',
         'mesh',
         'compile_ahead',
@@ -99,29 +104,71 @@ def default(method: str = 'salt') -> ml_collections.ConfigDict:
         'finetune.clips',
         'finetune.views',
       ),
-    )
-  )
-  c.log = ml_collections.ConfigDict(
-    dict(
-      every=50,  # steps between lines of metrics
-      tensorboard=True,  # where tensorboardX is installed
-      peak_tflops=0.0,  # per device, for utilisation; 0: by device name
-    )
-  )
-  c.health = ml_collections.ConfigDict(
-    dict(
-      every=0.05,  # fraction of the run, or steps if over 1
-      clips=256,  # clips that the panel looks at
-      max_skipped=50,  # stop after so many steps in a row without an update
-      # Stop at the end of a phase of which more than this fraction of the
-      # steps, or all, had no update.
-      skipped_share=0.5,
-      spike_alarm=10.0,  # warn above this multiple of the running median loss
-    )
-  )
-  c.probe = probe.default()
-  c.finetune = finetune_options.default()
-  return c.lock()  # a page that invents a key fails there
+      ranges.Tuple(ranges.Text()),
+    ),
+  ),
+  log=ranges.Section(
+    every=(50, ranges.Whole(1, ranges.MANY)),  # steps between lines of metrics
+    tensorboard=(True, ranges.Flag()),  # where tensorboardX is installed
+    # per device, for utilisation; 0: by device name
+    peak_tflops=(0.0, ranges.Real(0, 1e6)),
+  ),
+  health=ranges.Section(
+    # fraction of the run, or steps if over 1; 0: never
+    every=(0.05, ranges.Real(0, ranges.MANY)),
+    # clips that the panel looks at
+    clips=(256, ranges.Whole(1, 2**20)),
+    # stop after so many steps in a row without an update
+    max_skipped=(50, ranges.Whole(0, ranges.MANY)),
+    # Stop at the end of a phase of which more than this fraction of the
+    # steps, or all, had no update.
+    skipped_share=(0.5, ranges.Real(0, 1)),
+    # warn above this multiple of the running median loss; 0: never
+    spike_alarm=(10.0, ranges.Real(0)),
+  ),
+  probe=probe.KEYS,
+  finetune=finetune_options.KEYS,
+)
+
+
+def keys(method: str) -> ranges.Section:
+  """Returns every key of a run, with defaults and ranges.
+
+  Args:
+    method: whose keys `method` holds.
+
+  Raises:
+    ValueError: no method has that name.
+  """
+  return ranges.Section(**{**KEYS, 'method': methods.keys(method)})
+
+
+def default(method: str = 'salt') -> ml_collections.ConfigDict:
+  """Returns every key there is, at the values of a full SALT run.
+
+  Args:
+    method: whose keys `config.method` holds.
+  """
+  # A page that invents a key fails there.
+  return keys(method).defaults().lock()
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Raises for the first key that is unknown or outside of its range.
+
+  Raises:
+    ValueError: in one line: key, value, range, default.
+  """
+  declared = keys(config.method.name)
+  names = [name for name, _ in declared.flat()]
+  for name, value in flatten(config):
+    if name not in names:
+      near = difflib.get_close_matches(name, names, 1)
+      raise ValueError(
+        f'{name}: found {ranges.shown(value)} for a key that does not exist'
+        + (f'; did you mean {near[0]}?' if near else '')
+      )
+  declared.check(config)
 
 
 def fine_tuning() -> ml_collections.ConfigDict:
@@ -181,28 +228,51 @@ def load(
       f'--config: no file {path_text}'
       + (f'; did you mean configs/{near[0]}?' if near else f'; pages: {found}')
     )
+  if resolved.suffix != '.py':
+    raise ValueError(
+      f'--config: found {path_text}, wanted a page, which ends in .py'
+    )
+  name = resolved.stem + (f'-{variant}' if variant else '')
   module_spec = importlib.util.spec_from_file_location(
     f'vssl_jax_page_{resolved.stem}', resolved
   )
   module = importlib.util.module_from_spec(module_spec)
-  module_spec.loader.exec_module(module)
-  if not hasattr(module, 'get_config'):
-    raise ValueError(f'--config: {path_text} defines no get_config(variant)')
-  name = resolved.stem + (f'-{variant}' if variant else '')
   try:
-    return name, module.get_config(variant)
-  except (AttributeError, KeyError, TypeError) as error:
-    lines = [
-      frame.lineno
-      for frame in traceback.extract_tb(error.__traceback__)
-      if frame.filename == module.__file__
-    ]
-    said = str(error.args[0] if error.args else error).strip('"\'')
-    said = said.partition('. Other')[0]
+    module_spec.loader.exec_module(module)
+    if not hasattr(module, 'get_config'):
+      raise ValueError(f'--config: {path_text} defines no get_config(variant)')
+    config = module.get_config(variant)
+  except ValueError:
+    raise
+  except Exception as error:  # a page is code: anything may go wrong in it
+    raise ValueError(_wrong_line(path_text, module.__file__, error)) from error
+  if not isinstance(config, ml_collections.ConfigDict):
     raise ValueError(
-      f'{path_text}, line {lines[-1]}: {said}. Every key has its place and its '
-      'type in vssl_jax/config.py and beside the methods'
-    ) from error
+      f'{path_text}: get_config returned {ranges.shown(config)}, wanted '
+      'config.default(...) with changes'
+    )
+  return name, config
+
+
+def _wrong_line(page: str, file: str, error: Exception) -> str:
+  """Returns file, line and message of an error that a page raised."""
+  if isinstance(error, SyntaxError):
+    return f'{page}, line {error.lineno}: {error.msg}'
+  lines = [
+    frame.lineno
+    for frame in traceback.extract_tb(error.__traceback__)
+    if frame.filename == file
+  ]
+  text = str(error.args[0] if error.args else error).strip('"\'')
+  text = ' '.join(text.partition('. Other')[0].split())
+  if isinstance(error, AttributeError | KeyError | TypeError):
+    advice = (
+      'Every key has its place and its range in vssl_jax/config.py and beside '
+      'the methods'
+    )
+  else:
+    text, advice = f'{type(error).__name__}: {text}', 'Correct the page'
+  return f'{page}, line {lines[-1] if lines else 1}: {text}. {advice}'
 
 
 def clone_root() -> pathlib.Path:
@@ -271,7 +341,7 @@ def _parse(text: str, old: Any, key: str) -> Any:
     return words[text.lower()]
   try:
     value = ast.literal_eval(text)
-  except (ValueError, SyntaxError):
+  except (ValueError, SyntaxError, MemoryError, RecursionError):
     value = text
   if wanted is tuple and not isinstance(value, tuple):
     value = tuple(value) if isinstance(value, list) else (value,)

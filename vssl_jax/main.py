@@ -105,14 +105,7 @@ def resolve(
   else:
     name, config = 'demo', demo.get_config()
   config = config_lib.override(config, list(assignments))
-  if config.job not in JOBS:
-    raise ValueError(
-      f'config.job: found {config.job!r}, wanted one of {sorted(JOBS)}'
-    )
-  if config.batch_size < 1:
-    raise ValueError(
-      f'config.batch_size: found {config.batch_size}, wanted at least 1'
-    )
+  config_lib.check(config)
   if not config.workdir:
     config.workdir = os.path.join('runs', name)
   return config

@@ -347,7 +347,7 @@ def test_vjepa_is_a_student_of_its_own_average():
       "latent_student.teacher: found '@pixel_teacher'",
     ),
     (dict(latent_student=dict(teacher='')), 'needs a source'),
-    (dict(pixel_teacher=dict(steps=0)), 'wanted at least 1'),
+    (dict(pixel_teacher=dict(steps=0)), 'of at least 1'),
     (dict(pixel_teacher=dict(masks='shrt')), "nearest is 'short"),
     (
       dict(pixel_teacher=dict(decoder=dict(kind='cnn'))),
@@ -357,7 +357,7 @@ def test_vjepa_is_a_student_of_its_own_average():
     (dict(latent_student=dict(latent_loss='l3')), "latent_loss: found 'l3'"),
     (dict(latent_student=dict(target_norm='x')), "target_norm: found 'x'"),
     (dict(pixel_teacher=dict(pixel_norm='x')), "pixel_norm: found 'x'"),
-    (dict(latent_student=dict(ema=(2.0, 1.0), teacher='@ema/e')), 'momentum'),
+    (dict(latent_student=dict(ema=(2.0, 1.0), teacher='@ema/e')), 'ema: found'),
   ],
 )
 def test_bad_configs_are_refused_by_name(sections, message):

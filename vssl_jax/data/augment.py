@@ -69,7 +69,7 @@ def parse(text: str) -> Policy | None:
   possible = 0 <= level <= TOP and count >= 1 and count == int(count)
   if not whole or not possible or found.get('inc') != 1:
     raise ValueError(
-      f"data.auto_augment is {text!r}, wanted '' or the form "
+      f"data.auto_augment: found {text!r}, wanted '' or the form "
       "'rand-m7-n4-mstd0.5-inc1' with m of 0 to 10 and inc1"
     )
   return Policy(level, int(count), found.get('mstd', 0.0))

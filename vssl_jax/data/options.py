@@ -6,8 +6,9 @@ from typing import Any
 
 import ml_collections
 
+from vssl_jax import ranges
+from vssl_jax.data import augment, loading, scenes, sources
 from vssl_jax.data import clip as clip_lib
-from vssl_jax.data import loading, scenes, sources
 
 Options = Mapping[str, Any] | ml_collections.ConfigDict
 
@@ -22,76 +23,107 @@ FIXED = {
 }
 
 
-def default() -> ml_collections.ConfigDict:
-  """Every key of `config.data`."""
-  return ml_collections.ConfigDict(
-    dict(
-      # --- where the videos are
-      # A folder (folders inside it name classes), a manifest (csv, tsv,
-      # space separated, jsonl), ArrayRecord shards, a TFDS directory; or
-      # several of these, separated by commas.
-      source='',
-      examples=0,  # videos that --plan counts with where the source is not
-      weights=(),  # shares of the sources in each batch; (): by their sizes
-      # Rows of a manifest: 'fold=0,1' or 'fold!=3'; of frames with depth those
-      # of these numbers: 'frames=0-699'.
-      where='',
-      path_column='',  # of a manifest; '': found by its name
-      label_column='',
-      split='train',  # of a TFDS directory
-      classes=(),  # names in the order of their labels; (): found out
-      # Fraction of the videos that no training batch holds, by their numbers;
-      # the job 'finetune' chooses by them.
-      holdout=0.0,
-      # Whether a resumed run may go on with other videos than it was started
-      # with (added, missing, other labels or sizes); run.json records it.
-      # False: refused, with counts and names.
-      allow_change=False,
-      # --- frames with depth
-      # Units per metre of the 16-bit depth pictures beside the pictures: 1000
-      # for millimetres (ScanNet, 7-Scenes), 5000 for TUM. 0: no depth is read,
-      # and the source is videos.
-      depth_units=0.0,
-      depth_range=(1e-3, 10.0),  # metres that are believed; 0 and 65535 never
-      stretch=0,  # frames of a scene that make one example; 0: all
-      # --- what a clip is
-      frames=16,
-      stride=4,  # frames from one to the next
-      fps=0.0,  # frames per second instead, by time stamps (then stride=1)
-      size=(224, 224),  # height, width in pixels
-      channels=3,  # 1: grey
-      # 'window': T neighbours anywhere; 'middle': those in the middle, always;
-      # 'parts': repeat r anywhere in the r-th of `repeats` equal parts, or, in
-      # shorter videos, repeats at equal distances;
-      # 'scattered': a frame from each of T parts
-      sampling='window',
-      min_frames=1,  # videos with fewer are bad; others repeat the last frame
-      # --- how it is augmented
-      crop='random_resized',  # or 'multi_scale', 'centre'
-      crop_scale=(0.3, 1.0),  # area of random_resized, of the picture
-      crop_aspect=(0.75, 4 / 3),  # width / height of random_resized
-      crop_part=1.0,  # side of centre crops, of the largest that fits
-      flip=True,  # left-right; off where direction is the label
-      # For training with labels; each clip as a whole, after its crop.
-      # RandAugment as papers write it, 'rand-m7-n4-mstd0.5-inc1'; '': none. A
-      # clip of 16 x 224 x 224 takes some 28 ms of a core more (22 without).
-      auto_augment='',
-      erase=0.0,  # probability of a box of noise
-      repeats=1,  # clips per video in a batch, for one opening of the file
-      repeat_frames='own',  # 'shared': same frames, other crops (cheaper)
-      # --- how it is read
-      workers=0,  # processes that build batches; 0: threads of this one
-      decode_processes=0,  # readers in each of these; 0: one per core
-      isolate=True,  # readers are child processes, killed when they hang
-      prefetch=2,  # batches ready in advance, per worker
-      deadline_s=20.0,  # for the clips of one video
-      memory_limit_mb=1024,  # of a reader
-      max_pixels=2**26,  # of a picture; larger ones are refused unread
-      # --- when a video cannot be read
-      retries=2,  # of errors of the disk
-      max_bad_fraction=0.05,  # stop above this share of unreadable videos
-    )
-  )
+KEYS = ranges.Section(
+  # --- where the videos are
+  # A folder (folders inside it name classes), a manifest (csv, tsv,
+  # space separated, jsonl), ArrayRecord shards, a TFDS directory; or
+  # several of these, separated by commas.
+  source=('', ranges.Text()),
+  # videos that --plan counts with where the source is not
+  examples=(0, ranges.Whole(0, ranges.MANY)),
+  # shares of the sources in each batch; (): by their sizes
+  weights=((), ranges.Tuple(ranges.Real(above=0))),
+  # Rows of a manifest: 'fold=0,1' or 'fold!=3'; of frames with depth those
+  # of these numbers: 'frames=0-699'.
+  where=('', ranges.Text()),
+  path_column=('', ranges.Text()),  # of a manifest; '': found by its name
+  label_column=('', ranges.Text()),
+  split=('train', ranges.Text()),  # of a TFDS directory
+  # names in the order of their labels; (): found out
+  classes=((), ranges.Tuple(ranges.Text(), unique=True)),
+  # Fraction of the videos that no training batch holds, by their numbers;
+  # the job 'finetune' chooses by them.
+  holdout=(0.0, ranges.Real(0, below=1)),
+  # Whether a resumed run may go on with other videos than it was started
+  # with (added, missing, other labels or sizes); run.json records it.
+  # False: refused, with counts and names.
+  allow_change=(False, ranges.Flag()),
+  # --- frames with depth
+  # Units per metre of the 16-bit depth pictures beside the pictures: 1000
+  # for millimetres (ScanNet, 7-Scenes), 5000 for TUM. 0: no depth is read,
+  # and the source is videos.
+  depth_units=(0.0, ranges.Real(0, 1e9)),
+  # metres that are believed; 0 and 65535 never
+  depth_range=(
+    (1e-3, 10.0),
+    ranges.Tuple(ranges.Real(0), lengths=(2,), rising=True),
+  ),
+  # frames of a scene that make one example; 0: all
+  stretch=(0, ranges.Whole(0, ranges.MANY)),
+  # --- what a clip is
+  frames=(16, ranges.Whole(1, 2**14)),
+  stride=(4, ranges.Whole(1, 2**14)),  # frames from one to the next
+  # frames per second instead, by time stamps (then stride=1)
+  fps=(0.0, ranges.Real(0, 1e4)),
+  # height, width in pixels
+  size=((224, 224), ranges.Tuple(ranges.Whole(1, 2**14), lengths=(1, 2))),
+  channels=(3, ranges.Choice((1, 3))),  # 1: grey
+  # 'window': T neighbours anywhere; 'middle': those in the middle, always;
+  # 'parts': repeat r anywhere in the r-th of `repeats` equal parts, or, in
+  # shorter videos, repeats at equal distances;
+  # 'scattered': a frame from each of T parts
+  sampling=(
+    'window',
+    ranges.Choice(('window', 'middle', 'parts', 'scattered')),
+  ),
+  # videos with fewer are bad; others repeat the last frame
+  min_frames=(1, ranges.Whole(1, ranges.MANY)),
+  # --- how it is augmented
+  # or 'multi_scale', 'centre'
+  crop=('random_resized', ranges.Choice(clip_lib.CROPS)),
+  # area of random_resized, of the picture
+  crop_scale=(
+    (0.3, 1.0),
+    ranges.Tuple(ranges.Real(high=1, above=0), lengths=(2,), rising=True),
+  ),
+  # width / height of random_resized
+  crop_aspect=(
+    (0.75, 4 / 3),
+    ranges.Tuple(ranges.Real(1e-3, 1e3), lengths=(2,), rising=True),
+  ),
+  # side of centre crops, of the largest that fits
+  crop_part=(1.0, ranges.Real(high=1, above=0)),
+  flip=(True, ranges.Flag()),  # left-right; off where direction is the label
+  # For training with labels; each clip as a whole, after its crop.
+  # RandAugment as papers write it, 'rand-m7-n4-mstd0.5-inc1'; '': none. A
+  # clip of 16 x 224 x 224 takes some 28 ms of a core more (22 without).
+  auto_augment=('', ranges.Text(augment.parse)),
+  erase=(0.0, ranges.Real(0, 1)),  # probability of a box of noise
+  # clips per video in a batch, for one opening of the file
+  repeats=(1, ranges.Whole(1, 2**10)),
+  # 'shared': same frames, other crops (cheaper)
+  repeat_frames=('own', ranges.Choice(('own', 'shared'))),
+  # --- how it is read
+  # processes that build batches; 0: threads of this one
+  workers=(0, ranges.Whole(0, 2**10)),
+  # readers in each of these; 0: one per core
+  decode_processes=(0, ranges.Whole(0, 2**10)),
+  # readers are child processes, killed when they hang
+  isolate=(True, ranges.Flag()),
+  prefetch=(2, ranges.Whole(1, 2**10)),  # batches ready in advance, per worker
+  # seconds for the clips of one video
+  deadline_s=(20.0, ranges.Real(high=1e6, above=0)),
+  # MiB of a reader, beyond its start
+  memory_limit_mb=(1024, ranges.Whole(64, 2**24)),
+  # of a picture; larger ones are refused unread
+  max_pixels=(2**26, ranges.Whole(1, 2**40)),
+  # --- when a video cannot be read
+  retries=(2, ranges.Whole(0, 100)),  # of errors of the disk
+  # stop above this share of unreadable videos
+  max_bad_fraction=(0.05, ranges.Real(0, 1)),
+)
+
+default = KEYS.defaults
 
 
 def find(config: Options) -> sources.Joined:

@@ -12,62 +12,75 @@ from typing import Any
 
 import ml_collections
 
-from vssl_jax.evals import heads
-from vssl_jax.models import readout
+from vssl_jax import ranges
+from vssl_jax.evals import heads, knn
+from vssl_jax.models import layers, readout
 
 # Published grid: SALT (arXiv 2509.24317), appendix, systematic protocol.
 LRS = (5e-3, 3e-3, 1e-3, 3e-4, 1e-4)
 WDS = (0.8, 0.4, 0.1, 0.01)
 
 
-def default() -> ml_collections.ConfigDict:
-  """Returns every key of `config.probe`, at the published values."""
-  return ml_collections.ConfigDict(
-    dict(
-      protocol='attentive',  # 'readout', 'linear', 'knn'
-      # What is classified. Everything else about the videos stands in
-      # config.data; ('',) is its source.
-      train=('',),
-      train_where='',  # rows of a manifest: 'fold!=0'
-      test=('',),
-      test_where='',  # 'fold=0'
-      # The tap: fraction of the blocks to run, as 4DS counts them; 0.0 is what
-      # the encoder gives unasked: the last one and the final norm, or the one
-      # before the blocks that served as its decoder. The report says which.
-      depth=0.0,
-      epochs=20,
-      batch_size=256,  # videos per step
-      test_batch_size=32,  # videos at once in testing
-      # Clips of a video that a head sees at once. In training their places
-      # are random, in testing they are spread evenly.
-      segments=1,
-      # Further clips along a test video, and crops of each, whose
-      # probabilities are averaged.
-      clips=1,
-      views=1,
-      # False: training clips are centre crops, encoded once and kept.
-      augment=True,
-      lrs=LRS,
-      wds=WDS,
-      groups=1,  # parts of the grid trained one after the other
-      warmup=0,  # steps in which the learning rate rises from 0
-      decay='all',  # parameters, or 'matrices': those of two axes or more
-      num_heads=16,  # of attention
-      width=1024,  # of queries, keys and values of 'readout' and of depth
-      dropout=0.0,  # of what these attend to
-      dtype='bfloat16',
-      # Fraction of the training videos that chooses the head and that no head
-      # is trained on; 0.0: all heads are trained on all videos and none is
-      # chosen, as published. A single head is always trained on all of them.
-      holdout=0.1,
-      eval_every=0,  # epochs between tests; 0: at the end only
-      ks=(10, 20, 100, 200),  # neighbours of 'knn'; the report's is k=20
-      # --- of the job 'depth'
-      loss='mse',  # of pixels with a measurement, in metres; 'l1'
-      patch=(2, 8, 8),  # frames and pixels that one query answers for
-      pictures=8,  # test clips that are drawn beside input and truth
-    )
-  )
+SOURCES = ranges.Tuple(ranges.Text())
+CLIPS = ranges.Whole(1, 2**10)
+
+KEYS = ranges.Section(
+  protocol=(
+    'attentive',
+    ranges.Choice(('attentive', 'readout', 'linear', 'knn')),
+  ),
+  # What is classified. Everything else about the videos stands in
+  # config.data; ('',) is its source.
+  train=(('',), SOURCES),
+  train_where=('', ranges.Text()),  # rows of a manifest: 'fold!=0'
+  test=(('',), SOURCES),
+  test_where=('', ranges.Text()),  # 'fold=0'
+  # The tap: fraction of the blocks to run, as 4DS counts them; 0.0 is what
+  # the encoder gives unasked: the last one and the final norm, or the one
+  # before the blocks that served as its decoder. The report says which.
+  depth=(0.0, ranges.Real(0, 1)),
+  epochs=(20, ranges.Whole(1, 10**6)),
+  batch_size=(256, ranges.Whole(1, 2**20)),  # videos per step
+  test_batch_size=(32, ranges.Whole(1, 2**20)),  # videos at once in testing
+  # Clips of a video that a head sees at once. In training their places
+  # are random, in testing they are spread evenly.
+  segments=(1, CLIPS),
+  # Further clips along a test video, and crops of each, whose
+  # probabilities are averaged.
+  clips=(1, CLIPS),
+  views=(1, CLIPS),
+  # False: training clips are centre crops, encoded once and kept.
+  augment=(True, ranges.Flag()),
+  lrs=(LRS, ranges.Tuple(ranges.Real(high=1e3, above=0))),
+  wds=(WDS, ranges.Tuple(ranges.Real(0, 1e3))),
+  groups=(1, ranges.Whole(1, 10**6)),  # parts of the grid, one after the other
+  # steps in which the learning rate rises from 0
+  warmup=(0, ranges.Whole(0, ranges.MANY)),
+  # parameters, or 'matrices': those of two axes or more
+  decay=('all', ranges.Choice(heads.DECAYED)),
+  num_heads=(16, ranges.Whole(1, 2**10)),  # of attention
+  # of queries, keys and values of 'readout' and of depth
+  width=(1024, ranges.Whole(1, 2**16)),
+  dropout=(0.0, ranges.Real(0, below=1)),  # of what these attend to
+  dtype=('bfloat16', ranges.Choice(layers.DTYPES)),
+  # Fraction of the training videos that chooses the head and that no head
+  # is trained on; 0.0: all heads are trained on all videos and none is
+  # chosen, as published. A single head is always trained on all of them.
+  holdout=(0.1, ranges.Real(0, below=1)),
+  # epochs between tests; 0: at the end only
+  eval_every=(0, ranges.Whole(0, 10**6)),
+  # neighbours of 'knn'; the report's is k=20
+  ks=((10, 20, 100, 200), ranges.Tuple(ranges.Whole(1, knn.NEAREST))),
+  # --- of the job 'depth'
+  # of pixels with a measurement, in metres; 'l1'
+  loss=('mse', ranges.Choice(('mse', 'l1'))),
+  # frames and pixels that one query answers for
+  patch=((2, 8, 8), ranges.Tuple(ranges.Whole(1, 2**10), lengths=(3,))),
+  # test clips that are drawn beside input and truth
+  pictures=(8, ranges.Whole(0, 2**10)),
+)
+
+default = KEYS.defaults
 
 
 def network(

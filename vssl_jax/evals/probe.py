@@ -17,7 +17,7 @@ from vssl_jax.evals import features, heads, options, outcome, votes
 Rows = Iterable[features.Tokens]
 Log = Callable[[Mapping[str, Any]], None]
 
-default, network = options.default, options.network
+KEYS, default, network = options.KEYS, options.default, options.network
 held_out = holdout.held_out
 
 

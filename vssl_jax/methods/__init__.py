@@ -9,6 +9,7 @@ from typing import Any
 
 import ml_collections
 
+from vssl_jax import ranges
 from vssl_jax.methods import (
   base,
   kdhiera_config,
@@ -27,13 +28,13 @@ METHODS = {
 }
 
 
-def default(name: str) -> ml_collections.ConfigDict:
-  """Returns the knobs of a method.
+def keys(name: str) -> ranges.Section:
+  """Returns the keys of a method, with defaults and ranges.
 
   Raises:
     ValueError: no method has that name.
   """
-  return _find(name).default()
+  return _find(name).KEYS
 
 
 def build(

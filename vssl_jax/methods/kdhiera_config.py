@@ -9,77 +9,83 @@ from typing import Any
 import flax.linen as nn
 import ml_collections
 
-from vssl_jax import losses, unit_masks
+from vssl_jax import losses, ranges, unit_masks
 from vssl_jax.methods import base, chain, kdhiera, knobs, pixel_phase
 from vssl_jax.methods import teachers as teachers_lib
 from vssl_jax.models import attended, framewise, hiera, hiera_mae, stage_heads
 
-SCORES = (*attended.KINDS, 'feature_norm', 'uniform')
-KNOBS = {
-  'targets': ('visible', 'masked', kdhiera.PIXELS),
-  'units': ('attention', 'random'),
-  'scores': SCORES,
-  'selection': unit_masks.MODES,
-  'mask_teacher': teachers_lib.NAMES,
-  'feature_loss': ('cosine', *losses.TOKEN_DISTANCES),
-  'target_norm': tuple(losses.TARGET_NORMS),
-  'pixel_norm': tuple(losses.PIXEL_NORMS),
-}
 STAGES = 4
 # Of what chance would keep, by `mask/attention_kept`.
 CLEARLY = 1.1
 
 
-def default() -> ml_collections.ConfigDict:
-  """Returns every knob of KDHiera, student Hiera-B: all values are ours."""
-  c = ml_collections.ConfigDict()
-  c.name = 'kdhiera'
-  c.steps = 140_400  # 300 epochs of 240k clips at batch 512
+KEYS = ranges.Section(  # student Hiera-B: all values are ours
+  name=('kdhiera', ranges.Choice(('kdhiera',))),
+  # 300 epochs of 240k clips at batch 512
+  steps=(140_400, knobs.STEPS),
   # The student: a row of hiera.SIZES; () and 0 take the values of the size.
-  c.encoder = ml_collections.ConfigDict(
-    dict(size='B', channels=0, depths=(), num_heads=0)
-  )
+  encoder=ranges.Section(
+    size=('B', ranges.Choice(tuple(hiera.SIZES))),
+    channels=(0, knobs.WIDTH),
+    depths=((), ranges.Tuple(ranges.Whole(1, 2**10), lengths=(0, STAGES))),
+    num_heads=(0, knobs.HEADS),
+  ),
   # models/hiera.py explains each field.
-  c.hiera = ml_collections.ConfigDict(
-    dict(
-      kernel=(3, 7, 7),
-      stride=(2, 4, 4),
-      padding=(1, 3, 3),
-      init='mae',
-      dtype='bfloat16',
-      remat='none',
-      attention='auto',
-    )
-  )
-  c.drop_path = 0.1  # of the student
-  c.update(teachers_lib.defaults())
-  for name in teachers_lib.NAMES:
+  hiera=ranges.Section(
+    kernel=((3, 7, 7), knobs.TRIPLE),
+    stride=((2, 4, 4), knobs.TRIPLE),
+    padding=((1, 3, 3), ranges.Tuple(ranges.Whole(0, 2**10), lengths=(3,))),
+    init=('mae', ranges.Choice(tuple(hiera.INITS))),
+    **knobs.network(dtype='bfloat16', remat='none', attention='auto'),
+  ),
+  drop_path=(0.1, knobs.RATE),  # of the student
+  **teachers_lib.keys(
     # Blocks of the teacher after which its features are followed.
-    c[name].layers = (3, 6, 9, 12)
-    c[name].weight = 1.0
+    layers=(
+      (3, 6, 9, 12),
+      ranges.Tuple(ranges.Whole(1, 2**10), unique=True),
+    ),
+    weight=(1.0, knobs.WEIGHT),
+  ),
   # 'visible': the visible tokens of all stages follow layers of the teachers;
   # 'masked': a decoder for each teacher predicts these layers where the
   # student sees nothing; 'pixels': a decoder predicts pixels there.
-  c.targets = 'visible'
-  c.stages = (1, 2, 3, 4)  # which follows each of `layers`, under 'visible'
-  c.layer_weights = ()  # of each of `layers`, over their sum; (): all the same
-  c.feature_loss = 'cosine'  # 'mse', 'smooth_l1'
-  c.target_norm = 'ln'  # 'none'
-  c.head_pos = False  # fixed positions in front of the heads of stages
-  c.decoder = ml_collections.ConfigDict(dict(width=512, depth=2, num_heads=8))
-  c.pixel_norm = 'patch'  # 'patch_channel', 'none'
+  targets=('visible', ranges.Choice(('visible', 'masked', kdhiera.PIXELS))),
+  # which follows each of `layers`, under 'visible'
+  stages=((1, 2, 3, 4), ranges.Tuple(ranges.Whole(1, STAGES))),
+  # of each of `layers`, over their sum; (): all the same
+  layer_weights=((), ranges.Tuple(knobs.WEIGHT)),
+  # 'mse', 'smooth_l1'
+  feature_loss=(
+    'cosine',
+    ranges.Choice(('cosine', *losses.TOKEN_DISTANCES)),
+  ),
+  target_norm=('ln', ranges.Choice(tuple(losses.TARGET_NORMS))),  # 'none'
+  # fixed positions in front of the heads of stages
+  head_pos=(False, ranges.Flag()),
+  decoder=knobs.head(width=512, depth=2, num_heads=8),
+  # 'patch_channel', 'none'
+  pixel_norm=('patch', ranges.Choice(tuple(losses.PIXEL_NORMS))),
   # --- masks
-  c.mask_ratio = 0.9
-  c.masks_per_clip = 1  # more amortise the teachers
-  c.units = 'attention'  # 'random': all units alike, as Hiera-MAE
-  c.mask_teacher = 'image'  # whose attention; it need not be among `teachers`
+  mask_ratio=(0.9, ranges.Real(above=0, below=1)),
+  # more amortise the teachers
+  masks_per_clip=(1, knobs.MASKS_PER_CLIP),
+  # 'random': all units alike, as Hiera-MAE
+  units=('attention', ranges.Choice(('attention', 'random'))),
+  # whose attention; it need not be among `teachers`
+  mask_teacher=('image', ranges.Choice(teachers_lib.NAMES)),
   # 'cls': of the class token; 'column_mean': of all patches, for teachers
   # without a class token or with one that learned nothing (MAE);
   # 'feature_norm': length of the last features; 'uniform'.
-  c.scores = 'cls'
-  c.selection = 'sample'  # 'top', 'low', 'uniform'
-  c.tube = False  # the same units at every time step
-  return c
+  scores=(
+    'cls',
+    ranges.Choice((*attended.KINDS, 'feature_norm', 'uniform')),
+  ),
+  selection=('sample', ranges.Choice(unit_masks.MODES)),
+  tube=(False, ranges.Flag()),  # the same units at every time step
+)
+
+default = KEYS.defaults
 
 
 def build(
@@ -95,10 +101,10 @@ def build(
     resolve: source of an outside teacher -> its module.
 
   Raises:
-    ValueError: a knob with an unknown value, a teacher without a source, or
+    ValueError: a value outside of its range, a teacher without a source, or
       layers, stages and weights that do not fit together.
   """
-  knobs.check(config, KNOBS)
+  KEYS.check(config, 'method')
   asked = config.mask_teacher if _by_teacher(config) else ''
   distilled = tuple(config.teachers)
   if config.targets == kdhiera.PIXELS:
@@ -146,7 +152,7 @@ def build(
 def make_encoder(config: ml_collections.ConfigDict) -> hiera.Hiera:
   """Returns the student: it leaves 2 x 2 tokens of a unit."""
   return hiera.make(
-    knobs.shape('method.encoder', config.encoder, hiera.SIZES),
+    knobs.shape(config.encoder, hiera.SIZES),
     **config.hiera,
     q_pool=2,
     drop_path=config.drop_path,
@@ -185,13 +191,9 @@ def _pairs(
       f'method.{teacher}.layers: found {taken}, wanted some of 1 to {depth}, '
       "the teacher's blocks"
     )
-  if len(set(taken)) < len(taken):
-    raise ValueError(
-      f'method.{teacher}.layers: found {taken}, one of them twice'
-    )
   names = [f'layer_{n:02d}' for n in taken]
   if config.targets == 'visible':
-    if len(stages) != len(taken) or not {*stages} <= {*range(1, STAGES + 1)}:
+    if len(stages) != len(taken):
       raise ValueError(
         f'method.stages: found {stages} for method.{teacher}.layers={taken}; '
         f'wanted one of 1 to {STAGES} for each layer'
@@ -201,15 +203,10 @@ def _pairs(
       for stage, name in zip(stages, names, strict=True)
     ]
   weights = tuple(config.layer_weights) or (1.0,) * len(taken)
-  if len(weights) != len(taken) or min(weights) < 0 or not sum(weights):
+  if len(weights) != len(taken) or not sum(weights):
     raise ValueError(
       f'method.layer_weights: found {weights} for method.{teacher}.layers='
       f'{taken}; wanted a weight of 0 or more for each, and not all 0'
-    )
-  if config[teacher].weight < 0:
-    raise ValueError(
-      f'method.{teacher}.weight: found {config[teacher].weight}, wanted 0 or '
-      'more'
     )
   return tuple(
     kdhiera.Pair(name, layer, config[teacher].weight * weight / sum(weights))
@@ -220,10 +217,6 @@ def _pairs(
 def _masks(
   config: ml_collections.ConfigDict,
 ) -> tuple[unit_masks.Units, ...]:
-  if config.masks_per_clip < 1:
-    raise ValueError(
-      f'method.masks_per_clip: found {config.masks_per_clip}, wanted 1 or more'
-    )
   mode = config.selection
   if config.units == 'random':
     mode = 'random'

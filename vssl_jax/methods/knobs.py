@@ -1,50 +1,80 @@
-"""Reading of a method's section of the config: refusals name the knob."""
+"""Sections of the config that describe networks, for every method."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
 
+from vssl_jax import mask_specs, ranges
+from vssl_jax.models import attention, blocks, layers, positions, vit
 
-def check(
-  config: ml_collections.ConfigDict, knobs: Mapping[str, Collection[Any]]
-) -> None:
-  """Refuses knobs with a value that they do not know.
+STEPS = ranges.Whole(1, ranges.MANY)
+MASKS = ranges.Text(mask_specs.parse)
+MASK_SELECT = ranges.Choice(('random_k', 'raster_truncate'))
+MASKS_PER_CLIP = ranges.Whole(1, 2**6)
+MASK_TOKENS = ranges.Whole(1, 2**10)
+WEIGHT = ranges.Real(0, 1e6)  # of a term of a loss
+WIDTH = ranges.Whole(0, 2**16)  # 0: that of the size
+BLOCKS = ranges.Whole(0, 2**10)
+HEADS = ranges.Whole(0, 2**10)
+DTYPE = ranges.Choice(layers.DTYPES)
+RATE = ranges.Real(0, below=1)
+SHARE = ranges.Real(0, 1)
+EMA = ranges.Tuple(SHARE, lengths=(2,))  # first and last momentum
+TRIPLE = ranges.Tuple(ranges.Whole(1, 2**10), lengths=(3,))
 
-  Args:
-    config: `config.method`.
-    knobs: name -> known values.
+# models/vit.py and models/hiera.py explain each field.
+NETWORK = {
+  'patch': TRIPLE,
+  'positions': ranges.Choice(positions.NAMES),
+  'rope_pairing': ranges.Choice(('paired', 'vjepa2')),
+  'qkv_bias': ranges.Choice(('full', 'qv')),
+  'init': ranges.Choice(layers.INIT_FAMILIES),
+  'init_family': ranges.Choice(layers.INIT_FAMILIES),
+  'gelu': ranges.Choice(('exact', 'tanh')),
+  'drop_path': RATE,
+  'dtype': DTYPE,
+  'remat': ranges.Choice(('none', *blocks.REMAT)),
+  'attention': ranges.Choice(attention.NAMES),
+  'mean': ranges.Tuple(ranges.Real(-1e3, 1e3)),
+  'std': ranges.Tuple(ranges.Real(high=1e3, above=0)),
+}
 
-  Raises:
-    ValueError: an unknown value.
-  """
-  for knob, values in knobs.items():
-    known(f'method.{knob}', config[knob], values)
+
+def network(**fields: Any) -> ranges.Section:
+  """Returns the section of fields that encoders share, given the defaults."""
+  return ranges.Section(**{k: (v, NETWORK[k]) for k, v in fields.items()})
 
 
-def known(name: str, value: Any, values: Collection[Any]) -> Any:
-  """Returns a knob's value if it is a known one.
+def encoder(size: str = 'L') -> ranges.Section:
+  """Returns the section of the shape of a ViT, given the default size."""
+  return ranges.Section(
+    size=(size, ranges.Choice(tuple(vit.SIZES))),
+    # Other shapes: 0 takes the value of the size.
+    width=(0, WIDTH),
+    depth=(0, BLOCKS),
+    num_heads=(0, HEADS),
+    mlp_width=(0, WIDTH),
+  )
 
-  Raises:
-    ValueError: it is not.
-  """
-  if value not in values:
-    raise ValueError(f'{name}: found {value!r}, wanted one of {tuple(values)}')
-  return value
+
+def head(width: int, depth: int, num_heads: int) -> ranges.Section:
+  """Returns the section of the shape of a predictor or decoder."""
+  return ranges.Section(
+    width=(width, ranges.Whole(1, 2**16)),
+    depth=(depth, BLOCKS),
+    num_heads=(num_heads, ranges.Whole(1, 2**10)),
+  )
 
 
 def shape(
-  name: str, section: ml_collections.ConfigDict, sizes: Mapping[str, Any]
+  section: ml_collections.ConfigDict, sizes: Mapping[str, Any]
 ) -> dict[str, Any]:
   """Returns the fields of a named size, but for those given beside it.
 
   Args:
-    name: of the section, for refusals.
     section: `size`, and fields that are given where they are not 0.
     sizes: size -> fields.
-
-  Raises:
-    ValueError: an unknown size.
   """
   fields = {k: v for k, v in section.items() if k != 'size' and v}
-  return {**sizes[known(f'{name}.size', section.size, sizes)], **fields}
+  return {**sizes[section.size], **fields}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from vssl_jax import losses, mask_specs, sharding
+from vssl_jax import losses, mask_specs, ranges, sharding
 from vssl_jax.methods import (
   base,
   knobs,
@@ -20,80 +20,84 @@ from vssl_jax.methods import (
 from vssl_jax.models import layers, positions, vit
 
 AUTO = ('schedule',)  # what a short run may decide
-KNOBS = {
-  'base': ('mae', 'vjepa'),
-  'target': ('latent', 'pixels'),
-  'positions': ('all', 'subset', 'masked'),
-  'subset_context': ('subset', 'full'),
-  'targets': ('single', 'all'),
-  'latent_weight': ('constant', 'cosine'),
-  'layout': ('unrolled', 'loops'),
-  'pixel_norm': tuple(losses.PIXEL_NORMS),
-  'target_norm': tuple(losses.TARGET_NORMS),
-}
 
 
-def default() -> ml_collections.ConfigDict:
-  """Returns every knob of LayerLock, ViT-L, at our defaults."""
-  c = ml_collections.ConfigDict()
-  c.name = 'layerlock'
-  c.base = 'mae'  # 'vjepa': locks under V-JEPA's masks, predictor and average
-  c.encoder = salt_config.encoder_section()
-  c.vit = ml_collections.ConfigDict(
-    dict(
-      patch=(2, 16, 16),
-      # 'both' adds a learned table, 'learned' is 4DS, 'rope_3d' V-JEPA.
-      positions='rope_post_norm',
-      rope_pairing='paired',  # of 'rope_3d'
-      qkv_bias='full',
-      init='vjepa',
-      gelu='tanh',
-      drop_path=0.0,
-      dtype='bfloat16',
-      remat='none',
-      attention='auto',
-      mean=(0.0, 0.0, 0.0),  # pixels stay in [0, 1], as in 4DS
-      std=(1.0, 1.0, 1.0),
-    )
-  )
-  c.decoder_blocks = 4  # the last blocks, which decode and are never locked
+def _readable(schedule: str) -> None:
+  if schedule not in ('', 'auto'):
+    schedules.parse(schedule)
+
+
+STRETCH = ranges.Real(0, ranges.MANY)  # below 1 a fraction, else a number
+
+KEYS = ranges.Section(  # our defaults, ViT-L
+  name=('layerlock', ranges.Choice(('layerlock',))),
+  # 'vjepa': locks under V-JEPA's masks, predictor and average
+  base=('mae', ranges.Choice(('mae', 'vjepa'))),
+  encoder=knobs.encoder(),
+  vit=knobs.network(
+    patch=(2, 16, 16),
+    # 'both' adds a learned table, 'learned' is 4DS, 'rope_3d' V-JEPA.
+    positions='rope_post_norm',
+    rope_pairing='paired',  # of 'rope_3d'
+    qkv_bias='full',
+    init='vjepa',
+    gelu='tanh',
+    drop_path=0.0,
+    dtype='bfloat16',
+    remat='none',
+    attention='auto',
+    mean=(0.0, 0.0, 0.0),  # pixels stay in [0, 1], as in 4DS
+    std=(1.0, 1.0, 1.0),
+  ),
+  # the last blocks, which decode and are never locked
+  decoder_blocks=(4, knobs.BLOCKS),
   # 'loops': a sixth less to compile, and a fifth of it from the cache.
-  c.layout = 'unrolled'
-  c.total = 100_000  # steps of the run
+  layout=('unrolled', ranges.Choice(('unrolled', 'loops'))),
+  total=(100_000, knobs.STEPS),  # steps of the run
   # Lock a layer, or `jump` of them, every `interval` steps from `start` on,
   # until `last` are locked. Values below 1 are fractions, of the run's steps
   # and of the layers; interval=0 divides what is left evenly.
-  c.start = 1 / 3
-  c.interval = 0.0
-  c.jump = 1
-  c.last = 2 / 3
+  start=(1 / 3, STRETCH),
+  interval=(0.0, STRETCH),
+  jump=(1, ranges.Whole(1, 2**10)),
+  last=(2 / 3, STRETCH),
   # Instead: '((0, 600), (1, 200), ...)', lock depth and steps of each phase;
   # 'auto': a short run proposes it before the first step.
-  c.schedule = ''
-  c.trial = 0.05  # that run's length: a fraction of the run's steps, or steps
-  c.rewarm = (0.1, 0.1)  # share of each lock's steps, and the first factor
-  c.target = 'latent'  # 'pixels': freezing only
-  c.targets = 'single'  # 'all': every locked layer, a head for each
-  c.positions = 'all'  # 'masked', 'subset'
-  c.subset = 0.05
-  c.subset_context = 'subset'  # 'full'
-  c.masks = 'random:0.95'
-  c.mask_select = 'random_k'
-  c.pixel_norm = 'patch_channel'  # 'patch', 'none'
-  c.target_norm = 'ln'  # 'none'
-  c.frozen_dtype = 'float32'  # 'bfloat16' stores locked matrices in half
+  schedule=('', ranges.Text(_readable)),
+  # that run's length: a fraction of the run's steps, or steps
+  trial=(0.05, ranges.Real(high=ranges.MANY, above=0)),
+  # share of each lock's steps, and the first factor
+  rewarm=(
+    (0.1, 0.1),
+    ranges.Record((knobs.SHARE, ranges.Real(high=1, above=0))),
+  ),
+  # 'pixels': freezing only
+  target=('latent', ranges.Choice(('latent', 'pixels'))),
+  # 'all': every locked layer, a head for each
+  targets=('single', ranges.Choice(('single', 'all'))),
+  positions=('all', ranges.Choice(('all', 'subset', 'masked'))),
+  subset=(0.05, ranges.Real(high=1, above=0)),
+  subset_context=('subset', ranges.Choice(('subset', 'full'))),
+  masks=('random:0.95', knobs.MASKS),
+  mask_select=('random_k', knobs.MASK_SELECT),
+  # 'patch', 'none'
+  pixel_norm=('patch_channel', ranges.Choice(tuple(losses.PIXEL_NORMS))),
+  target_norm=('ln', ranges.Choice(tuple(losses.TARGET_NORMS))),  # 'none'
+  # 'bfloat16' stores locked matrices in half
+  frozen_dtype=('float32', knobs.DTYPE),
   # False is the control: nothing is locked, pixel and latent terms are added.
-  c.freeze = True
-  c.latent_weight = 'constant'  # 'cosine'
+  freeze=(True, ranges.Flag()),
+  latent_weight=('constant', ranges.Choice(('constant', 'cosine'))),
   # base='vjepa' only.
-  c.predictor = ml_collections.ConfigDict(
-    dict(width=384, depth=12, num_heads=16)
-  )
-  c.mask_tokens = 2
-  c.latent_loss = 'l1'
-  c.ema = (0.99925, 0.99925)  # first and last step of the run
-  c.target_offset = 1  # layers above the newest locked one
-  return c
+  predictor=knobs.head(width=384, depth=12, num_heads=16),
+  mask_tokens=(2, knobs.MASK_TOKENS),
+  latent_loss=('l1', ranges.Choice(tuple(losses.DISTANCES))),
+  ema=((0.99925, 0.99925), knobs.EMA),  # first and last step of the run
+  # layers above the newest locked one
+  target_offset=(1, knobs.BLOCKS),
+)
+
+default = KEYS.defaults
 
 
 def build(
@@ -109,10 +113,10 @@ def build(
     resolve: not used; no module comes from outside.
 
   Raises:
-    ValueError: a knob with an unknown value, or a schedule that does not fit.
+    ValueError: a value outside of its range, or a schedule that does not fit.
   """
   del resolve
-  knobs.check(config, KNOBS)
+  KEYS.check(config, 'method')
   encoder = _encoder(config)
   make = _vjepa if config.base == 'vjepa' else _mae
   return make(config, encoder, _schedule(config, encoder), video)

@@ -7,7 +7,7 @@ from typing import Any
 import flax.linen as nn
 import ml_collections
 
-from vssl_jax import losses, mask_specs
+from vssl_jax import losses, mask_specs, ranges
 from vssl_jax.methods import (
   base,
   chain,
@@ -22,20 +22,6 @@ from vssl_jax.models import decoder as decoder_lib
 from vssl_jax.models import layers
 from vssl_jax.models import student as student_lib
 
-KNOBS = {
-  'masks': ('tube', 'random'),
-  'feature_loss': tuple(losses.TOKEN_DISTANCES),
-  'target_norm': tuple(losses.TARGET_NORMS),
-  'dare': difficulty.PARTS,
-  'pg_positions': ('masked', 'both_masked'),
-  'previous_mask': ('nested', 'same'),
-  'align_norm': tuple(losses.TARGET_NORMS),
-  'rows_shape': ('patch', 'tube'),
-  'rows_frame': ('grid', 'crop'),
-  'rows_dtype': ('float32', 'float16'),
-  'rows': ('fresh', 'carry'),
-  'opt': ('carry', 'fresh'),
-}
 # Of DARE's weights: entropy over that of uniform ones.
 EVENNESS = (
   0.3,
@@ -44,49 +30,69 @@ EVENNESS = (
 )
 
 
-def default() -> ml_collections.ConfigDict:
-  """Returns every knob of PMD at the published values, student ViT-B."""
-  c = ml_collections.ConfigDict()
-  c.name = 'pmd'
+KEYS = ranges.Section(  # published values, student ViT-B
+  name=('pmd', ranges.Choice(('pmd',))),
   # One phase for each; the first has no student before it.
-  c.mask_ratios = (0.75, 0.8, 0.85, 0.9)
-  c.steps = (23_400,) * 4  # of each: 100 epochs of 240k clips at batch 1,024
-  c.masks = 'tube'  # 'random'
-  c.masks_per_clip = 1  # more amortise the teachers
-  c.encoder = salt_config.encoder_section()
-  c.encoder.size = 'B'
-  c.decoder = ml_collections.ConfigDict(  # a row of decoder.MVD_SIZES
-    dict(size='B', width=0, depth=0, num_heads=0)
-  )
-  c.drop_path = 0.1  # of student and decoders
+  mask_ratios=(
+    (0.75, 0.8, 0.85, 0.9),
+    ranges.Tuple(ranges.Real(above=0, below=1), rising=True, unique=True),
+  ),
+  # of each: 100 epochs of 240k clips at batch 1,024
+  steps=((23_400,) * 4, ranges.Tuple(knobs.STEPS)),
+  masks=('tube', ranges.Choice(('tube', 'random'))),
+  # more amortise the teachers
+  masks_per_clip=(1, knobs.MASKS_PER_CLIP),
+  encoder=knobs.encoder('B'),
+  decoder=ranges.Section(  # a row of decoder.MVD_SIZES
+    size=('B', ranges.Choice(tuple(decoder_lib.MVD_SIZES))),
+    width=(0, knobs.WIDTH),
+    depth=(0, knobs.BLOCKS),
+    num_heads=(0, knobs.HEADS),
+  ),
+  drop_path=(0.1, knobs.RATE),  # of student and decoders
   # `vit` is shared by the student and the teachers of its run.
-  c.update(teachers_lib.defaults())
-  c.lambda_base = 1.0
-  c.lambda_pg = 0.05  # PSD; 0: no guidance by the previous student
-  c.lambda_df = 1.0  # DARE; 0: no memory of patches is kept
-  c.lambda_al = 1.0  # CLFA; 0: no maps between layers
-  c.feature_loss = 'mse'  # 'smooth_l1' is MVD's scripts'
-  c.target_norm = 'none'  # 'ln'
+  **teachers_lib.keys(),
+  lambda_base=(1.0, knobs.WEIGHT),
+  # PSD; 0: no guidance by the previous student
+  lambda_pg=(0.05, knobs.WEIGHT),
+  lambda_df=(1.0, knobs.WEIGHT),  # DARE; 0: no memory of patches is kept
+  lambda_al=(1.0, knobs.WEIGHT),  # CLFA; 0: no maps between layers
+  # 'smooth_l1' is MVD's scripts'
+  feature_loss=('mse', ranges.Choice(tuple(losses.TOKEN_DISTANCES))),
+  target_norm=('none', ranges.Choice(tuple(losses.TARGET_NORMS))),  # 'ln'
   # --- PSD
-  c.previous_mask = 'nested'  # 'same': the previous student sees no more
-  c.previous_dtype = 'bfloat16'
-  c.pg_positions = 'masked'  # 'both_masked': hidden from both students
+  # 'same': the previous student sees no more
+  previous_mask=('nested', ranges.Choice(('nested', 'same'))),
+  previous_dtype=('bfloat16', ranges.Choice(base.TEACHER_DTYPES[:2])),
+  # 'both_masked': hidden from both students
+  pg_positions=('masked', ranges.Choice(('masked', 'both_masked'))),
   # --- DARE
-  c.alpha = 0.95  # weight of the new loss
-  c.tau = 0.5
-  c.window = 7500  # steps between looks at the memory: 32 epochs
-  c.dare = 'both'  # 'smooth': uniform weights; 'weights': nothing smoothed
-  c.df_extra_mean = False  # True is the letter of the paper
-  c.rows = 'fresh'  # 'carry': memory goes on from phase to phase
-  c.rows_shape = 'patch'  # 'tube': one for all time steps, 8 times smaller
-  c.rows_dtype = 'float32'  # 'float16' is meant for 100,000 clips and more
-  c.rows_frame = 'grid'  # 'crop': follows the picture that clips are cut from
+  alpha=(0.95, knobs.SHARE),  # weight of the new loss
+  tau=(0.5, ranges.Real(1e-6, 1e6)),
+  # steps between looks at the memory: 32 epochs
+  window=(7500, knobs.STEPS),
+  # 'smooth': uniform weights; 'weights': nothing smoothed
+  dare=('both', ranges.Choice(difficulty.PARTS)),
+  df_extra_mean=(False, ranges.Flag()),  # True is the letter of the paper
+  # 'carry': memory goes on from phase to phase
+  rows=('fresh', ranges.Choice(('fresh', 'carry'))),
+  # 'tube': one for all time steps, 8 times smaller
+  rows_shape=('patch', ranges.Choice(('patch', 'tube'))),
+  # 'float16' is meant for 100,000 clips and more
+  rows_dtype=('float32', ranges.Choice(base.ROW_DTYPES)),
+  # 'crop': follows the picture that clips are cut from
+  rows_frame=('grid', ranges.Choice(('grid', 'crop'))),
   # --- CLFA
-  c.align_norm = 'none'  # 'ln' on both sides
+  # 'ln' on both sides
+  align_norm=('none', ranges.Choice(tuple(losses.TARGET_NORMS))),
   # --- between phases
-  c.opt = 'carry'  # one schedule over all phases; 'fresh': one for each,
-  c.fresh_warmup = 1170  # each with so many warm-up steps: 5 epochs
-  return c
+  # one schedule over all phases; 'fresh': one for each,
+  opt=('carry', ranges.Choice(('carry', 'fresh'))),
+  # each with so many warm-up steps: 5 epochs
+  fresh_warmup=(1170, ranges.Whole(0, ranges.MANY)),
+)
+
+default = KEYS.defaults
 
 
 def build(
@@ -102,10 +108,10 @@ def build(
     resolve: source of an outside teacher -> its module.
 
   Raises:
-    ValueError: a knob with an unknown value, a teacher without a source, or
+    ValueError: a value outside of its range, a teacher without a source, or
       ratios and steps that do not fit together.
   """
-  knobs.check(config, KNOBS)
+  KEYS.check(config, 'method')
   _check(config)
   own, modules = teachers_lib.find(config, config.teachers, video, resolve)
   student = _student(config, modules)
@@ -120,7 +126,7 @@ def build(
 
 def _check(config: ml_collections.ConfigDict) -> None:
   ratios, steps = config.mask_ratios, config.steps
-  if len(ratios) != len(steps) or list(ratios) != sorted(set(ratios)):
+  if len(ratios) != len(steps):
     raise ValueError(
       f'method.mask_ratios, method.steps: found {ratios} and {steps}; wanted '
       'rising ratios, and as many numbers of steps'
@@ -128,11 +134,6 @@ def _check(config: ml_collections.ConfigDict) -> None:
   if not config.teachers:
     raise ValueError(
       f'method.teachers: found (), wanted some of {teachers_lib.NAMES}'
-    )
-  if config.masks_per_clip < 1 or config.window < 1:
-    raise ValueError(
-      'method.masks_per_clip and method.window: found '
-      f'{config.masks_per_clip} and {config.window}, wanted 1 or more'
     )
 
 
@@ -145,9 +146,7 @@ def _student(
     positions='sincos_3d_mvd',
     drop_path=config.drop_path,
   )
-  fields = decoder_lib.MVD | knobs.shape(
-    'method.decoder', config.decoder, decoder_lib.MVD_SIZES
-  )
+  fields = decoder_lib.MVD | knobs.shape(config.decoder, decoder_lib.MVD_SIZES)
   return student_lib.Student(
     encoder,
     {

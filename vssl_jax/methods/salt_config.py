@@ -7,95 +7,89 @@ from typing import Any
 import flax.linen as nn
 import ml_collections
 
-from vssl_jax import losses, mask_specs
+from vssl_jax import losses, mask_specs, ranges
 from vssl_jax.methods import base, chain, knobs, pixel_phase, salt
 from vssl_jax.models import decoder as decoder_lib
 from vssl_jax.models import layers, vit
 from vssl_jax.models import predictor as predictor_lib
 
 
-def default() -> ml_collections.ConfigDict:
-  """Returns every knob of SALT at the values of the paper, ViT-L."""
-  c = ml_collections.ConfigDict()
-  c.name = 'salt'
+def _pixel_section() -> ranges.Section:
+  return ranges.Section(
+    # paper: 80k in the main table, 40k is its best split
+    steps=(40_000, knobs.STEPS),
+    encoder=knobs.encoder(),
+    # The paper does not describe its decoder; the predictor's shape with
+    # pixels as output reproduces its FLOPs. 'videomae' is VideoMAE's.
+    decoder=ranges.Section(
+      kind=('predictor', ranges.Choice(('predictor', 'videomae'))),
+      **knobs.head(width=384, depth=12, num_heads=16),
+    ),
+    masks=('short_long', knobs.MASKS),  # mask_specs.parse
+    # 'raster_truncate' is the published collator
+    mask_select=('random_k', knobs.MASK_SELECT),
+    # one per mask type; 1 shares it
+    mask_tokens=(2, knobs.MASK_TOKENS),
+    # 'patch', 'none'
+    pixel_norm=('patch_channel', ranges.Choice(tuple(losses.PIXEL_NORMS))),
+    pixel_loss=('mse', ranges.Choice(tuple(losses.DISTANCES))),  # 'l1'
+    # run folder or published model for the encoder
+    init_from=('', ranges.Text()),
+  )
+
+
+def _latent_section(teacher: str) -> ranges.Section:
+  return ranges.Section(
+    steps=(200_000, knobs.STEPS),
+    encoder=knobs.encoder(),
+    predictor=knobs.head(width=384, depth=12, num_heads=16),
+    # @<earlier phase>, @ema/encoder (V-JEPA), a run folder, or a published
+    # model (local folder or hub id).
+    teacher=(teacher, ranges.Text()),
+    # 'float32'; 'float8' on GPUs that have it
+    teacher_dtype=('bfloat16', ranges.Choice(base.TEACHER_DTYPES)),
+    # Momentum of @ema/encoder, linear from the first to the last step.
+    ema=((0.99925, 0.99925), knobs.EMA),
+    # > 0: also keep this average of the student
+    polyak=(0.0, ranges.Real(0, below=1)),
+    masks=('short_long', knobs.MASKS),
+    mask_select=('random_k', knobs.MASK_SELECT),
+    mask_tokens=(2, knobs.MASK_TOKENS),
+    # 'smooth_l1', 'l2'
+    latent_loss=('l1', ranges.Choice(tuple(losses.DISTANCES))),
+    target_norm=('ln', ranges.Choice(tuple(losses.TARGET_NORMS))),  # 'none'
+    init_from=('', ranges.Text()),
+  )
+
+
+KEYS = ranges.Section(  # the paper's values, ViT-L
+  name=('salt', ranges.Choice(('salt',))),
   # Run in this order. Names start with pixel_teacher or latent_student and
   # name the section below that describes the phase.
-  c.phases = ('pixel_teacher', 'latent_student')
+  phases=(
+    ('pixel_teacher', 'latent_student'),
+    ranges.Tuple(ranges.Text(), unique=True),
+  ),
   # What all encoders share; models/vit.py explains each field.
-  c.vit = ml_collections.ConfigDict(
-    dict(
-      patch=(2, 16, 16),
-      positions='rope_3d',
-      # 'vjepa2' is the rotation of the released code, needed to load its
-      # weights; the paper does not say which one it trained with.
-      rope_pairing='paired',
-      qkv_bias='full',
-      init='vjepa',
-      drop_path=0.0,
-      dtype='bfloat16',
-      remat='none',
-      attention='auto',
-    )
-  )
-  c.pixel_teacher = _pixel_section()
-  c.latent_student = _latent_section('@pixel_teacher')
-  c.latent_student_2 = _latent_section('@latent_student')
-  return c
+  vit=knobs.network(
+    patch=(2, 16, 16),
+    positions='rope_3d',
+    # 'vjepa2' is the rotation of the released code, needed to load its
+    # weights; the paper does not say which one it trained with.
+    rope_pairing='paired',
+    qkv_bias='full',
+    init='vjepa',
+    drop_path=0.0,
+    dtype='bfloat16',
+    remat='none',
+    attention='auto',
+  ),
+  pixel_teacher=_pixel_section(),
+  latent_student=_latent_section('@pixel_teacher'),
+  latent_student_2=_latent_section('@latent_student'),
+)
 
-
-def encoder_section() -> ml_collections.ConfigDict:
-  """Returns the knobs of an encoder's shape."""
-  return ml_collections.ConfigDict(
-    dict(
-      size='L',  # a row of models/vit.py:SIZES
-      # Other shapes: 0 takes the value of the size.
-      width=0,
-      depth=0,
-      num_heads=0,
-      mlp_width=0,
-    )
-  )
-
-
-def _pixel_section() -> ml_collections.ConfigDict:
-  return ml_collections.ConfigDict(
-    dict(
-      steps=40_000,  # paper: 80k in the main table, 40k is its best split
-      encoder=encoder_section(),
-      # The paper does not describe its decoder; the predictor's shape with
-      # pixels as output reproduces its FLOPs. 'videomae' is VideoMAE's.
-      decoder=dict(kind='predictor', width=384, depth=12, num_heads=16),
-      masks='short_long',  # mask_specs.parse
-      mask_select='random_k',  # 'raster_truncate' is the published collator
-      mask_tokens=2,  # one per mask type; 1 shares it
-      pixel_norm='patch_channel',  # 'patch', 'none'
-      pixel_loss='mse',  # 'l1'
-      init_from='',  # run folder or published model for the encoder
-    )
-  )
-
-
-def _latent_section(teacher: str) -> ml_collections.ConfigDict:
-  return ml_collections.ConfigDict(
-    dict(
-      steps=200_000,
-      encoder=encoder_section(),
-      predictor=dict(width=384, depth=12, num_heads=16),
-      # @<earlier phase>, @ema/encoder (V-JEPA), a run folder, or a published
-      # model (local folder or hub id).
-      teacher=teacher,
-      teacher_dtype='bfloat16',  # 'float32'; 'float8' on GPUs that have it
-      # Momentum of @ema/encoder, linear from the first to the last step.
-      ema=(0.99925, 0.99925),
-      polyak=0.0,  # > 0: also keep this average of the student
-      masks='short_long',
-      mask_select='random_k',
-      mask_tokens=2,
-      latent_loss='l1',  # 'smooth_l1', 'l2'
-      target_norm='ln',  # 'none'
-      init_from='',
-    )
-  )
+default = KEYS.defaults
 
 
 def build(
@@ -111,8 +105,9 @@ def build(
     resolve: source of an outside teacher -> its module.
 
   Raises:
-    ValueError: a phase without a section, or a mask that does not exist.
+    ValueError: a value outside of its range, or a phase without a section.
   """
+  KEYS.check(config, 'method')
   plan: list[Any] = []
   for name in config.phases:
     if name not in config or name == 'vit':
@@ -172,22 +167,15 @@ def _pixel_phase(
   shape['out_width'] = pt * py * px * video[-1]
   if kind == 'predictor':
     decoder = make_predictor(shape, section, encoder)
-  elif kind == 'videomae':
+  else:
     decoder = decoder_lib.VideoMaeDecoder(
       **shape, dtype=encoder.dtype, remat=encoder.remat
-    )
-  else:
-    raise ValueError(
-      f'method.{common["name"]}.decoder.kind: found {kind!r}, wanted '
-      "'predictor' or 'videomae'"
     )
   return pixel_phase.PixelTeacher(
     **common,
     decoder=decoder,
-    pixel_norm=knobs.known(
-      'pixel_norm', section.pixel_norm, losses.PIXEL_NORMS
-    ),
-    pixel_loss=knobs.known('pixel_loss', section.pixel_loss, losses.DISTANCES),
+    pixel_norm=section.pixel_norm,
+    pixel_loss=section.pixel_loss,
   )
 
 
@@ -230,12 +218,8 @@ def _latent_phase(
       'target': base.Teacher(module, source, dtype=section.teacher_dtype)
     },
     ema=ema,
-    latent_loss=knobs.known(
-      'latent_loss', section.latent_loss, losses.DISTANCES
-    ),
-    target_norm=knobs.known(
-      'target_norm', section.target_norm, losses.TARGET_NORMS
-    ),
+    latent_loss=section.latent_loss,
+    target_norm=section.target_norm,
   )
 
 

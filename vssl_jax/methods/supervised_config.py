@@ -5,53 +5,53 @@ from collections.abc import Callable
 import flax.linen as nn
 import ml_collections
 
-from vssl_jax import mixing
-from vssl_jax.methods import salt_config, supervised
+from vssl_jax import mixing, ranges
+from vssl_jax.methods import knobs, salt_config, supervised
 from vssl_jax.models import classifier, hiera
 
-
-def default() -> ml_collections.ConfigDict:
-  """Returns every knob at the values of VideoMAE and MVD, ViT-B."""
-  c = ml_collections.ConfigDict()
-  c.name = 'supervised'
+KEYS = ranges.Section(  # VideoMAE's and MVD's values, ViT-B
+  name=('supervised', ranges.Choice(('supervised',))),
   # The job `finetune` fills these in: from the videos, and where the encoder
   # starts from weights, from those. 0 steps: not known yet.
-  c.steps = 0
-  c.classes = 0
-  c.source = ''  # folder of the weights that the encoder starts from
+  steps=(0, ranges.Whole(0, ranges.MANY)),
+  classes=(0, ranges.Whole(0, 2**24)),
+  # folder of the weights that the encoder starts from
+  source=('', ranges.Text()),
   # The encoder, where it starts at random; `family` says which of the two
   # sections counts.
-  c.family = 'vit'  # 'hiera'
-  c.encoder = salt_config.encoder_section()
-  c.encoder.size = 'B'
+  family=('vit', ranges.Choice(('vit', 'hiera'))),
+  encoder=knobs.encoder('B'),
   # models/vit.py explains each field.
-  c.vit = ml_collections.ConfigDict(
-    dict(
-      patch=(2, 16, 16),
-      positions='sinusoid_1d',
-      qkv_bias='qv',
-      init_family='videomae',
-      dtype='bfloat16',
-    )
-  )
+  vit=knobs.network(
+    patch=(2, 16, 16),
+    positions='sinusoid_1d',
+    qkv_bias='qv',
+    init_family='videomae',
+    dtype='bfloat16',
+  ),
   # A row of hiera.SIZES; models/hiera.py explains further fields.
-  c.hiera = ml_collections.ConfigDict(
-    dict(size='B', init_family='classifier', dtype='bfloat16')
-  )
+  hiera=ranges.Section(
+    size=('B', ranges.Choice(tuple(hiera.SIZES))),
+    init_family=('classifier', ranges.Choice(tuple(hiera.INITS))),
+    dtype=('bfloat16', knobs.DTYPE),
+  ),
   # These hold for every start.
-  c.q_pool = 3  # of Hiera: one token of a mask unit is left; pretrained with 2
-  c.remat = 'none'
-  c.attention = 'auto'
-  c.drop_path = 0.1  # of the last block; linear from 0
-  c.dropout = 0.0  # before the linear layer
-  c.head_scale = 0.001  # its first weights and biases times this
+  # of Hiera: one token of a mask unit is left; pretrained with 2
+  q_pool=(3, ranges.Choice((2, 3))),
+  remat=('none', knobs.NETWORK['remat']),
+  attention=('auto', knobs.NETWORK['attention']),
+  drop_path=(0.1, knobs.RATE),  # of the last block; linear from 0
+  dropout=(0.0, knobs.RATE),  # before the linear layer
+  head_scale=(0.001, knobs.WEIGHT),  # its first weights and biases times this
   # vssl_jax/mixing.py explains these.
-  c.mixup = 0.8
-  c.cutmix = 1.0
-  c.probability = 1.0
-  c.switch = 0.5
-  c.smoothing = 0.1
-  return c
+  mixup=(0.8, knobs.WEIGHT),
+  cutmix=(1.0, knobs.WEIGHT),
+  probability=(1.0, knobs.SHARE),
+  switch=(0.5, knobs.SHARE),
+  smoothing=(0.1, knobs.SHARE),
+)
+
+default = KEYS.defaults
 
 
 def build(
@@ -67,19 +67,17 @@ def build(
     resolve: not used; the section says all of the encoder's fields.
 
   Raises:
-    ValueError: the number of classes or steps is not known.
+    ValueError: a value outside of its range, or the number of classes or steps
+      is not known.
   """
   del video, resolve
+  KEYS.check(config, 'method')
   for name in ('classes', 'steps'):
     if config[name] < 1:
       raise ValueError(
         f'method.{name}: found {config[name]}, wanted at least 1; the job '
         "'finetune' finds it out, from --config.finetune.train"
       )
-  if config.family not in ('vit', 'hiera'):
-    raise ValueError(
-      f"method.family: found {config.family!r}, wanted 'vit' or 'hiera'"
-    )
   encoder = _encoder(config)
   fields = ('mixup', 'cutmix', 'probability', 'switch', 'smoothing')
   return supervised.Supervised(

@@ -10,7 +10,7 @@ from typing import Any
 import flax.linen as nn
 import ml_collections
 
-from vssl_jax import flops, losses, mask_specs
+from vssl_jax import flops, losses, mask_specs, ranges
 from vssl_jax.methods import base, knobs, pixel_phase, salt_config
 from vssl_jax.models import decoder as decoder_lib
 from vssl_jax.models import framewise, hiera, layers, vit
@@ -18,47 +18,58 @@ from vssl_jax.models import framewise, hiera, layers, vit
 NAMES = ('image', 'video')
 
 
-def defaults() -> dict[str, Any]:
-  """Returns the knobs of teachers, those of their own phases among them."""
-  return dict(
+def keys(**more: Any) -> ranges.Section:
+  """Returns the keys of teachers, those of their own phases among them.
+
+  Args:
+    **more: further keys of the sections `image` and `video`.
+  """
+  source = ranges.Section(
+    teacher=('', ranges.Text()),
+    dtype=('bfloat16', ranges.Choice(base.TEACHER_DTYPES)),
+    **more,
+  )
+  return ranges.Section(
     # What they share where this run makes them; `patch` is also how teachers
     # from outside cut a clip.
-    vit=ml_collections.ConfigDict(
-      dict(
-        patch=(2, 16, 16),
-        qkv_bias='qv',
-        init='videomae',
-        dtype='bfloat16',
-        remat='none',
-        attention='auto',
-      )
+    vit=knobs.network(
+      patch=(2, 16, 16),
+      qkv_bias='qv',
+      init='videomae',
+      dtype='bfloat16',
+      remat='none',
+      attention='auto',
     ),
     # The teachers; a list of one distils that one only.
-    teachers=NAMES,
+    teachers=(NAMES, ranges.Tuple(ranges.Choice(NAMES), unique=True)),
     # @image_teacher and @video_teacher are trained first, by phases of this
     # run; else a run folder, or published weights (folder, file, hub id).
     # dtype: also 'float32', or 'float8' on GPUs that have it.
-    image=ml_collections.ConfigDict(dict(teacher='', dtype='bfloat16')),
-    video=ml_collections.ConfigDict(dict(teacher='', dtype='bfloat16')),
+    image=source,
+    video=source,
     image_teacher=_section(
       masks='frames:0.75',
       pixel_norm='patch',
-      decoder=dict(width=512, depth=8, num_heads=16),
+      decoder=knobs.head(width=512, depth=8, num_heads=16),
     ),
     video_teacher=_section(
       masks='tube:0.9',
       pixel_norm='patch_channel',
-      decoder=dict(width=384, depth=4, num_heads=6),
+      decoder=knobs.head(width=384, depth=4, num_heads=6),
     ),
   )
 
 
-def _section(**fields: Any) -> ml_collections.ConfigDict:
-  section = ml_collections.ConfigDict(
-    dict(steps=100_000, encoder=salt_config.encoder_section(), **fields)
+def _section(
+  masks: str, pixel_norm: str, decoder: ranges.Section
+) -> ranges.Section:
+  return ranges.Section(
+    steps=(100_000, knobs.STEPS),
+    encoder=knobs.encoder('B'),
+    masks=(masks, knobs.MASKS),
+    pixel_norm=(pixel_norm, ranges.Choice(tuple(losses.PIXEL_NORMS))),
+    decoder=decoder,
   )
-  section.encoder.size = 'B'
-  return section
 
 
 def find(
@@ -76,13 +87,8 @@ def find(
     resolve: source of an outside teacher -> its module.
 
   Raises:
-    ValueError: an unknown teacher, or one without a source.
+    ValueError: a teacher without a source.
   """
-  unknown = [n for n in names if n not in NAMES]
-  if unknown:
-    raise ValueError(
-      f'method.teachers: found {config.teachers}, wanted some of {NAMES}'
-    )
   own, modules = [], {}
   for name in names:
     source, phase = config[name].teacher, f'{name}_teacher'
@@ -246,9 +252,7 @@ def _pixel_phase(
     encoder=encoder,
     decoder=decoder,
     masks=mask_specs.parse(section.masks),
-    pixel_norm=knobs.known(
-      f'method.{name}.pixel_norm', section.pixel_norm, losses.PIXEL_NORMS
-    ),
+    pixel_norm=section.pixel_norm,
     init='fresh',
     opt='fresh',
     rows='fresh',

@@ -22,6 +22,8 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 # Matrix products of layers: in the type of the activations, or in 8 bits.
 PRODUCTS = {'same': sharding.dot_general, 'float8': float8.dot_general}
 IMAGENET_STD = (0.229, 0.224, 0.225)
+DTYPES = ('float32', 'bfloat16')  # of activations and matrix products
+INIT_FAMILIES = ('vjepa', 'videomae', 'mae', '4ds', 'hiera')
 
 Grid = tuple[int, int, int]
 Initializer = Callable[..., Array]
@@ -172,9 +174,7 @@ def kernel_init(family: str, role: str, block: int = 1) -> Initializer:
     return nn.initializers.lecun_normal()
   if family == 'hiera':  # truncated as far out as that of V-JEPA
     return nn.initializers.normal(0.02)
-  raise ValueError(
-    f"init is {family!r}, wanted 'vjepa', 'videomae', 'mae', '4ds' or 'hiera'"
-  )
+  raise ValueError(f'init is {family!r}, wanted one of {INIT_FAMILIES}')
 
 
 def bias_init(family: str) -> Initializer:

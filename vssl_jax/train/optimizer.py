@@ -15,53 +15,57 @@ import ml_collections
 import optax
 from jaxtyping import Array, Float, Int
 
-from vssl_jax import trees
+from vssl_jax import ranges, trees
 from vssl_jax.methods import base
 from vssl_jax.train import freezing, layer_decay
 
 Schedule = Callable[[Int[Array, ''] | int], Float[Array, '']]
 
 
-def default() -> ml_collections.ConfigDict:
-  """Returns the optimizer's knobs at SALT's published values."""
-  return ml_collections.ConfigDict(
-    dict(
-      # lr, lr_start and lr_end are for batches of lr_batch clips; they are
-      # multiplied by (batch / lr_batch) ** lr_power. The result is printed.
-      lr=6.25e-4,
-      lr_start=2e-4,
-      lr_end=1e-6,
-      lr_batch=3072,
-      lr_power=0.5,  # 1.0: linear rule (VideoMAE); 0.0: no scaling
-      schedule='cosine',  # 'constant': constant, then linear cooldown
-      warmup=-1,  # steps; -1: the smaller of 10,000 and a quarter of the phase
-      cooldown=0,  # steps at the end of a 'constant' schedule
-      weight_decay=0.04,
-      weight_decay_end=0.4,  # cosine over the phase
-      # Mask tokens and other learned tokens [1, D] are decayed in all the
-      # published codes.
-      decay_tokens=True,
-      # 'sgd': momentum b1; weight decay is added to the gradient in front of
-      # it, as in torch. b2 and eps have no meaning there.
-      rule='adamw',
-      b1=0.9,
-      b2=0.95,
-      eps=1e-8,
-      clip=0.02,  # global norm; 0: none
-      clip_scope='joint',  # 'per_role': encoder and predictor apart
-      # Factor on the learning rate from one block of the encoder to the one
-      # before it, counted from the head; 1.0: the same for all.
-      layer_decay=1.0,
-      # Micro-batches per step, at least 1. Masks, rows and the mean of a loss
-      # over clips stay what they are with 1. Drop path, dropout and mixing
-      # draw anew for each micro-batch, and clips mix within it; a mean over
-      # labelled clips is taken within each micro-batch.
-      accumulate=1,
-      # Skip a step whose loss is this many times the running median; 0: never.
-      # Steps with a loss or gradient that is not finite are always skipped.
-      skip_spike=0.0,
-    )
-  )
+RATE = ranges.Real(0, 1e3)
+KEYS = ranges.Section(  # SALT's published values
+  # lr, lr_start and lr_end are for batches of lr_batch clips; they are
+  # multiplied by (batch / lr_batch) ** lr_power. The result is printed.
+  lr=(6.25e-4, RATE),
+  lr_start=(2e-4, RATE),
+  lr_end=(1e-6, RATE),
+  lr_batch=(3072, ranges.Whole(1, ranges.MANY)),
+  # 1.0: linear rule (VideoMAE); 0.0: no scaling
+  lr_power=(0.5, ranges.Real(0, 2)),
+  # 'constant': constant, then linear cooldown
+  schedule=('cosine', ranges.Choice(('cosine', 'constant'))),
+  # steps; -1: the smaller of 10,000 and a quarter of the phase
+  warmup=(-1, ranges.Whole(-1, ranges.MANY)),
+  # steps at the end of a 'constant' schedule
+  cooldown=(0, ranges.Whole(0, ranges.MANY)),
+  weight_decay=(0.04, RATE),
+  weight_decay_end=(0.4, RATE),  # cosine over the phase
+  # Mask tokens and other learned tokens [1, D] are decayed in all the
+  # published codes.
+  decay_tokens=(True, ranges.Flag()),
+  # 'sgd': momentum b1; weight decay is added to the gradient in front of
+  # it, as in torch. b2 and eps have no meaning there.
+  rule=('adamw', ranges.Choice(('adamw', 'sgd'))),
+  b1=(0.9, ranges.Real(0, below=1)),
+  b2=(0.95, ranges.Real(0, below=1)),
+  eps=(1e-8, ranges.Real(high=1, above=0)),
+  clip=(0.02, ranges.Real(0)),  # global norm; 0: none
+  # 'per_role': encoder and predictor apart
+  clip_scope=('joint', ranges.Choice(('joint', 'per_role'))),
+  # Factor on the learning rate from one block of the encoder to the one
+  # before it, counted from the head; 1.0: the same for all.
+  layer_decay=(1.0, ranges.Real(high=1, above=0)),
+  # Micro-batches per step, at least 1. Masks, rows and the mean of a loss
+  # over clips stay what they are with 1. Drop path, dropout and mixing
+  # draw anew for each micro-batch, and clips mix within it; a mean over
+  # labelled clips is taken within each micro-batch.
+  accumulate=(1, ranges.Whole(1, 2**20)),
+  # Skip a step whose loss is this many times the running median; 0: never.
+  # Steps with a loss or gradient that is not finite are always skipped.
+  skip_spike=(0.0, ranges.Real(above=1, also=(0,))),
+)
+
+default = KEYS.defaults
 
 
 @dataclasses.dataclass(frozen=True)

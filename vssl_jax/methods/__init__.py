@@ -37,6 +37,11 @@ def keys(name: str) -> ranges.Section:
   return _find(name).KEYS
 
 
+def default(name: str) -> ml_collections.ConfigDict:
+  """Returns the section of a method at its defaults."""
+  return keys(name).defaults()
+
+
 def build(
   config: ml_collections.ConfigDict,
   video: tuple[int, ...],

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float
 from vssl_jax import config as config_lib
 from vssl_jax import methods, sharding, trees, weights
 from vssl_jax.methods import base
-from vssl_jax.models import framewise, hiera, layers
+from vssl_jax.models import compare, framewise, hiera, layers
 from vssl_jax.train import checkpoint, manifests
 
 
@@ -307,6 +307,31 @@ def load(source: str) -> Encoder:
   )
   params = checkpoint.restore(found.saved, target, found.subtree)
   return Encoder(found.phase.encoder, params, source, found.video)
+
+
+def load_as(source: str, module: nn.Module) -> Encoder:
+  """Loads the weights of a source into a network of the same function.
+
+  The network may look at other frames, and at cells of another size, than the
+  source: both belong to the clips and not to the weights.
+
+  Args:
+    source: as of `load`.
+    module: such as a teacher's, made for the clips of a run.
+
+  Raises:
+    ValueError: the network computes another function than the source's.
+  """
+  loaded = load(source)
+  differing = compare.differing_fields(loaded.module, module)
+  differing = {n: x for n, x in differing.items() if n not in ('every', 'cell')}
+  if differing:
+    raise ValueError(
+      f'{source}: its weights are of a network of another function: '
+      f'{compare.describe(differing)}. If a run still trains there, name one '
+      f'of its phases: {source}@<phase>'
+    )
+  return dataclasses.replace(loaded, module=module)
 
 
 def _place() -> jax.sharding.Sharding:

@@ -1,15 +1,18 @@
 """How a phase starts: weights from outside, carried ones, and averages."""
 
 import dataclasses
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.train import conftest, locks, test_kdhiera, test_pmd, toy
-from vssl_jax import methods, trees, weights
+from vssl_jax import encoders, methods, trees, weights
 from vssl_jax.methods import base
-from vssl_jax.train import ahead, begin, trainer
+from vssl_jax.models import vit
+from vssl_jax.train import ahead, begin, plan, step, trainer
 from vssl_jax.train import run as run_lib
 
 
@@ -56,6 +59,7 @@ def _student(clips, workdir):
   return c
 
 
+@pytest.mark.slow
 def test_averages_start_from_the_weights_that_were_loaded(clips, tmp_path):
   """A run without a learning rate leaves student and averages at the file's."""
   c = _student(clips, tmp_path / 'run')
@@ -72,6 +76,27 @@ def test_averages_start_from_the_weights_that_were_loaded(clips, tmp_path):
     for name, value in source.items():
       for role in ('params/encoder', 'ema/encoder', 'ema/polyak'):
         np.testing.assert_array_equal(leaves[f'{role}/{name}'], value)
+
+
+@pytest.mark.parametrize(
+  ('source', 'carried', 'wanted'),
+  [
+    ({}, {}, (1, 2)),
+    ({}, {'ema/slow/w': jnp.full(3, 5.0)}, (5, 2)),
+    ({'encoder': 'x'}, {'ema/slow/w': jnp.full(3, 5.0)}, (1, 2)),
+  ],
+)
+def test_averages_are_derived_from_the_parameters(source, carried, wanted):
+  """All leaves but those that are carried; none of a role that was loaded."""
+  params = {'w': jnp.full(3, 1.0, jnp.bfloat16), 'b': jnp.full(2, 2.0)}
+  ema = {'slow': {'w': jnp.zeros(3), 'b': jnp.zeros(2)}}
+  state = step.TrainState(0, {'encoder': params}, (), ema, {}, {})
+  phase = _phase('one', ema=STILL, init_from=source)
+  average = begin._averages(phase, state, carried)['slow']
+  for name, value in zip('wb', wanted, strict=True):
+    np.testing.assert_array_equal(average[name], value)
+    assert average[name].dtype == jnp.float32
+    assert average[name] is not params[name]  # both are donated
 
 
 CONFIGS = {
@@ -116,6 +141,7 @@ def _trained(clips, workdir, *plan):
 STILL = {'slow': base.Ema('encoder', (1.0, 1.0))}  # keeps what it starts from
 
 
+@pytest.mark.slow
 def test_an_average_that_a_phase_adds_starts_from_what_is_carried(
   clips, tmp_path
 ):
@@ -137,11 +163,112 @@ def test_an_average_that_a_phase_adds_starts_from_what_is_carried(
 
 @pytest.mark.slow
 def test_a_fresh_phase_has_averages_of_its_own_start(clips, tmp_path):
-  """Only rows could be carried into it, and it has none."""
-  fresh = toy.phase(name='two', steps=1, ema=STILL, init='fresh', opt='fresh')
-  before = toy.phase(steps=2, ema=STILL)
-  states = _trained(clips, tmp_path / 'run', before, fresh)
-  kernels = [n for n in states[3] if n.startswith('ema/') and 'kernel' in n]
-  assert len(kernels) == 2
-  for name in kernels:
-    assert not np.array_equal(states[3][name], states[2][name]), name
+  """Its own first values, or those of an earlier phase that it names."""
+  fresh = dict(steps=1, ema=STILL, init='fresh', opt='fresh')
+  plan = (
+    toy.phase(steps=2, ema=STILL),
+    toy.phase(name='two', **fresh),  # only rows could be carried: it has none
+    toy.phase(name='three', **fresh, init_from={'encoder': '@one'}),
+  )
+  states = _trained(clips, tmp_path / 'run', *plan)
+  leaves = [n for n in states[3] if n.startswith('ema/')]
+  assert len(leaves) == 4
+  for name in leaves:
+    if 'kernel' in name:
+      assert not np.array_equal(states[3][name], states[2][name]), name
+    end = states[2][name.replace('ema/slow', 'params/encoder')]
+    np.testing.assert_array_equal(states[4][name], end)
+
+
+def test_phases_start_from_earlier_ones_of_the_same_function():
+  c = conftest.tiny_config('nowhere', 'nowhere')
+  first, source = _phase('first'), {'encoder': '@first'}
+  begin.check_sources(c, (first, _phase('second', init_from=source)))
+  for phases, message in (
+    ((_phase('second', init_from=source), first), "'@first', wanted a phase"),
+    ((first, _phase('second', TURNED, init_from=source)), 'rope_pairing is'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      begin.check_sources(c, phases)
+
+
+SAME = {
+  'rope_pairing': ('vjepa2', 'method.vit.rope_pairing'),
+  'positions': ('sinusoid_1d', 'method.vit.positions'),
+  'qkv_bias': ('qv', 'method.vit.qkv_bias'),
+  'patch': ((4, 8, 8), 'method.vit.patch'),
+  'num_heads': (1, 'method.latent_student.encoder.num_heads'),
+  'width': (32, 'method.latent_student.encoder.width'),
+  'norm_eps': (1e-12, 'method.vit.norm_eps'),
+  'gelu': ('tanh', ''),
+  'final_norm': (False, ''),
+  'mean': ((0.0, 0.0, 0.0), ''),
+  'std': ((1.0, 1.0, 1.0), ''),
+}
+
+
+@pytest.mark.parametrize('field', SAME)
+def test_weights_of_another_function_are_refused(clips, tmp_path, field):
+  """Before anything runs: by field, both values, and the key that sets it."""
+  c = _student(clips, tmp_path / 'run')
+  video, (theirs, key) = (4, 16, 16, 3), SAME[field]
+  (phase,) = methods.build(c.method, video, lambda _: None).phases()
+  other = phase.encoder.clone(**{field: theirs})
+  source, ours = tmp_path / 'source', getattr(phase.encoder, field)
+  params = _random(other, video)
+  weights.export(other, params, source, video=video, layout='vssl_vit')
+  c.method.latent_student.init_from = str(source)
+  remedy = f'--config.{key}={theirs!r}' if key else 'no config key sets it'
+  wanted = f'{field} is {theirs!r} there and {ours!r} here ({remedy})'
+  with pytest.raises(ValueError, match=re.escape(wanted)) as plan_error:
+    plan.describe(c)
+  with pytest.raises(ValueError, match=re.escape(wanted)) as train_error:
+    trainer.train(c)
+  for error in (plan_error, train_error):
+    assert '\n' not in str(error.value) and str(source) in str(error.value)
+  assert not (tmp_path / 'run' / 'run.json').exists()
+
+
+VIT = vit.make({'width': 16, 'depth': 1, 'num_heads': 2}, patch=(2, 8, 8))
+TURNED = VIT.clone(rope_pairing='vjepa2')
+
+
+def _phase(name, encoder=VIT, **fields):
+  return base.Phase(name=name, steps=1, encoder=encoder, **fields)
+
+
+@pytest.mark.parametrize(
+  ('second', 'message'),
+  [
+    (
+      {'teachers': {'wise': base.Teacher(TURNED, '@first')}},
+      "teacher 'wise' has the parameters of @first.*rope_pairing is 'paired'",
+    ),
+    (
+      {
+        'teachers': {'wise': base.Teacher(TURNED, '@ema/slow')},
+        'ema': {'slow': base.Ema('encoder', (0.5, 0.5))},
+      },
+      "teacher 'wise' has the parameters of @ema/slow.*'vjepa2' here",
+    ),
+    ({'encoder': TURNED}, "'second' carries.*'first'.*its encoder differs.*vj"),
+  ],
+)
+def test_weights_of_a_phase_go_into_the_same_function(second, message):
+  """Teachers, averages and what is carried; precision and memory may differ."""
+  with pytest.raises(ValueError, match=message):
+    base.check((_phase('first'), _phase('second', **second)))
+  alike = VIT.clone(dtype='float32', remat='full', drop_path=0.1, depth=2)
+  alone = _phase('second', TURNED, init='fresh')
+  for phase in (alone, _phase('second', alike)):
+    assert base.check((_phase('first'), phase))[1] is phase
+
+
+def test_a_source_that_changed_is_no_teacher(tmp_path):
+  video = (4, 16, 16, 3)
+  params = _random(TURNED, video)
+  weights.export(TURNED, params, tmp_path, video=video, layout='vssl_vit')
+  loaded = encoders.load_as(str(tmp_path), TURNED.clone(dtype='float32'))
+  assert loaded.module.dtype == 'float32'
+  with pytest.raises(ValueError, match="rope_pairing is 'vjepa2' there"):
+    encoders.load_as(str(tmp_path), VIT)

@@ -127,7 +127,8 @@ def write(
     module = encoders.module_of(str(folder))
   else:
     encoder = encoder or encoders.load(c.encoder)
-    module = _write(encoder, options.spec(c.data.to_dict()).shape, folder)
+    video = options.spec(c.data.to_dict()).shape
+    module = _write(encoder, video, folder, c.method.q_pool)
   if encoder is not None:
     c.encoder = encoder.name
   set_encoder(c, module)
@@ -135,13 +136,23 @@ def write(
 
 
 def _write(
-  encoder: encoders.Encoder, video: tuple[int, ...], folder: pathlib.Path
+  encoder: encoders.Encoder,
+  video: tuple[int, ...],
+  folder: pathlib.Path,
+  q_pool: int,
 ) -> vit.Vit | hiera.Hiera:
-  """Writes an encoder's part that is fine-tuned and returns its module."""
+  """Writes an encoder's part that is fine-tuned and returns its module.
+
+  Args:
+    encoder: the weights.
+    video: (T, H, W, C) of a clip.
+    folder: where to.
+    q_pool: of a Hiera, while it is fine-tuned; its parameters fit any.
+  """
   full = encoder.module
   _check(full, encoder.name)
   if isinstance(full, hiera.Hiera):
-    module = full.clone(final_norm=False)
+    module = full.clone(final_norm=False, q_pool=q_pool)
   else:
     module = full.clone(
       depth=full.encoder_depth, decoder_blocks=0, final_norm=False, loops=()

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Num
 
 from vssl_jax import masking, rngs, trees
-from vssl_jax.models import layers
+from vssl_jax.models import compare, layers
 
 Params = Mapping[str, Any]  # role -> tree: {'encoder': ..., 'predictor': ...}
 TARGETS = 'targets/'  # of the entries of a batch
@@ -50,11 +50,15 @@ class Cost(NamedTuple):
     trained: forward and backward (2x forward) of what is trained.
     frozen: forward of the teachers.
     activations: an estimate of the bytes that the backward pass keeps.
+    tokens: role or teacher -> tokens of a clip that its network sees in a
+      step, for the rule 6ND + 2ND; empty where the rule says nothing, as of
+      networks whose tokens differ by stage.
   """
 
   trained: float
   frozen: float = 0.0
   activations: float = 0.0
+  tokens: Mapping[str, float] = {}
 
   @property
   def total(self) -> float:
@@ -401,23 +405,77 @@ def check(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
   """Returns the phases of a run after checking that they can follow.
 
   Raises:
-    ValueError: no phase, a name used twice, or a teacher `@phase` that is not
-      earlier in the run.
+    ValueError: no phase, a name used twice, a teacher `@phase` that is not
+      earlier in the run, or weights that would go into a network of another
+      function.
   """
   if not phases:
     raise ValueError('the run has no phases: method.phases is empty')
-  seen: list[str] = []
-  for phase in phases:
+  seen: dict[str, Phase] = {}
+  for i, phase in enumerate(phases):
     if phase.name in seen:
       raise ValueError(f'two phases are named {phase.name!r}')
     for name, teacher in phase.teachers.items():
       source = teacher.source
-      if source.startswith('@') and not source.startswith('@ema/'):
+      if source.startswith('@ema/'):
+        average = phase.ema[source.removeprefix('@ema/')]
+        _check_teacher(phase, name, getattr(phase, average.of, None))
+      elif source.startswith('@'):
         if source[1:] not in seen:
           raise ValueError(
             f'phase {phase.name!r}: teacher {name!r} has source {source!r}, '
-            f'and the phases before it are {seen}; run that phase first, or '
+            f'and the phases before it are {[*seen]}; run that phase first, or '
             'give the folder of a run that has'
           )
-    seen.append(phase.name)
+        _check_teacher(phase, name, _network(seen[source[1:]], teacher))
+    if i and phase.init == 'carry':
+      _check_carry(phases[i - 1], phase)
+    seen[phase.name] = phase
   return phases
+
+
+def _network(phase: Phase, teacher: Teacher) -> nn.Module | None:
+  """Returns the network of a phase whose parameters a teacher takes."""
+  if teacher.subtree:
+    return getattr(phase, teacher.subtree, None)
+  own = [getattr(phase, f.name) for f in dataclasses.fields(phase)]
+  return next((x for x in own if type(x) is type(teacher.module)), None)
+
+
+def _check_teacher(phase: Phase, name: str, trained: nn.Module | None) -> None:
+  """Refuses a teacher that computes another function than what was trained."""
+  teacher = phase.teachers[name]
+  if trained is None:
+    return
+  differing = compare.differing_fields(trained, teacher.module)
+  if differing:
+    raise ValueError(
+      f'phase {phase.name!r}: teacher {name!r} has the parameters of '
+      f'{teacher.source}, a network of another function: '
+      f'{compare.describe(differing)}'
+    )
+
+
+# A leaf of another shape is not carried, and that is logged.
+_SHAPES = ('width', 'depth', 'mlp_width', 'out_width', 'num_mask_tokens')
+_SHAPES += ('channels', 'depths')
+
+
+def _check_carry(before: Phase, phase: Phase) -> None:
+  """Refuses to carry parameters into a network of another function."""
+  for field in dataclasses.fields(phase):
+    pair = getattr(before, field.name, None), getattr(phase, field.name)
+    if not all(isinstance(x, nn.Module) for x in pair):
+      continue
+    differing = {
+      name: values
+      for name, values in compare.differing_fields(*pair).items()
+      if name.rpartition('.')[2] not in _SHAPES
+    }
+    if differing:
+      raise ValueError(
+        f'phase {phase.name!r} carries the parameters of {before.name!r} into '
+        f'another function: its {field.name} differs, '
+        f'{compare.describe(differing)}. Make both alike, or start with '
+        "init='fresh'"
+      )

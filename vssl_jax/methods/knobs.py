@@ -32,6 +32,7 @@ NETWORK = {
   'init': ranges.Choice(layers.INIT_FAMILIES),
   'init_family': ranges.Choice(layers.INIT_FAMILIES),
   'gelu': ranges.Choice(('exact', 'tanh')),
+  'norm_eps': ranges.Real(high=1, above=0),
   'drop_path': RATE,
   'dtype': DTYPE,
   'remat': ranges.Choice(('none', *blocks.REMAT)),
@@ -65,6 +66,11 @@ def head(width: int, depth: int, num_heads: int) -> ranges.Section:
     depth=(depth, BLOCKS),
     num_heads=(num_heads, ranges.Whole(1, 2**10)),
   )
+
+
+def roles(*names: str) -> ranges.Tuple:
+  """Returns the range of the roles that start from `init_from`."""
+  return ranges.Tuple(ranges.Choice(names), lengths=(1, 2), unique=True)
 
 
 def shape(

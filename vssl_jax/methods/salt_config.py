@@ -33,8 +33,10 @@ def _pixel_section() -> ranges.Section:
     # 'patch', 'none'
     pixel_norm=('patch_channel', ranges.Choice(tuple(losses.PIXEL_NORMS))),
     pixel_loss=('mse', ranges.Choice(tuple(losses.DISTANCES))),  # 'l1'
-    # run folder or published model for the encoder
+    # run folder or published model that training starts from
     init_from=('', ranges.Text()),
+    # what of it: the encoder, and the decoder beside it
+    init_roles=(('encoder',), knobs.roles('encoder', 'decoder')),
   )
 
 
@@ -59,6 +61,9 @@ def _latent_section(teacher: str) -> ranges.Section:
     latent_loss=('l1', ranges.Choice(tuple(losses.DISTANCES))),
     target_norm=('ln', ranges.Choice(tuple(losses.TARGET_NORMS))),  # 'none'
     init_from=('', ranges.Text()),
+    # what of it: the encoder, and the predictor beside it; of V-JEPA 2's
+    # files the encoder that was trained, and not its average
+    init_roles=(('encoder',), knobs.roles('encoder', 'predictor')),
   )
 
 
@@ -78,6 +83,8 @@ KEYS = ranges.Section(  # the paper's values, ViT-L
     # weights; the paper does not say which one it trained with.
     rope_pairing='paired',
     qkv_bias='full',
+    # 1e-12 for weights of VideoMAE and MAE as `transformers` has them
+    norm_eps=1e-6,
     init='vjepa',
     drop_path=0.0,
     dtype='bfloat16',
@@ -129,7 +136,11 @@ def build(
       init='fresh',
       opt='fresh',
       rows='fresh',
-      init_from={'encoder': section.init_from} if section.init_from else {},
+      init_from=(
+        dict.fromkeys(section.init_roles, section.init_from)
+        if section.init_from
+        else {}
+      ),
     )
     if name.startswith('pixel_teacher'):
       plan.append(_pixel_phase(section, encoder, video, common))

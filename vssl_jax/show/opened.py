@@ -106,6 +106,6 @@ def teachers(
     source = teacher.source
     if source.startswith('@'):
       source = f'{shown.folder}{source}'
-    loaded = dataclasses.replace(encoders.load(source), module=teacher.module)
+    loaded = encoders.load_as(source, teacher.module)
     found[name] = loaded.at(shown.batch['video'].shape[1:]).params
   return found

@@ -1,13 +1,16 @@
 """How a phase starts: its state restored, carried over or fresh; teachers."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import ml_collections
 
+from vssl_jax import config as config_lib
 from vssl_jax import encoders, sharding, trees
 from vssl_jax.methods import base
+from vssl_jax.models import compare
 from vssl_jax.train import ahead, checkpoint, manifests, metrics, step
 from vssl_jax.train.run import Run, Span, TrainingError
 
@@ -114,19 +117,118 @@ def _carried(
   return _carry(saved, wanted, there) if wanted else {}
 
 
+def check_sources(
+  config: ml_collections.ConfigDict, phases: Sequence[base.Phase]
+) -> None:
+  """Refuses `init_from` of other networks, before any weights are read.
+
+  Args:
+    config: a resolved config.
+    phases: all of the run.
+
+  Raises:
+    ValueError: a source that computes another function than its phase.
+  """
+  for i, phase in enumerate(phases):
+    for role, source in phase.init_from.items():
+      if source.startswith('@'):
+        before = {p.name: p for p in phases[:i]}
+        if source[1:] not in before:
+          raise ValueError(
+            f'phase {phase.name!r}: {role} starts from {source!r}, wanted a '
+            f'phase before it ({", ".join("@" + n for n in before) or "none"}),'
+            ' a run folder or published weights'
+          )
+        network = getattr(before[source[1:]], role, None)
+        _check_source(config, phase, role, source, network)
+      elif role == 'encoder':
+        _check_source(config, phase, role, source, encoders.module_of(source))
+
+
+def _check_source(
+  config: ml_collections.ConfigDict,
+  phase: base.Phase,
+  role: str,
+  source: str,
+  found: Any,
+) -> None:
+  """Refuses weights of a network that computes another function.
+
+  Args:
+    config: a resolved config.
+    phase: that starts from the weights.
+    role: whose weights they are.
+    source: where they come from.
+    found: their network; None where a role is no field of its phase.
+  """
+  network = getattr(phase, role, None)
+  if found is None or network is None:
+    return
+  differing = compare.differing_fields(found, network)
+  if not differing:
+    return
+  fields = []
+  for field, (theirs, ours) in differing.items():
+    key = _config_key(config, phase.name, role, field)
+    remedy = f'--config.{key}={theirs!r}' if key else 'no config key sets it'
+    fields.append(f'{field} is {theirs!r} there and {ours!r} here ({remedy})')
+  raise ValueError(
+    f'phase {phase.name!r}: {role} cannot start from {source}, a network of '
+    f'another function: {"; ".join(fields)}'
+  )
+
+
+def _config_key(
+  config: ml_collections.ConfigDict, phase: str, role: str, field: str
+) -> str:
+  """Returns the config key that sets a network's field; '' where none does."""
+  shared = [
+    f'method.{name}'
+    for name, section in config.method.items()
+    if isinstance(section, ml_collections.ConfigDict) and 'steps' not in section
+  ]
+  sections = [f'method.{phase}.{role}', f'method.{phase}', f'method.{role}']
+  name = field.rpartition('.')[2]
+  keys = dict(config_lib.flatten(config))
+  for section in (*sections, *shared, 'data'):
+    for last in (name, name.removeprefix('num_')):
+      if f'{section}.{last}' in keys:
+        return f'{section}.{last}'
+  return ''
+
+
 def _started(run: Run, phase: base.Phase, params: Any) -> dict[str, Any]:
   """Returns the parameters with those of `init_from` in place of the fresh."""
   params = dict(params)
   for role, source in phase.init_from.items():
-    loaded = encoders.load(source).params
-    differing = trees.difference(loaded, trees.shapes(params[role]))
+    loaded = _load_source(run, source, role)
+    _check_source(run.config, phase, role, source, loaded.module)
+    stored = dict(trees.named_leaves(params[role]))
+    values = trees.map_named(
+      lambda name, x, stored=stored: (
+        jax.device_get(x).astype(stored[name].dtype) if name in stored else x
+      ),
+      loaded.at(run.video).params,
+    )
+    differing = trees.difference(values, trees.shapes(params[role]))
     if differing:
       raise ValueError(
         f'phase {phase.name!r}: {role} cannot start from {source}:\n{differing}'
       )
     at = jax.tree.map(lambda x: x.sharding, params[role])
-    params[role] = jax.device_put(jax.device_get(loaded), at)
+    params[role] = jax.device_put(values, at)
   return params
+
+
+def _load_source(run: Run, source: str, role: str) -> encoders.Encoder:
+  """Loads a role's weights from outside, or from an earlier phase (`@name`)."""
+  if not source.startswith('@'):
+    return encoders.load(source)
+  before = next(p for p in run.method.phases() if p.name == source[1:])
+  params = _kept_role(run, _kept(run, source), role)
+  return encoders.Encoder(
+    getattr(before, role, None), params, source, run.video
+  )
 
 
 def _averages(
@@ -182,9 +284,7 @@ def _teacher_params(run: Run, teacher: base.Teacher) -> Any:
     if teacher.source.startswith('@'):
       params = _kept_params(run, teacher)
     else:
-      loaded = encoders.load(teacher.source)
-      # The module says which grid the clips have for the teacher.
-      loaded = dataclasses.replace(loaded, module=teacher.module)
+      loaded = encoders.load_as(teacher.source, teacher.module)
       params = jax.device_get(loaded.at(run.video).params)
     at = sharding.shardings(params, run.mesh, dict(run.config.mesh.overrides))
     params = jax.device_put(params, at)
@@ -193,15 +293,21 @@ def _teacher_params(run: Run, teacher: base.Teacher) -> Any:
     )
 
 
-def _kept_params(run: Run, teacher: base.Teacher) -> Any:
-  """Reads what an earlier phase of this run ended with."""
-  saved = run.checkpoints.params_of(teacher.source[1:])
+def _kept(run: Run, source: str) -> manifests.Saved:
+  """Returns the saved end of an earlier phase, such as `@pixel_teacher`."""
+  saved = run.checkpoints.params_of(source[1:])
   wrong = manifests.damage(saved) if saved else 'they were never saved'
   if wrong:
     raise TrainingError(
-      f'teacher {teacher.source}: no usable parameters under '
+      f'{source}: no usable parameters under '
       f'{run.checkpoints.params_folder}: {wrong}'
     )
+  return saved
+
+
+def _kept_params(run: Run, teacher: base.Teacher) -> Any:
+  """Reads what an earlier phase of this run ended with."""
+  saved = _kept(run, teacher.source)
   if teacher.subtree:
     return _kept_role(run, saved, teacher.subtree)
   # The phase may have trained more than the teacher needs.

@@ -66,6 +66,8 @@ def train(
     saved = run.checkpoints.newest()
     run_lib.check_may_resume(run, saved)
     run_lib.check_same_run(run, saved)
+    if saved is None:
+      begin.check_sources(config, run.method.phases())
     run_lib.write_record(run)
     if back is not None:
       saved = rewind.rewind(run, back)

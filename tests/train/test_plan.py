@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.train import conftest, toy
+from vssl_jax import config as config_lib
 from vssl_jax import encoders, main, methods, sharding, trees
 from vssl_jax.methods import base
 from vssl_jax.train import ahead, memory, metrics, plan
@@ -35,6 +36,36 @@ def _outlines(config):
 def _wide(tmp_path):
   """Matrices large enough to be split over devices."""
   return _config(tmp_path, width=128, mlp_width=256)
+
+
+def _by_rule(text):
+  return [
+    float(x) for x in re.findall(r'rule 6ND \+ 2ND .*: (\S+) FLOPs', text)
+  ]
+
+
+def test_the_papers_rule_stands_beside_the_true_count(tmp_path):
+  """Of each phase's step and of the run: parameters times tokens."""
+  config = _config(tmp_path)
+  _, outlines = _outlines(config)
+  pixel, latent = (
+    {role: trees.count(x) for role, x in o.state.params.items()}
+    for o in outlines
+  )
+  # 2 tokens are visible and 4 hidden; the teacher sees all 8.
+  first = 6 * (2 * pixel['encoder'] + 6 * pixel['decoder'])
+  second = 6 * (2 * latent['encoder'] + 6 * latent['predictor'])
+  second += 2 * 8 * pixel['encoder']
+  wanted = [8 * first, 8 * second, 8 * 6 * (first + second)]
+  found = _by_rule(plan.describe(config))
+  np.testing.assert_allclose(found, wanted, rtol=5e-3)
+
+
+@pytest.mark.slow
+def test_the_papers_rule_gives_its_figure_for_salt():
+  """1.2e21 for ViT-L, 80k + 160k steps: SALT, arXiv 2509.24317."""
+  _, config = config_lib.load('configs/salt.py:L')
+  assert _by_rule(plan.describe(config))[-1] == pytest.approx(1.2e21, rel=0.02)
 
 
 def test_exact_bytes_are_those_of_real_arrays(tmp_path):

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from vssl_jax import flops, losses, masking, rngs
 from vssl_jax.methods import base
-from vssl_jax.models import framewise, layers
+from vssl_jax.models import framewise, hiera_mae, layers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,17 +85,23 @@ class Pixels(base.Method):
     phase: base.Phase,
   ) -> Mapping[str, base.Reconstruction]:
     """Returns what the decoder predicts, by mask."""
-    found = _predicted(params, batch, rng, phase, deterministic=True)
-    every = max(_every(phase.encoder), 1)
-    return {
-      spec.name: base.Reconstruction(mask, predicted, phase.pixel_norm, every)
-      for spec, mask, _, predicted in found
-    }
+    encoder, norm, every = phase.encoder, phase.pixel_norm, 1
+    out = {}
+    for spec, mask, _, predicted in _predicted(
+      params, batch, rng, phase, deterministic=True
+    ):
+      pixels = predicted
+      if isinstance(encoder, framewise.Framewise):
+        every, video = encoder.every, batch['video']
+        pixels = hiera_mae.as_raw(pixels, mask.masked, video, encoder, norm)
+      out[spec.name] = base.Reconstruction(mask, pixels, norm, every)
+    return out
 
   def cost(self, phase: base.Phase, video: tuple[int, ...]) -> base.Cost:
     """Returns FLOPs per clip from true token counts."""
     grid = layers.grid_of((1, *video), phase.encoder.patch)
-    return masked_cost(phase.encoder, phase.decoder, phase.masks, grid)
+    cost = masked_cost(phase.encoder, phase.decoder, phase.masks, grid)
+    return cost._replace(tokens=masked_tokens(phase.masks, grid, 'decoder'))
 
 
 def init_head(
@@ -121,17 +127,16 @@ def init_head(
   return head.init(key, tokens, mask, grid)['params']
 
 
-def _every(encoder: nn.Module) -> int:
-  """Returns which frames an image model sees; 0 for a video model."""
-  return encoder.every if isinstance(encoder, framewise.Framewise) else 0
-
-
 def _targets(video: base.Video, phase: PixelTeacher) -> Float[Array, 'B N PC']:
-  """Returns pixels per token: of a tubelet, or of an image model's frames."""
-  patch, every = phase.encoder.patch, _every(phase.encoder)
-  if every:
-    video, patch = video[:, ::every], (1, *patch[1:])
-  return losses.pixel_targets(layers.to_unit(video), patch, phase.pixel_norm)
+  """Returns pixels per token: of a tubelet, or of an image model's frames.
+
+  Those of an image model have its mean and deviation of colours, as in MAE;
+  those of a video model are in [0, 1], as in VideoMAE.
+  """
+  if isinstance(phase.encoder, framewise.Framewise):
+    return hiera_mae.targets(video, phase.encoder, phase.pixel_norm)
+  pixels = layers.to_unit(video)
+  return losses.pixel_targets(pixels, phase.encoder.patch, phase.pixel_norm)
 
 
 def _predicted(
@@ -185,3 +190,19 @@ def masked_cost(
     kept += flops.activations(encoder, visible, encoder.depth - locked)
     kept += flops.activations(head, visible + masked)
   return base.Cost(trained, 0.0, kept)
+
+
+def masked_tokens(
+  masks: tuple[Any, ...], grid: layers.Grid, *heads: str
+) -> dict[str, float]:
+  """Returns the tokens of a clip that an encoder and its heads see in a step.
+
+  Args:
+    masks: all of them every step.
+    grid: tokens along (time, height, width).
+    *heads: roles of decoders or predictors, of visible and mask tokens.
+  """
+  counts = [spec.counts(grid) for spec in masks]
+  both = float(sum(visible + masked for visible, masked in counts))
+  visible = float(sum(visible for visible, _ in counts))
+  return {'encoder': visible} | dict.fromkeys(heads, both)

@@ -9,6 +9,7 @@ open.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -129,7 +130,13 @@ class Salt(base.Method):
       )
       for t in phase.teachers.values()
     )
-    return trained._replace(frozen=float(frozen))
+    tokens = pixel_phase.masked_tokens(phase.masks, grid, 'predictor')
+    tokens |= dict.fromkeys(phase.teachers, float(math.prod(grid)))
+    # With locks, or a target from part of the teacher, N is not all of it.
+    whole = not phase.frozen_depth and phase.target_layer is None
+    return trained._replace(
+      frozen=float(frozen), tokens=tokens if whole else {}
+    )
 
 
 def _check_grid(

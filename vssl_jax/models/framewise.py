@@ -94,6 +94,16 @@ class Framewise(nn.Module):
     return self.image.dtype
 
   @property
+  def mean(self) -> tuple[float, ...]:
+    """Subtracted from pixels in [0, 1], per channel."""
+    return self.image.mean
+
+  @property
+  def std(self) -> tuple[float, ...]:
+    """Pixels are then divided by this."""
+    return self.image.std
+
+  @property
   def products(self) -> str:
     """Type of the blocks' products with their weights, see `vit.Vit`."""
     return getattr(self.image, 'products', 'same')

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int32, Num
 from vssl_jax import losses, masking, unit_masks
 from vssl_jax.models import (
   blocks,
+  framewise,
   hiera,
   layers,
   positions,
@@ -133,13 +134,15 @@ class Decoder(nn.Module):
 
 def targets(
   video: Num[Array | np.ndarray, 'B T H W C'],
-  encoder: hiera.Hiera,
+  encoder: hiera.Hiera | framewise.Framewise,
   pixel_norm: str = 'patch',
 ) -> Float[Array, 'B N P']:
   """Returns the pixels to predict for every token of a clip.
 
   They are those of a token's first frame, as the encoder sees them: its mean
-  and deviation of colours come first, then `losses.pixel_targets`.
+  and deviation of colours come first, then `losses.pixel_targets`. So do MAE
+  (arXiv 2111.06377, released code: images are normalised before they are cut
+  into patches) and Hiera.
 
   Args:
     video: uint8, or floats in [0, 1].
@@ -160,7 +163,7 @@ def as_raw(
   predicted: Float[Array, 'B M P'],
   index: Int32[Array, 'B M'],
   video: Num[Array | np.ndarray, 'B T H W C'],
-  encoder: hiera.Hiera,
+  encoder: hiera.Hiera | framewise.Framewise,
   pixel_norm: str = 'patch',
 ) -> Float[Array, 'B M P']:
   """Returns predictions as if colours had not been normalised, for pictures.

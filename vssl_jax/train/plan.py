@@ -8,15 +8,17 @@ optimizer, averages, teachers and rows are exact; activations are an estimate.
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import ml_collections
 
-from vssl_jax import encoders, methods, sharding, trees
+from vssl_jax import encoders, flops, methods, sharding, trees
 from vssl_jax.data import options
 from vssl_jax.methods import base
 from vssl_jax.train import (
   ahead,
+  begin,
   freezing,
   keeping,
   memory,
@@ -66,6 +68,7 @@ def describe(config: ml_collections.ConfigDict, detail: str = 'shapes') -> str:
   mesh = _mesh(config, detail)
   video = options.spec(config.data.to_dict()).shape
   method = methods.build(config.method, video, encoders.module_of)
+  begin.check_sources(config, method.phases())
   examples, note = _examples(config)
   spans = run_lib.spans(method)
   ends = (spans[0], spans[-1]) if len(spans) > SHOWN else spans
@@ -86,6 +89,7 @@ def describe(config: ml_collections.ConfigDict, detail: str = 'shapes') -> str:
   lines = [f'clips {_x(video)}, batch {config.batch_size}, {note}']
   lines += [line for part in told for line in part]
   lines += _totals(config, method, spans, video, examples, data * fsdp, mesh)
+  lines += _rule_total(config, method, outlines, len(spans), video)
   lines.append(
     keeping.describe(config, method.phases(), [o.state for o in outlines])
   )
@@ -176,8 +180,32 @@ def _phase(
     f'  per step: {cost.total * config.batch_size:.3g} FLOPs '
     f'({_flops(cost)} TFLOP per clip, {100 * cost.frozen / cost.total:.0f} % '
     'of it without a gradient: teachers, targets)',
+    *_rule_text(_rule(shapes, cost), config.batch_size),
     f'  GiB per device, on {_devices(data, fsdp)}: {shown}; '
     f'{sum(needs.values()) / GIB:.2f} in all (activations are an estimate)',
+  ]
+
+
+def _rule(shapes: ahead.Outline, cost: base.Cost) -> float:
+  """Returns FLOPs per clip by the papers' rule; 0 where it says nothing."""
+  params, phase = shapes.state.params, shapes.span.phase
+  teachers = {
+    name: _teacher_shapes(shapes, name, teacher)
+    for name, teacher in phase.teachers.items()
+  }
+  trained, frozen = (
+    [(trees.count(part[n]), k) for n, k in cost.tokens.items() if n in part]
+    for part in (params, teachers)
+  )
+  return flops.rule_of_six(trained, frozen)
+
+
+def _rule_text(per_clip: float, clips: int) -> list[str]:
+  if not per_clip:
+    return []
+  return [
+    f'  by the rule 6ND + 2ND (parameters x tokens, without attention): '
+    f'{per_clip * clips:.3g} FLOPs'
   ]
 
 
@@ -228,9 +256,16 @@ def _sizes(shapes: ahead.Outline) -> str:
 def _teacher_size(
   shapes: ahead.Outline, name: str, teacher: base.Teacher
 ) -> str:
-  average = teacher.source.removeprefix('@ema/')
-  tree = shapes.teachers.get(name, shapes.state.ema.get(average))
+  tree = _teacher_shapes(shapes, name, teacher)
   return f'{trees.count(tree) / 1e6:.2f} M, '
+
+
+def _teacher_shapes(
+  shapes: ahead.Outline, name: str, teacher: base.Teacher
+) -> Any:
+  """Returns the shapes of a teacher's parameters, or of the average it is."""
+  average = teacher.source.removeprefix('@ema/')
+  return shapes.teachers.get(name, shapes.state.ema.get(average))
 
 
 def _flops(cost: base.Cost) -> str:
@@ -267,6 +302,23 @@ def _between(
     f'{first.start} to {last.end}, {span_of_steps} each, {_flops(costs[0])} '
     f'to {_flops(costs[-1])} TFLOP per clip (--plan=phases has a line for each)'
   ]
+
+
+def _rule_total(
+  config: ml_collections.ConfigDict,
+  method: base.Method,
+  outlines: Sequence[ahead.Outline],
+  phases: int,
+  video: tuple[int, ...],
+) -> list[str]:
+  """Returns the FLOPs of the whole run by the papers' rule, if it has all."""
+  each = [
+    o.span.phase.steps * _rule(o, method.cost(o.span.phase, video))
+    for o in outlines
+  ]
+  if len(each) < phases or not all(each):
+    return []
+  return _rule_text(sum(each), config.batch_size)
 
 
 def _totals(

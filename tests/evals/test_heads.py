@@ -62,8 +62,12 @@ def test_twenty_heads_at_once_are_twenty_heads_apart(name):
   for i in (0, 7, 19):
     lr, wd = spec.pairs[i]
     params, stats = jax.tree.map(lambda x, i=i: x[i], first[1:3])
+    # Steps count from 1, as in V-JEPA's evaluation, and those of optax from 0.
+    cosine = optax.cosine_decay_schedule(lr, 3)
     tx = optax.adamw(
-      optax.cosine_decay_schedule(lr, 3), 0.9, 0.999, 1e-8, weight_decay=wd
+      lambda count, cosine=cosine: cosine(count + 1),
+      *(0.9, 0.999, 1e-8),
+      weight_decay=wd,
     )
     opt = tx.init(params)
     for batch in batches:

@@ -49,6 +49,25 @@ def _make(phase=None, rows=None, lr=0.1, **kwargs):
   return state, jax.jit(update)
 
 
+def test_schedules_count_steps_from_1():
+  """Gradients of 1, and a learning rate that is the number of the step."""
+
+  @dataclasses.dataclass(frozen=True)
+  class Slope(toy.Toy):
+    def loss(self, params, teachers, batch, rng, phase):
+      total = sum(jnp.sum(x) for x in jax.tree.leaves(params))
+      return total, base.Aux({})
+
+  phase = toy.phase()
+  state, update = _make_for(Slope((phase,)), phase, lr=None)
+  for number in (1, 2):
+    before, (state, _) = state, update(state, {}, _batch())
+    for old, new in zip(
+      jax.tree.leaves(before.params), jax.tree.leaves(state.params), strict=True
+    ):
+      np.testing.assert_allclose(old - new, number, rtol=1e-5)
+
+
 def _same(a, b):
   return jax.tree.all(
     jax.tree.map(
@@ -163,19 +182,35 @@ def test_ema_teacher_of_momentum_1_is_a_frozen_teacher():
   assert run('@ema/encoder', True, (0.5, 0.5)) != frozen
 
 
-def _make_for(method, phase):
+def _make_for(method, phase, micro=1, lr=0.1):
+  """Returns a state and its step: AdamW, or SGD if `lr` is not .1.
+
+  Without `lr` the learning rate is the number of the step.
+  """
   optim = optimizer.default()
+  if lr != 0.1:
+    optim.update(dict(rule='sgd', b1=0.0, clip=0.0))
   key = jax.random.key(0)
   video = jax.ShapeDtypeStruct((1, *VIDEO), jnp.uint8)
   shapes = jax.eval_shape(lambda k, v: method.init(k, v, phase), key, video)
   labels = freezing.labels(shapes, ())
   tx = optimizer.make(
-    optim, labels, lambda s: jnp.float32(0.1), lambda s: jnp.float32(0.0)
+    optim,
+    labels,
+    lambda s: jnp.float32(s if lr is None else lr),
+    lambda s: jnp.float32(0.0),
   )
   state = step.init_state(method, phase, tx, key, VIDEO, EXAMPLES)
   return state, jax.jit(
     step.make_update(
-      method, phase, tx, labels, key=key, start=0, num_examples=EXAMPLES
+      method,
+      phase,
+      tx,
+      labels,
+      key=key,
+      start=0,
+      num_examples=EXAMPLES,
+      accumulate=micro,
     )
   )
 

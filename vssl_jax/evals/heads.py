@@ -194,7 +194,9 @@ def step(
   """
   if target.ndim == 1:
     weight = weight * (target >= 0)
-  scale = _schedule(spec)(done)
+  # V-JEPA's probe counts steps from 1, so that the last rate is 0. 4DS's
+  # readouts, which warm up, count from 0 with optax.
+  scale = _schedule(spec)(done if spec.warmup else done + 1)
 
   def loss(params: Any, stats: Any, rngs: Any) -> tuple[Array, Any]:
     variables = {'params': params, **stats}

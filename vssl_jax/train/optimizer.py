@@ -19,6 +19,10 @@ from vssl_jax import ranges, trees
 from vssl_jax.methods import base
 from vssl_jax.train import freezing, layer_decay
 
+# Number of the step, from 1 and counted over the run -> value. The first step
+# of a phase of S steps takes the value at 1 and the last one that at S, where
+# `lr_end` and `weight_decay_end` are reached. V-JEPA's code counts so;
+# VideoMAE's and MVD's count from 0, and their first step moves nothing.
 Schedule = Callable[[Int[Array, ''] | int], Float[Array, '']]
 
 
@@ -40,8 +44,8 @@ KEYS = ranges.Section(  # SALT's published values
   cooldown=(0, ranges.Whole(0, ranges.MANY)),
   weight_decay=(0.04, RATE),
   weight_decay_end=(0.4, RATE),  # cosine over the phase
-  # Mask tokens and other learned tokens [1, D] are decayed in all the
-  # published codes.
+  # Whether mask tokens and other learned tokens [1, D] are decayed, as in the
+  # codes of V-JEPA and MVD; VideoMAE's leaves them out.
   decay_tokens=(True, ranges.Flag()),
   # 'sgd': momentum b1; weight decay is added to the gradient in front of
   # it, as in torch. b2 and eps have no meaning there.
@@ -137,7 +141,7 @@ def describe_lr(optim: ml_collections.ConfigDict, batch_size: int) -> str:
 def learning_rate(
   optim: ml_collections.ConfigDict, horizon: Horizon, batch_size: int
 ) -> Schedule:
-  """Returns step of the run -> learning rate."""
+  """Returns number of the step, from 1 -> learning rate."""
   scale = lr_scale(optim, batch_size)
   start, peak, end = (
     x * scale for x in (optim.lr_start, optim.lr, optim.lr_end)
@@ -176,7 +180,7 @@ def learning_rate(
 def weight_decay(
   optim: ml_collections.ConfigDict, horizon: Horizon
 ) -> Schedule:
-  """Returns step of the run -> weight decay, a half cosine over the phase."""
+  """Returns number of the step, from 1 -> weight decay: half a cosine."""
   first, last = optim.weight_decay, optim.weight_decay_end
 
   def schedule(step: Any) -> Float[Array, '']:
@@ -190,7 +194,7 @@ def decayed(params: Any, decay_tokens: bool) -> Any:
   """Returns True for leaves that weight decay acts on.
 
   Matrices are decayed; biases, norms and position tables are not. A token
-  [1, D] is a matrix by shape, as in the published codes.
+  [1, D] is a matrix by shape, and counts as one where `decay_tokens` is set.
   """
 
   def one(name: str, x: Any) -> bool:

@@ -124,7 +124,7 @@ class Recorder:
   def _write(self, done: int, values: Any) -> None:
     run, span = self._run, self._span
     numbers = {k: float(v) for k, v in jax.device_get(values).items()}
-    numbers |= {k: float(f(done - 1)) for k, f in self._schedules.items()}
+    numbers |= {k: float(f(done)) for k, f in self._schedules.items()}
     seconds = float(np.median(self._recent)) if self._recent else 0.0
     if seconds:
       rate = run.config.batch_size / seconds

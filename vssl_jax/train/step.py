@@ -138,7 +138,9 @@ def make_update(
     ok, spike = _accept(value, norm, state.guard['history'], skip_spike)
     # The optimizer wants the whole tree; it sets these zeros to zero.
     whole = freezing.join(grads, jax.tree.map(jnp.zeros_like, frozen))
-    updates, opt = tx.update(whole, state.opt, state.params, step=state.step)
+    # Schedules count steps from 1, see `optimizer.Schedule`.
+    number = state.step + 1
+    updates, opt = tx.update(whole, state.opt, state.params, step=number)
     updates, _ = freezing.split(updates, labels)
     params = freezing.join(optax.apply_updates(trained, updates), frozen)
     ema = _average(phase, state.ema, params, state.step - start)

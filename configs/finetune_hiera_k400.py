@@ -38,7 +38,7 @@ def get_config(variant=''):
   c.method.family, c.method.hiera.size = 'hiera', size
   c.method.drop_path, c.method.dropout = drop_path, dropout
   c.data.auto_augment, c.data.erase = 'rand-m7-n2-mstd0.5-inc1', 0.0
-  c.data.repeat_frames = 'own'
+  c.data.repeat_frames, c.data.sampling = 'own', 'window'
   c.optim.update(dict(lr=lr, layer_decay=decay, clip=5.0))
   c.finetune.update(dict(batch_size=256, epochs=epochs, warmup_epochs=10.0))
   return c

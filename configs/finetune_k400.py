@@ -1,11 +1,12 @@
 """Fine-tuning on Kinetics-400, `:S :B :L :H`.
 
 Paper: VideoMAE (arXiv 2203.12602) and MVD (arXiv 2212.04500); values from
-ruiwang2021/mvd, `scripts/*/finetune_*.sh`. Dense sampling, 5 clips x 3 crops.
-Copies of Kinetics differ (19,761 to 19,907 validation videos, about a point
-in reports of users): the report says how many were evaluated. Published codes
-choose the best checkpoint on the videos they test on; to do as they did, give
-them as --config.finetune.valid too. Else a tenth of train is held out.
+ruiwang2021/mvd, `scripts/*/finetune_*.sh`. 16 frames spread over 64 to train
+(steps of 4 and 5), every fourth to test; 5 clips x 3 crops. Copies of Kinetics
+differ (19,761 to 19,907 validation videos, about a point in reports of users):
+the report says how many were evaluated. Published codes choose the best
+checkpoint on the videos they test on; to do as they did, give them as
+--config.finetune.valid too. Else a tenth of train is held out.
 Hardware: `--plan` with your encoder says what fits.
 Command: bash launch/local.sh --config=configs/finetune_k400.py:B \
   --config.encoder=<run folder, folder with published weights, or hub id> \

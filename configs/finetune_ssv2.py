@@ -2,8 +2,9 @@
 
 Paper: VideoMAE (arXiv 2203.12602) and MVD (arXiv 2212.04500); values from
 ruiwang2021/mvd, `scripts/*/finetune_*.sh`. A frame from each of 16 parts of
-the video; 2 interleaved samplings x 3 crops. No flip: left and right are
-labels here, and upstream scripts that leave it on lose 1 to 2.5 points.
+the video; 2 samplings, at 1/4 and 3/4 of each part, x 3 crops. No flip: left
+and right are labels here, and upstream scripts that leave it on lose 1 to 2.5
+points.
 Hardware: `--plan` with your encoder says what fits.
 Command: bash launch/local.sh --config=configs/finetune_ssv2.py:B \
   --config.encoder=<run folder, folder with published weights, or hub id> \
@@ -35,6 +36,8 @@ def get_config(variant=''):
   c.method.drop_path, c.method.dropout = drop_path, dropout
   c.data.flip, c.data.sampling = False, 'scattered'
   c.optim.lr, c.optim.layer_decay = lr, decay
+  if size == 'H':  # --min_lr of its script, times batch / 256 as lr is
+    c.optim.lr_end = 1e-5
   c.finetune.update(dict(batch_size=batch, epochs=epochs))
   c.finetune.update(dict(sampling='interleaved', clips=2, views=3))
   return c

@@ -176,6 +176,7 @@ def fine_tuning() -> ml_collections.ConfigDict:
   c = default('supervised')
   c.job = 'finetune'
   c.data.update(dict(frames=16, stride=4, size=(224, 224), workers=8))
+  c.data.sampling = 'linspace'
   c.data.update(dict(crop_scale=(0.08, 1.0), crop_aspect=(0.75, 4 / 3)))
   c.data.update(dict(auto_augment='rand-m7-n4-mstd0.5-inc1', erase=0.25))
   # Repeated augmentation: two crops of the same frames.

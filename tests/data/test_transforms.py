@@ -69,8 +69,40 @@ def test_scattered_takes_one_frame_of_each_part():
 
 
 def test_interleaved_samplings_lie_between_each_other():
-  numbers = transforms.interleaved(32, 4, 2)
-  assert numbers.tolist() == [[0, 8, 16, 24], [4, 12, 20, 28]]
+  """At 1/4 and 3/4 of each part, as MVD tests on SSv2."""
+  numbers = transforms.interleaved(33, 4, 2)
+  assert numbers.tolist() == [[2, 10, 18, 26], [6, 14, 22, 30]]
+  assert transforms.interleaved(33, 4, 1).tolist() == [[4, 12, 20, 28]]
+  assert transforms.interleaved(1, 3, 2).tolist() == [[0] * 3] * 2
+
+
+@pytest.mark.parametrize('count', [2, 15, 16, 40, 117, 300])
+@pytest.mark.parametrize('segments', [1, 2, 3])
+def test_interleaved_samplings_are_those_of_a_loop(count, segments):
+  """Piece after piece of each part: the middle of its rounded ends."""
+  tick = (count - 1) / 16
+  wanted = [
+    (round(tick * i + tick / segments * k)
+     + round(tick * i + tick / segments * (k + 1))) // 2
+    for k in range(segments) for i in range(16)
+  ]  # fmt: skip
+  found = transforms.interleaved(count, 16, segments)
+  assert found.ravel().tolist() == wanted
+
+
+def test_linspace_spans_all_frames_of_a_window():
+  """64 frames as VideoMAE and MVD cut K400: steps of 4 and 5."""
+  steps = [0, 4, 8, 12, 17, 21, 25, 29, 34, 38, 42, 46, 51, 55, 59, 63]
+  for count, chance, start in (
+    (300, 0.0, 0), (300, 0.999, 235), (300, 0.5, 118), (65, 0.9, 0),
+  ):  # fmt: skip
+    found = transforms.linspace(count, 16, 4, chance)
+    assert found.tolist() == [start + x for x in steps]
+  # Short: 40 // 4 frames over all of the video, then the last one.
+  found = transforms.linspace(40, 16, 4, 0.7).tolist()
+  assert found == [0, 4, 8, 13, 17, 22, 26, 31, 35] + [39] * 7
+  assert transforms.linspace(64, 16, 4, 0.7).tolist() == steps
+  assert transforms.linspace(3, 4, 4, 0.0).tolist() == [2] * 4
 
 
 def test_three_views_start_where_they_should():

@@ -17,6 +17,7 @@ SCALING = int(Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT)
 SAMPLINGS = (
   'window',
   'middle',
+  'linspace',
   'parts',
   'scattered',
   'spread',
@@ -223,6 +224,8 @@ def _row(
     )
   # Chance is drawn even where the middle is taken: crops stay what they are.
   chance = rng.random()
+  if spec.sampling == 'linspace':
+    return transforms.linspace(count, spec.frames, spec.stride, chance)
   if spec.sampling == 'middle':
     chance = 0.5
   return transforms.window(count, spec.frames, spec.stride, chance)

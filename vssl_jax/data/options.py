@@ -69,12 +69,14 @@ KEYS = ranges.Section(
   size=((224, 224), ranges.Tuple(ranges.Whole(1, 2**14), lengths=(1, 2))),
   channels=(3, ranges.Choice((1, 3))),  # 1: grey
   # 'window': T neighbours anywhere; 'middle': those in the middle, always;
+  # 'linspace': as 'window', but over all stride * T frames (the code of
+  # VideoMAE and MVD: 0, 4, 8, 12, 17, ... 63 with stride 4);
   # 'parts': repeat r anywhere in the r-th of `repeats` equal parts, or, in
   # shorter videos, repeats at equal distances;
   # 'scattered': a frame from each of T parts
   sampling=(
     'window',
-    ranges.Choice(('window', 'middle', 'parts', 'scattered')),
+    ranges.Choice(('window', 'middle', 'linspace', 'parts', 'scattered')),
   ),
   # videos with fewer are bad; others repeat the last frame
   min_frames=(1, ranges.Whole(1, ranges.MANY)),

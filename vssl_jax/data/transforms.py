@@ -37,6 +37,37 @@ def window(
   return _reachable(start + np.arange(frames) * stride, count, stride, start)
 
 
+def linspace(
+  count: int, frames: int, stride: int, chance: Number
+) -> Int[np.ndarray, 'T']:
+  """Numbers of frames spread over `frames * stride` neighbours, ends included.
+
+  Of 16 frames with stride 4 they are 0, 4, 8, 12, 17, ... 59, 63 after the
+  start. A video that is too short gives count // stride frames spread over all
+  of it, and repeats its last one.
+
+  Args:
+    count: frames in the video.
+    frames: frames in the clip.
+    stride: mean distance of neighbours, in frames.
+    chance: in [0, 1), where to start.
+
+  Returns:
+    int64 [frames].
+
+  Source: VideoMAE and MVD, `kinetics.py`, `loadvideo_decord`.
+  """
+  span = frames * stride
+  if count > span:
+    start = int(chance * (count - span))
+    steps = np.linspace(0, span, frames)
+    return start + np.minimum(steps, span - 1).astype(np.int64)
+  spread_out = np.linspace(0, count, count // stride)
+  rest = np.full(frames - len(spread_out), count)
+  ticks = np.concatenate([spread_out, rest])
+  return np.minimum(ticks, count - 1).astype(np.int64)
+
+
 def part(
   count: int, frames: int, stride: int, chance: Number, which: int, parts: int
 ) -> Int[np.ndarray, 'T']:
@@ -109,13 +140,21 @@ def interleaved(
 ) -> Int[np.ndarray, 'segments T']:
   """Samplings of a whole video that lie between each other (SSv2 testing).
 
+  The count - 1 steps from the first frame to the last are cut into `frames`
+  equal parts, and each part into `segments` pieces. Two samplings lie at 1/4
+  and 3/4 of each part, a single one in its middle.
+
   Returns:
-    int64 [segments, frames]; sampling i takes the frame at fraction
-    i / segments of each of `frames` equal parts.
+    int64 [segments, frames]; sampling i takes the middle of the i-th piece of
+    each part.
+
+  Source: MVD, `ssv2.py`, mode `test`. VideoMAE's code takes the first frames
+  of the pieces.
   """
-  chances = np.arange(segments)[:, None] / segments
-  ticks = (np.arange(frames) + chances) * (count / frames)
-  return np.minimum(ticks.astype(np.int64), count - 1)
+  tick = (count - 1) / frames
+  pieces = np.arange(segments + 1)[:, None] * (tick / segments)
+  edges = np.round(tick * np.arange(frames) + pieces).astype(np.int64)
+  return (edges[:-1] + edges[1:]) // 2
 
 
 def _reachable(

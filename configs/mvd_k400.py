@@ -42,6 +42,9 @@ def get_config(variant=''):
   m.encoder.size = m.decoder.size = size
   teachers = 'L' if size == 'L' else 'B'
   m.image.teacher, m.video.teacher = IMAGE[teachers], VIDEO[teachers]
+  # Where this run trains them itself (@image_teacher, @video_teacher).
+  for section in (m.image_teacher, m.video_teacher):
+    section.encoder.size, section.steps = teachers, EPOCHS * epoch
   m.mask_ratios, m.steps = (0.9,), (EPOCHS * epoch,)
   m.lambda_pg = m.lambda_df = m.lambda_al = 0.0
   m.feature_loss = 'smooth_l1'

@@ -32,18 +32,21 @@ def get_config(variant=''):
   c.data.workers = 8
   epoch = K400 // batch
   c.optim.update(
-    dict(lr=1.5e-4, lr_start=1e-6, lr_end=1e-5, lr_batch=256, lr_power=1.0)
+    dict(lr=1.5e-4, lr_start=0.0, lr_end=1e-5, lr_batch=256, lr_power=1.0)
   )
   c.optim.update(
     dict(warmup=40 * epoch, weight_decay=0.05, weight_decay_end=0.05, clip=0.0)
   )
+  c.optim.decay_tokens = False  # modeling_pretrain.py: no_weight_decay
   c.method.vit.update(
     dict(positions='sinusoid_1d', qkv_bias='qv', init='videomae')
   )
   c.method.phases = ('pixel_teacher',)
   phase = c.method.pixel_teacher
-  phase.steps = 1600 * epoch
-  phase.encoder.size = size
+  # Students that are added (method.phases) are as large and train as long.
+  for name in ('pixel_teacher', 'latent_student', 'latent_student_2'):
+    c.method[name].steps = 1600 * epoch
+    c.method[name].encoder.size = size
   phase.decoder.update(
     dict(kind='videomae', width=width, depth=depth, num_heads=heads)
   )

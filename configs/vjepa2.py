@@ -25,11 +25,13 @@ def get_config(variant=''):
   c.optim.warmup = 10_000
   c.optim.clip = 0.02
   c.method.phases = ('latent_student',)
-  student = c.method.latent_student
-  student.steps = 240_000
-  student.encoder.size = size
-  student.predictor.num_heads = 12
-  student.teacher = '@ema/encoder'
-  student.ema = (0.99925, 0.99925)
+  # Phases that are added (method.phases) are as large and train as long.
+  for name in ('pixel_teacher', 'latent_student', 'latent_student_2'):
+    c.method[name].steps = 240_000
+    c.method[name].encoder.size = size
+  for student in (c.method.latent_student, c.method.latent_student_2):
+    student.predictor.num_heads = 12
+  c.method.latent_student.teacher = '@ema/encoder'
+  c.method.latent_student.ema = (0.99925, 0.99925)
   c.method.vit.remat = 'full' if size == 'H' else 'dots'
   return c

@@ -125,8 +125,10 @@ def _videomae(size, batch, lr, lr_end, width, depth, heads):
     'batch_size': batch, 'optim.clip': 0.0, 'method.vit.drop_path': 0.0,
     'steps': {'pixel_teacher': end},
     'shapes': {'pixel_teacher': VIT[size]},
-    # 40 epochs of 1,600, from 1e-6 for 256 clips.
-    'lr.pixel_teacher': _rise(lr, end // 40, batch / 256e6) | {end: lr_end},
+    # 40 epochs of 1,600, from 0: the code never hands its --warmup_lr on.
+    'lr.pixel_teacher': _rise(lr, end // 40) | {end: lr_end},
+    # `no_weight_decay` of modeling_pretrain.py names the mask token.
+    'optim.decay_tokens': False,
     'wd.pixel_teacher': {0: 0.05, end: 0.05},
     'masks.pixel_teacher': {'tube': (160, 1408)},
     **_at(f'{phase}.encoder', positions='sinusoid_1d', qkv_bias='qv'),

@@ -25,6 +25,45 @@ def test_a_page_holds_the_published_values(spec):
   assert differing.keys() == recipes.OTHERWISE.get(spec, set()), differing
 
 
+SECOND = [f'salt.py:{size}' for size in 'BLHgG']
+SECOND += ['salt_single_gpu.py', 'vjepa2.py:H', 'videomae_k400.py:S', 'demo.py']
+
+
+@pytest.mark.parametrize('spec', SECOND)
+def test_a_second_student_follows_the_variant(spec):
+  """As wide, as deep and as long as the first, which the page describes."""
+  name, c = config_lib.load(f'configs/{spec}')
+  first = 'latent_student'
+  if 'videomae' in name:
+    first = 'pixel_teacher'  # the page has no student of its own
+    c.method.latent_student.teacher = '@pixel_teacher'
+  c.method.phases = tuple(dict.fromkeys((first, 'latent_student')))
+  c.method.phases += ('latent_student_2',)
+  if name not in ('vjepa2-H', 'videomae_k400-S'):
+    c.method.phases = ('pixel_teacher', *c.method.phases)
+  method = methods.build(c.method, options.spec(c.data).shape, _outside)
+  *_, first, second = method.phases()
+  assert second.name == 'latent_student_2'
+  assert second.encoder == first.encoder
+  assert second.steps == first.steps
+  predictors = [p.predictor.clone(out_width=1) for p in (first, second)]
+  assert predictors[0] == predictors[1]
+
+
+@pytest.mark.parametrize('size', 'SBL')
+def test_teachers_of_a_distillation_follow_the_variant(size):
+  """Where a run trains them itself, as those from outside would be."""
+  _, c = config_lib.load(f'configs/mvd_k400.py:{size}')
+  c.method.image.teacher = '@image_teacher'
+  c.method.video.teacher = '@video_teacher'
+  method = methods.build(c.method, options.spec(c.data).shape, _outside)
+  teachers = {p.name: p for p in method.phases()[:2]}
+  steps = method.phases()[2].steps
+  for phase in teachers.values():
+    assert _shape(phase) == recipes.VIT['L' if size == 'L' else 'B']
+    assert phase.steps == steps
+
+
 @pytest.mark.parametrize(
   ('page', 'over_mae'),
   [

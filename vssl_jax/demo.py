@@ -99,6 +99,7 @@ def _salt(c: ml_collections.ConfigDict) -> None:
   for name, steps, masks in (
     ('pixel_teacher', 3000, 'causal:0.5'),
     ('latent_student', 2000, 'short:24/32'),
+    ('latent_student_2', 2000, 'short:24/32'),  # not run, unless asked for
   ):
     section = c.method[name]
     section.steps = steps
@@ -110,6 +111,7 @@ def _salt(c: ml_collections.ConfigDict) -> None:
   head = dict(width=64, depth=1, num_heads=4)
   c.method.pixel_teacher.decoder.update(head)
   c.method.latent_student.predictor.update(head)
+  c.method.latent_student_2.predictor.update(head)
 
 
 def _layerlock(c: ml_collections.ConfigDict) -> None:

@@ -201,7 +201,9 @@ def image_teacher(
   encoder = salt_config.make_encoder(
     section.encoder, shared, positions='sincos_2d'
   )
-  head = _pixel_decoder(section, encoder, 'sincos_2d', py * px * video[-1])
+  head = _pixel_decoder(
+    section, encoder, 'sincos_2d', py * px * video[-1]
+  ).clone(embed_init='glorot')
   return _pixel_phase(
     name,
     section,

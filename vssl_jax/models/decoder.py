@@ -23,7 +23,7 @@ MVD_SIZES = {
   'L': dict(width=512, depth=4, num_heads=8),
   'H': dict(width=640, depth=8, num_heads=8),
 }
-MVD = dict(positions='sincos_3d_mvd', embed_bias=True)
+MVD = dict(positions='sincos_3d_mvd', embed_bias=True, embed_init='glorot')
 
 
 class VideoMaeDecoder(nn.Module):
@@ -33,6 +33,8 @@ class VideoMaeDecoder(nn.Module):
     out_width: values of a patch, or of a teacher's token.
     positions: a fixed table, one of `positions.NAMES`.
     embed_bias: whether the projection of the encoder's tokens has a bias.
+    embed_init: first values of that projection: `fan_in`, the default of
+      torch, which VideoMAE leaves there, or `glorot`, as MVD's and MAE's.
     drop_path: drop rate of the last block, linear from 0.
     width: channels inside.
     depth: number of blocks.
@@ -48,6 +50,7 @@ class VideoMaeDecoder(nn.Module):
   out_width: int
   positions: str = 'sinusoid_1d'
   embed_bias: bool = False
+  embed_init: str = 'fan_in'
   drop_path: float = 0.0
   width: int = 384
   depth: int = 4
@@ -102,10 +105,11 @@ class VideoMaeDecoder(nn.Module):
     """
     del token
     head = layers.kernel_init('videomae', 'head')
+    embed = {'fan_in': layers.fan_in_uniform, 'glorot': head}
     z = layers.dense(
       self.width,
       'embed',
-      kernel=head,
+      kernel=embed[self.embed_init],
       dtype=self.dtype,
       use_bias=self.embed_bias,
     )(z)

@@ -177,6 +177,21 @@ def kernel_init(family: str, role: str, block: int = 1) -> Initializer:
   raise ValueError(f'init is {family!r}, wanted one of {INIT_FAMILIES}')
 
 
+def embed_bias_init(family: str, fan_in: int) -> Initializer:
+  """Returns the initialiser of the bias of a ViT's patch embedding.
+
+  VideoMAE, MVD and MAE embed by a convolution, whose bias stays as torch
+  draws it: their own initialisation covers linear layers and norms only.
+
+  Args:
+    family: see `kernel_init`.
+    fan_in: values of a patch.
+  """
+  if family in ('videomae', 'mae'):
+    return fan_in_bias(fan_in)
+  return bias_init(family)
+
+
 def bias_init(family: str) -> Initializer:
   """Returns the initialiser of the biases of linear layers and norms."""
   constant = nn.initializers.constant(0.02)

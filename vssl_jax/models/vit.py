@@ -249,6 +249,7 @@ class Vit(nn.Module):
       self.width,
       'embed',
       kernel=layers.kernel_init(self.init_family, 'embed'),
+      bias=layers.embed_bias_init(self.init_family, x.shape[-1]),
       dtype=self.dtype,
     )(x)
     if table is None:

@@ -199,6 +199,43 @@ def test_a_student_may_start_from_a_run(run, tmp_path):
     trainer.train(config)
 
 
+def test_roles_of_a_run(run):
+  """Training may continue from a predictor, too, by the name of its role."""
+  module, params = encoders.load_role(str(run), 'predictor')
+  assert module == encoders.find(str(run)).phase.predictor
+  assert 'mask_token_0' in params
+  module, params = encoders.load_role(f'{run}@latent_student/polyak')
+  polyak = encoders.load(f'{run}@latent_student/polyak')
+  assert module == polyak.module
+  jax.tree.map(np.testing.assert_array_equal, params, polyak.params)
+  with pytest.raises(ValueError, match=r"'decoder'; wanted one of .*predictor"):
+    encoders.load_role(str(run), 'decoder')
+
+
+@pytest.mark.slow
+def test_a_student_may_continue_with_its_predictor(run, tmp_path):
+  config = conftest.tiny_config(run.parent / 'clips' / 'train', tmp_path / 'r')
+  config.method.phases = ('latent_student',)
+  student = config.method.latent_student
+  student.teacher, student.init_from = '@ema/encoder', str(run)
+  student.init_roles, student.steps = ('encoder', 'predictor'), 1
+  config.optim.update(dict(lr=0.0, lr_start=0.0, lr_end=0.0, warmup=0))
+  assert trainer.train(config) == 0
+  for role in student.init_roles:
+    _, before = encoders.load_role(str(run), role)
+    _, after = encoders.load_role(str(tmp_path / 'r'), role)
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+  # The predictor of another student, refused before anything runs.
+  config.workdir = str(tmp_path / 's')
+  student.predictor.num_heads = 1
+  with pytest.raises(
+    ValueError,
+    match=r'num_heads is 2 there and 1 here '
+    r'\(--config.method.latent_student.predictor.num_heads=2\)',
+  ):
+    trainer.train(config)
+
+
 @pytest.mark.parametrize('protocol', ['knn', 'linear'])
 def test_the_probe_job_measures_a_run(run, tmp_path, monkeypatch, protocol):
   monkeypatch.chdir(tmp_path)

@@ -309,6 +309,43 @@ def load(source: str) -> Encoder:
   return Encoder(found.phase.encoder, params, source, found.video)
 
 
+def load_role(source: str, role: str = 'encoder') -> tuple[Any, Any]:
+  """Loads the network of a role, to continue training from it.
+
+  Args:
+    source: as of `load`.
+    role: name in `Method.init`: `encoder`, or, of a run, any role of its
+      phase; of published weights any other role is the predictor or decoder
+      beside the encoder.
+
+  Returns:
+    The module, None where a phase has no field of the role's name, and its
+    parameters.
+
+  Raises:
+    ValueError: the source does not exist, or has no such role.
+  """
+  if role == 'encoder':
+    encoder = load(source)
+    return encoder.module, encoder.params
+  if not is_run(source):
+    return weights.load_published(source, part='head')[:2]
+  run = find(source)
+  roles = run.saved.shapes('params')
+  if role not in roles:
+    raise ValueError(
+      f'{source}: phase {run.phase.name!r} has no {role!r}; wanted one of '
+      f'{sorted(roles)}'
+    )
+  place = _place()
+  target = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+    roles[role],
+  )
+  params = checkpoint.restore(run.saved, target, f'params/{role}')
+  return getattr(run.phase, role, None), params
+
+
 def load_as(source: str, module: nn.Module) -> Encoder:
   """Loads the weights of a source into a network of the same function.
 

@@ -201,14 +201,17 @@ def _started(run: Run, phase: base.Phase, params: Any) -> dict[str, Any]:
   """Returns the parameters with those of `init_from` in place of the fresh."""
   params = dict(params)
   for role, source in phase.init_from.items():
-    loaded = _load_source(run, source, role)
-    _check_source(run.config, phase, role, source, loaded.module)
+    module, values = _load_source(run, source, role)
+    _check_source(run.config, phase, role, source, module)
+    if role == 'encoder':  # learned positions fit the clips of the run
+      loaded = encoders.Encoder(module, values, source, run.video)
+      values = loaded.at(run.video).params
     stored = dict(trees.named_leaves(params[role]))
     values = trees.map_named(
       lambda name, x, stored=stored: (
         jax.device_get(x).astype(stored[name].dtype) if name in stored else x
       ),
-      loaded.at(run.video).params,
+      values,
     )
     differing = trees.difference(values, trees.shapes(params[role]))
     if differing:
@@ -220,15 +223,17 @@ def _started(run: Run, phase: base.Phase, params: Any) -> dict[str, Any]:
   return params
 
 
-def _load_source(run: Run, source: str, role: str) -> encoders.Encoder:
-  """Loads a role's weights from outside, or from an earlier phase (`@name`)."""
+def _load_source(run: Run, source: str, role: str) -> tuple[Any, Any]:
+  """Loads a role from outside, or from an earlier phase (`@name`).
+
+  Returns:
+    Its network, None where the role is no field of a phase, and parameters.
+  """
   if not source.startswith('@'):
-    return encoders.load(source)
+    return encoders.load_role(source, role)
   before = next(p for p in run.method.phases() if p.name == source[1:])
   params = _kept_role(run, _kept(run, source), role)
-  return encoders.Encoder(
-    getattr(before, role, None), params, source, run.video
-  )
+  return getattr(before, role, None), params
 
 
 def _averages(

@@ -99,6 +99,7 @@ KEYS = ranges.Section(  # of every method; a full run of SALT
         'method.source',  # where its copy of the first weights lies
         'finetune.test',
         'finetune.test_where',
+        'finetune.allow_overlap',
         'finetune.test_batch_size',
         'finetune.sampling',
         'finetune.clips',

@@ -59,8 +59,8 @@ def test_a_plan_names_the_lists_that_are_measured(tmp_path):
   c = config_of('probe', train=('x', 'y'), test_where='fold=1')
   c.encoder = str(tmp_path)
   found = plans.probe(c)
-  measured = job.make(c, given)
-  for data in (measured.train, measured.test):
+  for which in ('train', 'test'):
+    data = lists.of(c, 'probe', which)
     assert f': {lists.name(data)}, not at hand' in found
   assert 'train: x,y where fold=0' in found
 

@@ -17,6 +17,7 @@ REPORT = {
   'heads': [{'lr': 1e-3, 'wd': 0.01}, {'lr': 5e-3, 'wd': 0.1}],
   'classes': [f'c{i}' for i in range(10)],
   'chance': 0.1,
+  'overlap': {'count': 0, 'total': 20},
   'results': {
     'selected': {
       'accuracy': 0.5,

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from vssl_jax.evals import lists
+
 KEYS = ('abs_rel', 'delta_1', 'rmse')
 NOTES = {
   'selected': 'head chosen on held-out training examples, or the only one',
@@ -60,6 +62,8 @@ def text(report: Mapping[str, Any]) -> str:
     'test': f'{test["examples"]} examples of {test["source"]}, '
     f'{test["unreadable"]} unreadable; {found["pixels"]} pixels with a depth',
   }
+  overlap = lists.describe(report['overlap'])
+  facts |= {'overlap': overlap + ' (pictures)'} if overlap else {}
   width = max(map(len, facts))
   lines = [f'{name.ljust(width)}  {value}' for name, value in facts.items()]
   lines += ['', f'{"":12}AbsRel  delta_1   RMSE   (tapped {report["tap"]})']

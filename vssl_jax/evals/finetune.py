@@ -15,6 +15,7 @@ Source of the recipe: the released code of VideoMAE (arXiv 2203.12602) and MVD
 """
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 import time
@@ -199,6 +200,7 @@ def _test(
       'evaluated': found.total,
       'missing': clips.num_examples - found.total,
     },
+    'overlap': {n: dataclasses.asdict(x) for n, x in videos.shared.items()},
     'classes': list(videos.classes),
     'chance': 1 / len(videos.classes),
     **_facts(config),

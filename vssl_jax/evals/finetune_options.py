@@ -18,6 +18,9 @@ KEYS = ranges.Section(  # K400's values
   # is an error.
   test=(('',), SOURCES),
   test_where=('', ranges.Text()),
+  # Go on although videos of `valid` or `test` are trained on; the report
+  # states how many. False refuses.
+  allow_overlap=(False, ranges.Flag()),
   epochs=(75, ranges.Whole(1, 10**6)),
   # in which the learning rate rises from lr_start
   warmup_epochs=(5.0, ranges.Real(0, 1e6)),

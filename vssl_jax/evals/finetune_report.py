@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from vssl_jax.evals import lists, validation
 from vssl_jax.evals import report as report_lib
-from vssl_jax.evals import validation
 
 
 def text(report: Mapping[str, Any]) -> str:
@@ -34,6 +34,11 @@ def text(report: Mapping[str, Any]) -> str:
     f'of {report["steps"]}' + (f'; {lost}' if lost else ''),
     'test': f'{test["evaluated"]} videos of {test["source"]}, '
     f'{test["missing"]} missing (unreadable or without a label)',
+    **{
+      f'overlap of {name}': lists.describe(shared)
+      for name, shared in report.get('overlap', {}).items()
+      if shared['count']
+    },
     'classes': report_lib.classes(report['classes']),
   }
   width = max(map(len, facts))

@@ -9,7 +9,7 @@ import jax
 import ml_collections
 
 from vssl_jax.data import holdout, options, passes, pipeline
-from vssl_jax.evals import lists
+from vssl_jax.evals import lists, overlap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Videos:
     test: of the test videos.
     classes: names by label.
     count: videos to train on, those held out aside.
+    shared: list -> videos of it that are among the training videos.
   """
 
   train: dict[str, Any]
@@ -29,6 +30,7 @@ class Videos:
   test: dict[str, Any]
   classes: tuple[str, ...]
   count: int
+  shared: dict[str, overlap.Overlap]
 
   @property
   def held(self) -> bool:
@@ -55,10 +57,11 @@ def find(config: ml_collections.ConfigDict) -> Videos:
     lists.of(config, 'finetune', name) | {'holdout': 0.0}
     for name in ('train', 'valid', 'test')
   )
-  lists.check('finetune', train, test=test)
+  others = {'test': test}
   if any(wanted.valid) or wanted.valid_where:
-    lists.check('finetune', train, valid=valid)
-  else:
+    others['valid'] = valid
+  shared = lists.check('finetune', train, wanted.allow_overlap, **others)
+  if 'valid' not in others:
     if not 0 < wanted.holdout < 1:
       raise ValueError(
         f'finetune.holdout: found {wanted.holdout}, wanted a fraction between '
@@ -75,7 +78,7 @@ def find(config: ml_collections.ConfigDict) -> Videos:
   for data in (train, valid, test):
     data['classes'] = found.classes
   count = len(holdout.numbers(len(found), train['holdout']))
-  return Videos(train, valid, test, found.classes, count)
+  return Videos(train, valid, test, found.classes, count, shared)
 
 
 def one_view(config: ml_collections.ConfigDict, videos: Videos) -> passes.Pass:

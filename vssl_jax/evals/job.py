@@ -14,7 +14,7 @@ import numpy as np
 
 from vssl_jax import encoders, sharding
 from vssl_jax.data import options, passes, pipeline
-from vssl_jax.evals import features, lists, probe
+from vssl_jax.evals import features, lists, overlap, probe
 from vssl_jax.models import layers, vit
 from vssl_jax.train import provenance
 
@@ -32,6 +32,7 @@ class Job:
     mesh: devices that split the rows.
     train: `config.data` of the training videos.
     test: `config.data` of the test videos.
+    shared: test videos that are among the training videos.
   """
 
   config: ml_collections.ConfigDict
@@ -40,6 +41,7 @@ class Job:
   mesh: jax.sharding.Mesh
   train: dict[str, Any]
   test: dict[str, Any]
+  shared: overlap.Overlap
 
   @property
   def clip(self) -> tuple[int, int, int, int]:
@@ -186,6 +188,7 @@ class Job:
       'views': config.probe.views,
       'probe': config.probe.to_dict(),
       'seed': config.seed,
+      'overlap': dataclasses.asdict(self.shared),
       **provenance.describe(),
     }
 
@@ -221,9 +224,9 @@ def make(
         f'{jax.device_count()} devices'
       )
   train, test = (lists.of(config, 'probe', name) for name in ('train', 'test'))
-  lists.check('probe', train, test=test)
+  shared = lists.check('probe', train, wanted.allow_overlap, test=test)
   encode = functools.partial(encoder, depth=wanted.depth or None)
-  return Job(config, encoder, encode, mesh, train, test)
+  return Job(config, encoder, encode, mesh, train, test, shared['test'])
 
 
 def tap(module: Any, fraction: float) -> str:

@@ -1,9 +1,12 @@
-"""Lists of videos: which an evaluation is given, and whether two are one."""
+"""Lists of videos of an evaluation, and the videos that two of them share."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
+
+from vssl_jax.data import options
+from vssl_jax.evals import overlap
 
 
 def of(
@@ -25,34 +28,68 @@ def of(
 
 
 def same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-  """Returns whether two lists are the same videos."""
+  """Returns whether the keys of two lists name the same videos."""
   names = ('where', 'split', 'holdout')
   return _sources(a) == _sources(b) and all(a[n] == b[n] for n in names)
 
 
-def check(section: str, trained: Mapping[str, Any], **others: Any) -> None:
+def check(
+  section: str,
+  trained: Mapping[str, Any],
+  allow: bool = False,
+  **others: Mapping[str, Any],
+) -> dict[str, overlap.Overlap]:
   """Refuses to measure on videos that were trained on.
 
   Args:
     section: key of the config with the lists.
     trained: `of` the list `train`.
+    allow: return the shared videos instead.
     **others: `of` further lists, by their names.
 
+  Returns:
+    The videos that each of the others shares with the training videos.
+
   Raises:
-    ValueError: there are none, or one of them is the same videos.
+    ValueError: there are no training videos, or one of the others holds some
+      of them.
   """
   if not trained['source']:
     raise ValueError(
       f'{section}.train: found no videos; wanted --config.{section}.train='
       '<folder, list or shards>, and such for the others'
     )
+  shared = {}
   for which, data in others.items():
-    if same(trained, data):
+    names = f'{section}.train and {section}.{which}'
+    remedy = (
+      'a figure on videos that were trained on says nothing. Give others, or '
+      f'other rows of a manifest: --config.{section}.{which}_where; '
+      f'--config.{section}.allow_overlap=True measures all the same, and the '
+      'report states how many there are'
+    )
+    if same(trained, data) and not allow:
+      raise ValueError(f'{names} name the same videos; {remedy}')
+    shared[which] = overlap.find(options.find(trained), options.find(data))
+    if shared[which].count and not allow:
+      pairs = ', '.join(f'{a!r} = {b!r}' for a, b in shared[which].examples)
       raise ValueError(
-        f'{section}.train and {section}.{which} name the same videos; a figure '
-        'on videos that were trained on says nothing. Give others, or other '
-        f'rows of a manifest: --config.{section}.{which}_where'
+        f'{names} hold the same videos: {shared[which].count} of the '
+        f'{shared[which].total} videos of {section}.{which} are trained on '
+        f'({which} = train: {pairs}); {remedy}'
       )
+  return shared
+
+
+def describe(shared: Mapping[str, Any]) -> str:
+  """Returns a remark on test videos that were trained on; '' without any.
+
+  Args:
+    shared: `count` and `total` of an `overlap.Overlap`.
+  """
+  if not shared['count']:
+    return ''
+  return f'{shared["count"]} of the {shared["total"]} were trained on; flatters'
 
 
 def name(data: Mapping[str, Any]) -> str:

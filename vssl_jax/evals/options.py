@@ -35,6 +35,9 @@ KEYS = ranges.Section(
   train_where=('', ranges.Text()),  # rows of a manifest: 'fold!=0'
   test=(('',), SOURCES),
   test_where=('', ranges.Text()),  # 'fold=0'
+  # Measure although test videos are among the training videos; the report
+  # states how many. False refuses.
+  allow_overlap=(False, ranges.Flag()),
   # The tap: fraction of the blocks to run, as 4DS counts them; 0.0 is what
   # the encoder gives unasked: the last one and the final norm, or the one
   # before the blocks that served as its decoder. The report says which.

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from vssl_jax.evals import statistics
+from vssl_jax.evals import lists, statistics
 
 NOTES = {
   'selected': 'head chosen on held-out training clips',
@@ -51,7 +51,9 @@ def text(report: Mapping[str, Any]) -> str:
     'test': f'{test["evaluated"]} videos of {test["source"]}, '
     f'{test["missing"]} missing (unreadable or without a label)',
     'classes': classes(report['classes']),
+    'overlap': lists.describe(report['overlap']),
   }
+  facts = {name: value for name, value in facts.items() if value}
   width = max(map(len, facts))
   lines = [f'{name.ljust(width)}  {value}' for name, value in facts.items()]
   lines += [

@@ -1,0 +1,211 @@
+"""Finds test videos that are among the training videos, by their content.
+
+Two files are the same video if they are one file on the disk, or if their
+sizes and a hash of pieces of their content agree. Only files whose size occurs
+in both lists are opened, and at most `PIECES * PIECE` bytes of each are read,
+so that lists of hundreds of thousands of videos cost seconds. Records of shards
+have no size of their own: they are read, up to `MAX_SHARD_BYTES` in all.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import io
+import logging
+import os
+import stat
+from collections.abc import Iterator
+
+from vssl_jax.data import decode, records, scenes, sources, tfds_folder
+
+PIECES, PIECE = 16, 2**14  # evenly spaced pieces of a file, bytes of each
+MAX_SHARD_BYTES = 4 * 2**30
+THREADS = 16  # for files on network file systems
+
+
+@dataclasses.dataclass(frozen=True)
+class Overlap:
+  """Videos of one list that are in another one too.
+
+  Attributes:
+    count: videos that both lists hold.
+    total: videos of the list that is tested on.
+    examples: (name in the tested list, name in the other) of the first ones.
+  """
+
+  count: int
+  total: int
+  examples: tuple[tuple[str, str], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Content:
+  """What a video is compared by.
+
+  Attributes:
+    name: for messages.
+    path: of its file or folder of frames; '' for a record of a shard.
+    size: bytes.
+    inode: device and number of the file, () for a record.
+    known: hash of the content, where it is known already.
+  """
+
+  name: str
+  path: str
+  size: int
+  inode: tuple[int, ...] = ()
+  known: str = ''
+
+  @functools.cached_property
+  def digest(self) -> str:
+    """Hash of pieces of the content; '' where it cannot be read."""
+    if self.known:
+      return self.known
+    try:
+      if os.path.isdir(self.path):
+        return _digest_of_folder(self.path)
+      with open(self.path, 'rb') as file:
+        return _digest(file, self.size)
+    except OSError:
+      return ''
+
+  def same(self, other: '_Content') -> bool:
+    """Returns whether two contents are equal."""
+    if self.inode and self.inode == other.inode:
+      return True
+    if self.size != other.size or not self.size:
+      return False
+    return bool(self.digest) and self.digest == other.digest
+
+
+def find(
+  train: sources.Joined, test: sources.Joined, examples: int = 3
+) -> Overlap:
+  """Finds the test videos that are among the training videos.
+
+  Args:
+    train: the training videos.
+    test: the test videos.
+    examples: pairs of names to return.
+
+  Returns:
+    Their number and the names of some. Files that do not exist are left out:
+    they are counted as unreadable later.
+  """
+  by_size = collections.defaultdict(list)
+  for content in _contents(train):
+    by_size[content.size].append(content)
+  count, pairs = 0, []
+  tested = [c for c in _contents(test) if c.size in by_size]
+  rivals = [c for size in {c.size for c in tested} for c in by_size[size]]
+  inodes = {c.inode: c for c in rivals if c.inode}
+  unread = [c for c in tested if c.inode not in inodes]
+  unread_sizes = {c.size for c in unread}
+  with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+    rivals = [c for c in rivals if c.size in unread_sizes]
+    list(pool.map(lambda content: content.digest, [*unread, *rivals]))
+  for content in tested:
+    twin = inodes.get(content.inode) or next(
+      (other for other in by_size[content.size] if content.same(other)), None
+    )
+    if twin is not None:
+      count += 1
+      pairs.append((content.name, twin.name))
+  return Overlap(count, len(test), tuple(pairs[:examples]))
+
+
+def _contents(source: sources.Joined) -> Iterator[_Content]:
+  """Yields what the videos of a list are compared by."""
+  for part in source.parts:
+    if isinstance(part, records.Shards | tfds_folder.Tfds):
+      yield from _of_records(part)
+    elif isinstance(part, scenes.Stretches):
+      yield from _of_files(*_pictures(part))
+    else:
+      items = [part.item(number) for number in range(len(part))]
+      yield from _of_files(
+        [item.name for item in items], [str(item.media) for item in items]
+      )
+
+
+def _of_files(names: list[str], paths: list[str]) -> Iterator[_Content]:
+  def status(path: str) -> os.stat_result | None:
+    try:
+      return os.stat(path)
+    except (OSError, ValueError):  # ValueError: a NUL in the name
+      return None
+
+  with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+    found = pool.map(status, paths, chunksize=256)
+    for name, path, info in zip(names, paths, found, strict=True):
+      if info is None:
+        continue
+      size, inode = info.st_size, (info.st_dev, info.st_ino)
+      if stat.S_ISDIR(info.st_mode):
+        size = sum(e.stat().st_size for e in os.scandir(path) if e.is_file())
+      yield _Content(name, path, size, inode)
+
+
+def _pictures(part: scenes.Stretches) -> tuple[list[str], list[str]]:
+  """Returns names and paths of the colour pictures of RGB-D scenes."""
+  names, paths = [], []
+  for scene in part.scenes:
+    for picture in scene.colour.split('\n'):
+      names.append(f'{scene.name}: {picture}')
+      paths.append(os.path.join(scene.folder, picture))
+  return names, paths
+
+
+def _of_records(
+  part: records.Shards | tfds_folder.Tfds,
+) -> Iterator[_Content]:
+  """Yields the records of shards; of large ones the shards as a whole."""
+  if isinstance(part, records.Shards):
+    paths = list(part.paths)
+  else:
+    mark = f'-{part.split.partition("[")[0]}.array_record'
+    paths = sorted(e.path for e in os.scandir(part.folder) if mark in e.name)
+  if sum(map(os.path.getsize, paths)) > MAX_SHARD_BYTES:
+    logging.getLogger(__name__).warning(
+      '%s and others beside it: more than %d GiB of records; whether they are '
+      'in another list too is looked up for whole shards only',
+      paths[0], MAX_SHARD_BYTES // 2**30,
+    )  # fmt: skip
+    yield from _of_files(paths, paths)
+    return
+  for number in range(len(part)):
+    try:
+      item = part.item(number)
+    except decode.VideoError:
+      continue
+    size = len(item.media)
+    digest = _digest(io.BytesIO(item.media), size)
+    yield _Content(item.name, '', size, known=digest)
+
+
+def _digest(file: io.BufferedIOBase, size: int) -> str:
+  """Returns a hash of evenly spaced pieces of a file."""
+  state = hashlib.sha256()
+  if size <= PIECES * PIECE:
+    state.update(file.read())
+    return state.hexdigest()
+  for number in range(PIECES):
+    file.seek(number * (size - PIECE) // (PIECES - 1))
+    state.update(file.read(PIECE))
+  return state.hexdigest()
+
+
+def _digest_of_folder(path: str) -> str:
+  """Returns a hash of some of the frames of a folder, and of all sizes."""
+  files = sorted((e for e in os.scandir(path) if e.is_file()), key=_by_name)
+  state = hashlib.sha256(repr([e.stat().st_size for e in files]).encode())
+  for entry in files[:: max(len(files) // PIECES, 1)]:
+    with open(entry.path, 'rb') as file:
+      state.update(_digest(file, entry.stat().st_size).encode())
+  return state.hexdigest()
+
+
+def _by_name(entry: os.DirEntry) -> str:
+  return entry.name

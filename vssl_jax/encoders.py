@@ -32,6 +32,21 @@ from vssl_jax.train import checkpoint, manifests
 
 
 @dataclasses.dataclass(frozen=True)
+class Clip:
+  """Clips that an encoder was trained on.
+
+  Attributes:
+    video: (T, H, W, C).
+    stride: frames of the video from one to the next; 0 where it is not known.
+    fps: frames per second instead, then with a stride of 1; or 0.
+  """
+
+  video: tuple[int, int, int, int]
+  stride: int = 0
+  fps: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
 class Encoder:
   """A frozen encoder with its parameters.
 
@@ -40,12 +55,23 @@ class Encoder:
     params: its parameters.
     name: where it came from.
     video: (T, H, W, C) of the clips it was trained on.
+    stride: frames from one to the next of these clips, see `Clip`.
+    fps: frames per second of these clips, see `Clip`.
+    classifier: of a fine-tuned encoder; `export` keeps it.
   """
 
   module: nn.Module
   params: Any
   name: str
   video: tuple[int, int, int, int]
+  stride: int = 0
+  fps: float = 0.0
+  classifier: weights.Classifier | None = None
+
+  @property
+  def clip(self) -> Clip:
+    """Clips that it was trained on."""
+    return Clip(self.video, self.stride, self.fps)
 
   @property
   def width(self) -> int:
@@ -74,6 +100,13 @@ class Encoder:
     video = video[None] if video.ndim == 4 else video
     layers.grid_of(video.shape, self.module.patch)
     return _apply(self.module, depth, self.params, video)
+
+  def lower(
+    self, video: jax.ShapeDtypeStruct, depth: float | None = None
+  ) -> jax.stages.Lowered:
+    """Returns the program of a call on clips [B, T, H, W, C], not compiled."""
+    layers.grid_of(video.shape, self.module.patch)
+    return _apply.lower(self.module, depth, self.params, video)
 
   def at(self, video: tuple[int, ...]) -> 'Encoder':
     """Returns the encoder for clips of another shape.
@@ -111,7 +144,9 @@ class Encoder:
     return dataclasses.replace(self, params=params)
 
   def export(self, folder: str | os.PathLike[str], layout: str = 'auto') -> str:
-    """Writes `model.safetensors` and `config.json`; returns the layout.
+    """Writes weights, `config.json` and colours; returns the layout.
+
+    Of a fine-tuned encoder the classifier and its class names are written too.
 
     Args:
       folder: made if need be; `load` reads it.
@@ -121,7 +156,13 @@ class Encoder:
       WeightsError: the layout cannot express this encoder; says which field.
     """
     return weights.export(
-      self.module, self.params, folder, video=self.video, layout=layout
+      self.module,
+      self.params,
+      folder,
+      video=self.video,
+      timing=(self.stride, self.fps),
+      layout=layout,
+      classifier=self.classifier,
     )
 
   def shapes(self, video: tuple[int, ...]) -> jax.ShapeDtypeStruct:
@@ -149,14 +190,21 @@ class Source:
     phase: the phase.
     subtree: of the saved state: `params/encoder` or `ema/<name>`.
     saved: the checkpoint.
-    video: (T, H, W, C).
+    clip: that it was trained on.
+    classes: names by label, of a phase that has a classifier as its `head`.
   """
 
   folder: pathlib.Path
   phase: base.Phase
   subtree: str
   saved: manifests.Saved
-  video: tuple[int, int, int, int]
+  clip: Clip
+  classes: tuple[str, ...] = ()
+
+  @property
+  def video(self) -> tuple[int, int, int, int]:
+    """(T, H, W, C) of the clips that it was trained on."""
+    return self.clip.video
 
 
 def is_run(source: str) -> bool:
@@ -193,10 +241,24 @@ def parts(folder: str | pathlib.Path) -> tuple[str, ...]:
 
 def _opened(
   folder: pathlib.Path,
-) -> tuple[tuple[int, int, int, int], tuple[base.Phase, ...]]:
-  """Returns the clips (T, H, W, C) and the phases of a run."""
+) -> tuple[dict[str, Any], tuple[base.Phase, ...]]:
+  """Returns the record and the phases of a run."""
   record = json.loads((folder / 'run.json').read_text())
-  return tuple(record['video']), method_of(record).phases()
+  return record, method_of(record).phases()
+
+
+def _clip_of_run(record: Mapping[str, Any]) -> Clip:
+  """Returns the clips of a run by its `run.json`."""
+  data = record['config']['data']
+  return Clip(tuple(record['video']), data['stride'], data['fps'])
+
+
+def clip_of(source: str) -> Clip:
+  """Returns the clips that an encoder was trained on, without its weights."""
+  if is_run(source):
+    folder = pathlib.Path(source.partition('@')[0])
+    return _clip_of_run(json.loads((folder / 'run.json').read_text()))
+  return Clip(weights.clip_shape(source), *weights.clip_timing(source))
 
 
 def outside(method: base.Method) -> dict[str, Any]:
@@ -236,7 +298,7 @@ def find(source: str) -> Source:
   """
   folder_text, _, part = source.partition('@')
   folder = pathlib.Path(folder_text)
-  video, phases = _opened(folder)
+  record, phases = _opened(folder)
   names = [p.name for p in phases]
   wanted, _, average = part.partition('/')
   saved = _newest(folder, wanted or None, names)
@@ -255,7 +317,10 @@ def find(source: str) -> Source:
       f'{sorted(phase.ema)}'
     )
   subtree = f'ema/{average}' if average else 'params/encoder'
-  return Source(folder, phase, subtree, saved, video)
+  classes = record.get('classes') if hasattr(phase, 'head') else ()
+  return Source(
+    folder, phase, subtree, saved, _clip_of_run(record), tuple(classes or ())
+  )
 
 
 def _newest(
@@ -297,16 +362,38 @@ def load(source: str) -> Encoder:
   """
   if not is_run(source):
     module, params, _ = weights.load_published(source)
-    size = weights.clip_shape(source)
-    return Encoder(module, params, source, size)
+    clip = clip_of(source)
+    return Encoder(
+      module,
+      params,
+      source,
+      *(clip.video, clip.stride, clip.fps),
+      weights.load_classifier(source),
+    )
   found = find(source)
+  params = _restore(found, found.subtree)
+  clip, classifier = found.clip, None
+  if found.classes and found.subtree == 'params/encoder':
+    classifier = weights.Classifier(
+      jax.device_get(_restore(found, 'params/head')), found.classes
+    )
+  return Encoder(
+    found.phase.encoder,
+    params,
+    source,
+    *(clip.video, clip.stride, clip.fps),
+    classifier,
+  )
+
+
+def _restore(found: Source, subtree: str) -> Any:
+  """Restores one part of a saved state, whole on each device."""
   place = _place()
   target = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-    found.saved.shapes(found.subtree),
+    found.saved.shapes(subtree),
   )
-  params = checkpoint.restore(found.saved, target, found.subtree)
-  return Encoder(found.phase.encoder, params, source, found.video)
+  return checkpoint.restore(found.saved, target, subtree)
 
 
 def load_role(source: str, role: str = 'encoder') -> tuple[Any, Any]:
@@ -404,5 +491,8 @@ def random(like: Encoder, seed: int = 0) -> Encoder:
   if differing:
     raise ValueError(f'{like.name} differs from its own module:\n{differing}')
   return dataclasses.replace(
-    like, params=params, name=f'{like.name} at random initialisation'
+    like,
+    params=params,
+    name=f'{like.name} at random initialisation',
+    classifier=None,
   )

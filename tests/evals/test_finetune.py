@@ -94,6 +94,23 @@ def test_it_learns(finished, videos):
   assert right / total > 1 / 3 + 3 * np.sqrt(1 / 3 * 2 / 3 / total)
 
 
+def test_an_export_keeps_the_whole_model(finished, videos, tmp_path):
+  config, _ = finished
+  model = finetuned.load(config.workdir)
+  rng = np.random.default_rng(0)
+  video = rng.integers(0, 256, (3, *small.SHAPE), np.uint8)
+  for name, export in (
+    ('model', model.export),
+    ('encoder', vssl_jax.load(config.workdir).export),
+  ):
+    export(tmp_path / name)
+    again = finetuned.load(str(tmp_path / name))
+    assert again.classes == ('blue', 'green', 'red')
+    assert again.encoder.mean == model.encoder.mean
+    assert again.clip == model.clip
+    np.testing.assert_allclose(again(video), model(video), atol=1e-6)
+
+
 def test_the_best_checkpoint_is_kept_and_loaded(finished):
   config, found = finished
   history = found['history']
@@ -229,7 +246,7 @@ def test_every_view_comes_once_whatever_the_batch_and_the_devices(
     clips = finetune_videos.all_views(c, listed)
     # Every video by its number and view; a second time would be an error.
     counted = finetuned.count(
-      model.phase, place, finetune.job_lib.voting(clips, 1, 2), 6, mesh
+      model, place, finetune.job_lib.voting(clips, 1, 2), 6, mesh
     )
     clips.close()
     found.append((counted.loss(), *counted.predictions()))

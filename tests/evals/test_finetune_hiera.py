@@ -90,7 +90,7 @@ def test_a_hiera_is_fine_tuned_and_tested(tmp_path):
   assert found['test']['evaluated'] == 16
   assert 0 <= found['results']['best']['accuracy'] <= 1
   model = finetuned.load(str(tmp_path / 'run'))
-  assert model.phase.encoder.q_pool == 3
+  assert model.encoder.q_pool == 3
   assert model(np.zeros(SHAPE, np.uint8)).shape == (1, len(model.classes))
 
 

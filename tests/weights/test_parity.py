@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from tests.weights import pth
-from vssl_jax import masking, trees, weights
-from vssl_jax.models import decoder, predictor, vit
+from vssl_jax import encoders, masking, trees, weights
+from vssl_jax.evals import finetuned
+from vssl_jax.models import classifier, decoder, predictor, vit
 from vssl_jax.weights import convert, read, tables, unpickle
 
 try:
@@ -282,6 +283,47 @@ def test_transformers_loads_what_we_export(tmp_path, video, family):
   output = model.eval()(as_pixels(video), **options).last_hidden_state
   found = jax.jit(encoder.apply)({'params': params}, video)
   close(found, output.detach().numpy())
+
+
+@pytest.mark.parametrize('family', ['vjepa2', 'videomae'])
+def test_transformers_reads_colours_and_sizes(tmp_path, video, family):
+  colours = dict(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+  encoder = vit.make(VJEPA2 if family == 'vjepa2' else VIDEOMAE, **colours)
+  params = encoder.init(jax.random.key(0), video)['params']
+  assert weights.export(encoder, params, tmp_path, video=VIDEO) == family
+  found = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+  np.testing.assert_allclose(found.image_mean, colours['mean'])
+  np.testing.assert_allclose(found.image_std, colours['std'])
+  assert found.crop_size['height'] == found.size['shortest_edge'] == 48
+  frames = list((video[0] * 255).astype(np.uint8))
+  pixels = found(frames, return_tensors='np')['pixel_values'][0]
+  wanted = np.stack(frames).astype(np.float32) / 255 - colours['mean']
+  wanted = (wanted / colours['std']).transpose(0, 3, 1, 2)
+  np.testing.assert_allclose(pixels, wanted, atol=1e-5)
+
+
+def test_transformers_classifies_as_a_fine_tuned_model(tmp_path, video):
+  encoder = vit.make(VIDEOMAE, final_norm=False)
+  head = classifier.Classifier(3)
+  key, tokens = jax.random.key(0), jnp.zeros((1, 4, encoder.width))
+  rng = np.random.default_rng(0)
+  params = {
+    'encoder': jax.eval_shape(encoder.init, key, video)['params'],
+    'head': jax.eval_shape(head.init, key, tokens)['params'],
+  }
+  params = jax.tree.map(
+    lambda x: 0.3 * rng.standard_normal(x.shape).astype(np.float32), params
+  )
+  clip = encoders.Clip(VIDEO, 4)
+  model = finetuned.Model(encoder, head, params, ('a', 'b', 'c'), clip)
+  assert model.export(tmp_path) == 'videomae'
+  theirs, told = transformers.AutoModelForVideoClassification.from_pretrained(
+    tmp_path, output_loading_info=True
+  )
+  assert not told['missing_keys'] and not told['unexpected_keys']
+  assert theirs.config.id2label == {0: 'a', 1: 'b', 2: 'c'}
+  output = theirs.eval()(as_pixels(video)).logits.detach().numpy()
+  close(model(video), output)
 
 
 def test_files_that_torch_saves(tmp_path):

@@ -2,13 +2,14 @@
 
     model = finetuned.load('runs/finetune_ucf101')
     model.classes[int(model(clip).argmax())]  # uint8 [T, H, W, 3]
+    model.export('exported')  # `finetuned.load` reads it, too
 
-`vssl_jax.load` of the same folder gives the encoder alone.
+`vssl_jax.load` of the same folder gives the encoder.
 """
 
 import dataclasses
 import functools
-import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,9 +17,9 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Num
 
-from vssl_jax import encoders, sharding
+from vssl_jax import encoders, sharding, weights
 from vssl_jax.evals import features, votes
-from vssl_jax.methods import base
+from vssl_jax.models import classifier
 from vssl_jax.train import checkpoint, manifests
 
 
@@ -27,18 +28,25 @@ class Model:
   """A model with its parameters.
 
   Attributes:
-    phase: its encoder and its head.
-    params: role -> tree.
+    encoder: clips -> tokens.
+    head: tokens -> logits.
+    params: role -> tree, of `encoder` and `head`.
     classes: names by label.
-    video: (T, H, W, C) of the clips it was trained on.
-    saved: the checkpoint it came from.
+    clip: that it was trained on.
+    saved: the checkpoint it came from; None for exported weights.
   """
 
-  phase: base.Phase
+  encoder: Any
+  head: Any
   params: Any
   classes: tuple[str, ...]
-  video: tuple[int, int, int, int]
-  saved: manifests.Saved
+  clip: encoders.Clip
+  saved: manifests.Saved | None = None
+
+  @property
+  def video(self) -> tuple[int, int, int, int]:
+    """(T, H, W, C) of the clips that it was trained on."""
+    return self.clip.video
 
   def __call__(
     self, video: Num[Array | np.ndarray, '...']
@@ -49,7 +57,30 @@ class Model:
       video: uint8, or float in [0, 1]: [B, T, H, W, C], or one clip without B.
     """
     video = video[None] if video.ndim == 4 else video
-    return logits(self.phase.encoder, self.phase.head, self.params, video)
+    return logits(self.encoder, self.head, self.params, video)
+
+  def export(self, folder: str | os.PathLike[str], layout: str = 'auto') -> str:
+    """Writes encoder, classifier, class names and colours.
+
+    Args:
+      folder: made if need be; `load` and `vssl_jax.load` read it.
+      layout: see `weights.export`.
+
+    Returns:
+      The layout.
+
+    Raises:
+      WeightsError: the layout cannot express this model.
+    """
+    return weights.export(
+      self.encoder,
+      self.params['encoder'],
+      folder,
+      video=self.clip.video,
+      timing=(self.clip.stride, self.clip.fps),
+      layout=layout,
+      classifier=weights.Classifier(self.params['head'], self.classes),
+    )
 
 
 def load(
@@ -57,18 +88,18 @@ def load(
   mesh: jax.sharding.Mesh | None = None,
   overrides: Mapping[str, Any] | None = None,
 ) -> Model:
-  """Loads the best checkpoint of a fine-tuning.
+  """Loads a fine-tuned model: the best checkpoint of a run, or weights.
 
   Args:
-    folder: its run folder.
-    mesh: devices to split the parameters over; None for one device.
+    folder: a run folder, or weights with a classifier, see `vssl_jax.load`.
+    mesh: devices to split the parameters of a run over; None for one device.
     overrides: of `sharding.shardings`.
 
   Raises:
-    ValueError: nothing is saved there, or it is no fine-tuning.
+    ValueError: nothing is saved there, or it has no classifier.
   """
   if not encoders.is_run(folder):
-    raise ValueError(f'{folder}: found no run.json, wanted a run folder')
+    return _of_weights(folder)
   found = encoders.find(folder)
   if not hasattr(found.phase, 'head'):
     raise ValueError(
@@ -85,9 +116,31 @@ def load(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, at
   )
   params = checkpoint.restore(found.saved, target, 'params')
-  record = json.loads((found.folder / 'run.json').read_text())
   return Model(
-    found.phase, params, tuple(record['classes']), found.video, found.saved
+    found.phase.encoder,
+    found.phase.head,
+    params,
+    found.classes,
+    found.clip,
+    found.saved,
+  )
+
+
+def _of_weights(source: str) -> Model:
+  """Returns the model of exported or published weights."""
+  encoder = encoders.load(source)
+  if encoder.classifier is None:
+    raise ValueError(
+      f'{source}: found an encoder without a classifier, wanted the run folder '
+      'of a fine-tuning (run.json), or weights that were exported from one'
+    )
+  params, classes = encoder.classifier
+  return Model(
+    encoder.module,
+    classifier.Classifier(len(classes)),
+    {'encoder': encoder.params, 'head': params},
+    classes,
+    encoder.clip,
   )
 
 
@@ -108,7 +161,7 @@ def logits(
 
 
 def count(
-  phase: base.Phase,
+  model: Any,
   params: Any,
   batches: features.Batches,
   views: int,
@@ -117,7 +170,7 @@ def count(
   """Lets a model vote on every view of every video.
 
   Args:
-    phase: its encoder and its head.
+    model: a `Model` or a phase: anything with an `encoder` and a `head`.
     params: role -> tree.
     batches: of clips, in any order.
     views: of each video.
@@ -131,7 +184,7 @@ def count(
     rows = features.join(batch, 1)
     rows['video'] = rows['video'][:, 0]
     rows = features.put(rows, mesh)
-    said = logits(phase.encoder, phase.head, params, rows.pop('video'))
+    said = logits(model.encoder, model.head, params, rows.pop('video'))
     got = {name: features.fetch(x) for name, x in rows.items()}
     found.add(
       features.fetch(jax.nn.softmax(said))[:, None],

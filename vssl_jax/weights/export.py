@@ -10,7 +10,14 @@ import numpy as np
 
 from vssl_jax import trees
 from vssl_jax.models import framewise, hiera
-from vssl_jax.weights import convert, hiera_tables, modules, read, tables
+from vssl_jax.weights import (
+  classifiers,
+  convert,
+  hiera_tables,
+  modules,
+  read,
+  tables,
+)
 from vssl_jax.weights import source as source_lib
 
 LAYOUTS = ('auto', 'vjepa2', 'videomae', 'hiera', source_lib.OURS)
@@ -33,23 +40,28 @@ def export(
   folder: str | os.PathLike[str],
   *,
   video: Sequence[int] = (16, 224, 224, 3),
+  timing: tuple[int, float] = (0, 0.0),
   layout: str = 'auto',
+  classifier: classifiers.Classifier | None = None,
 ) -> str:
-  """Writes `model.safetensors` and `config.json`.
+  """Writes `model.safetensors`, `config.json` and `preprocessor_config.json`.
 
-  In the layout `hiera` colours stand in `preprocessor_config.json`: the
-  authors' class has no place for them and takes no other key.
+  The last one holds sizes and colours for the image processors of
+  `transformers`. In the layout `hiera` it holds all that the authors' class
+  takes no key for; our own layout does not need it.
 
   Args:
     encoder: the module.
     params: its parameters.
     folder: made if need be.
     video: (T, H, W, C) of the clips it was trained on.
+    timing: their stride and frames per second; 0 where not known.
     layout: `vjepa2` or `videomae`, which `transformers` can load; `hiera`,
       whose config is what `Hiera` of `hiera-transformer` is made with (the
-      norm and the classifier that it has behind the mean over tokens are not
-      in the file, nor is our `final_norm`); `vssl_vit`, which fits every
-      encoder; or `auto`: the first that fits.
+      norm and the classifier that it has behind the mean over tokens are in
+      the file if there is a `classifier`; our `final_norm` is not);
+      `vssl_vit`, which fits every encoder; or `auto`: the first that fits.
+    classifier: of a fine-tuned encoder; class names go into `config.json`.
 
   Returns:
     The layout.
@@ -58,6 +70,8 @@ def export(
     WeightsError: the layout cannot express this encoder; says which field.
   """
   obstacles = {name: _obstacle(encoder, name, video) for name in TABLES}
+  if classifier is not None:
+    obstacles['vjepa2'] = 'a linear classifier'
   obstacles[source_lib.OURS] = ''
   if layout == 'auto':
     layout = next(
@@ -77,11 +91,25 @@ def export(
   else:
     rows = TABLES[layout].rows(encoder.depth)
     tensors = convert.to_theirs(params, rows, encoder.patch)
+  config, processor = _config(encoder, layout, video), {}
+  if layout != source_lib.OURS:
+    processor = _processor(encoder, layout, video)
+  if classifier is not None:
+    if layout == 'videomae':
+      tensors = {f'videomae.{name}': x for name, x in tensors.items()}
+      config['architectures'] = ['VideoMAEForVideoClassification']
+    tensors |= classifiers.to_tensors(classifier, layout)
+    labels = classifiers.labels(classifier.classes)
+    if layout == 'hiera':
+      config['num_classes'] = len(classifier.classes)
+      processor |= labels
+    else:
+      config |= labels
+  (processor if layout == 'hiera' else config)['clip'] = list(timing)
   read.write_safetensors(folder / 'model.safetensors', tensors)
-  config = _config(encoder, layout, video)
   _write(folder / 'config.json', config)
-  if layout == 'hiera':
-    _write(folder / 'preprocessor_config.json', _colours(encoder))
+  if processor:
+    _write(folder / 'preprocessor_config.json', processor)
   return layout
 
 
@@ -91,6 +119,28 @@ def _write(path: pathlib.Path, config: Mapping[str, Any]) -> None:
 
 def _colours(encoder: modules.Encoder) -> dict[str, list[float]]:
   return {'image_mean': list(encoder.mean), 'image_std': list(encoder.std)}
+
+
+def _processor(
+  encoder: modules.Encoder, layout: str, video: Sequence[int]
+) -> dict[str, Any]:
+  """Returns the config of an image processor: sizes and colours of clips."""
+  if layout == 'hiera':
+    return _colours(encoder)
+  kinds = {'image_processor_type': 'VideoMAEImageProcessor'}
+  if layout == 'vjepa2':
+    kinds['video_processor_type'] = 'VJEPA2VideoProcessor'
+  return kinds | {
+    'do_resize': True,
+    'size': {'shortest_edge': video[1]},
+    'resample': 2,  # bilinear
+    'do_center_crop': True,
+    'crop_size': {'height': video[1], 'width': video[2]},
+    'do_rescale': True,
+    'rescale_factor': 1 / 255,
+    'do_normalize': True,
+    **_colours(encoder),
+  }
 
 
 def _obstacle(

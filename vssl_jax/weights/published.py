@@ -24,6 +24,15 @@ from vssl_jax.weights import (
 )
 from vssl_jax.weights import source as source_lib
 
+# Stride and frames per second of the clips of pre-training, by family.
+TIMING = {
+  'vjepa2': (1, 4.0),  # vjepa2, configs/train/*/pretrain-*.yaml: fps
+  'videomae': (4, 0.0),  # on K400; on SSv2 2, which no file states
+  'scaling4d': (2, 0.0),  # representations4d: 16 frames, every second one
+  'hiera': (4, 0.0),  # arXiv 2306.00989: 16x4
+  'image': (4, 0.0),  # our choice: these have seen no video
+}
+
 
 def describe(
   source: str | os.PathLike[str],
@@ -57,6 +66,20 @@ def clip_shape(source: str | os.PathLike[str]) -> tuple[int, int, int, int]:
   if isinstance(side, dict):  # of an image processor
     side = side['height']
   return frames, side, side, 3
+
+
+def clip_timing(source: str | os.PathLike[str]) -> tuple[int, float]:
+  """Returns stride and frames per second of the clips of `clip_shape`.
+
+  Our own files state them (0 and 0.0: not known); those of other models have
+  the values that their authors trained with.
+  """
+  found = source_lib.open_source(source)
+  if 'clip' in found.config:
+    return int(found.config['clip'][0]), float(found.config['clip'][1])
+  if found.layout is None:
+    return 0, 0.0
+  return TIMING[found.layout.family]
 
 
 def load_published(

@@ -12,6 +12,7 @@ from typing import Any
 from vssl_jax.weights import npz, pairs, read, tables, unpickle
 
 OURS = 'vssl_vit'  # model_type of the layout that fits every Vit
+CLASSIFIER = 'classifier/'  # begins the names of a classifier there
 HUB_ID = re.compile(r'^[\w-][\w.-]*/[\w-][\w.-]*$')
 HUB_FILES = ('*.json', '*.safetensors')
 WEIGHTS = ('.safetensors', '.npz', '.pth', '.pt')
@@ -36,7 +37,11 @@ class Found:
   def tensors(self, part: str) -> dict[str, tuple[str, read.Tensor]]:
     """Returns the table's name -> (their key, tensor) of one part."""
     if self.layout is None:
-      return {k: (k, x) for k, x in self.groups[''].items()}
+      return {
+        k: (k, x)
+        for k, x in self.groups[''].items()
+        if not k.startswith(CLASSIFIER)
+      }
     groups = self.layout.parts[part].groups
     group = next((g for g in groups if g in self.groups), None)
     if group is None:

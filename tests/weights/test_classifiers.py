@@ -1,0 +1,116 @@
+"""A fine-tuned model's classifier and class names stay with its encoder."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from vssl_jax import encoders, weights
+from vssl_jax.evals import finetuned
+from vssl_jax.models import classifier, vit
+from vssl_jax.weights import read
+
+VIDEO = (4, 16, 16, 3)
+CLASSES = ('wave', 'jump', 'run', '3')
+COLOURS = dict(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+FIELDS = {
+  'videomae': dict(positions='sinusoid_1d', qkv_bias='qv', **COLOURS),
+  'vssl_vit': dict(rope_pairing='paired', **COLOURS),
+}
+
+
+def fine_tuned(layout):
+  """A model whose numbers are all drawn at random."""
+  module = vit.make(
+    dict(width=24, depth=2, num_heads=2, mlp_width=48),
+    patch=(2, 8, 8),
+    final_norm=False,
+    dtype='float32',
+    **FIELDS[layout],
+  )
+  head = classifier.Classifier(len(CLASSES))
+  key, video = jax.random.key(0), np.zeros((1, *VIDEO), np.uint8)
+  shapes = {
+    'encoder': jax.eval_shape(module.init, key, video)['params'],
+    'head': jax.eval_shape(head.init, key, np.zeros((1, 8, 24), np.float32))[
+      'params'
+    ],
+  }
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), shapes
+  )
+  clip = encoders.Clip(VIDEO, 1, 5.0)
+  return finetuned.Model(module, head, params, CLASSES, clip)
+
+
+def logits_by_hand(model, video):
+  """The classifier in NumPy."""
+  tokens = model.encoder.apply({'params': model.params['encoder']}, video)
+  mean = np.asarray(tokens, np.float64).mean(axis=1)
+  norm, linear = model.params['head']['norm'], model.params['head']['head']
+  scaled = (mean - mean.mean(1, keepdims=True)) / np.sqrt(
+    mean.var(1, keepdims=True) + 1e-6
+  )
+  scaled = scaled * norm['scale'] + norm['bias']
+  return scaled @ linear['kernel'] + linear['bias']
+
+
+@pytest.mark.parametrize('layout', FIELDS)
+def test_an_export_keeps_classifier_names_and_colours(layout, tmp_path):
+  model = fine_tuned(layout)
+  assert model.export(tmp_path) == layout
+  again = finetuned.load(str(tmp_path))
+  assert again.classes == CLASSES
+  assert again.clip == model.clip
+  video = np.random.default_rng(1).integers(0, 256, (3, *VIDEO), np.uint8)
+  wanted = logits_by_hand(model, video)
+  np.testing.assert_allclose(model(video), wanted, atol=1e-4)
+  encoder = again.encoder.clone(dtype='float32')
+  again = finetuned.Model(
+    encoder, again.head, again.params, again.classes, again.clip
+  )
+  np.testing.assert_allclose(again(video), wanted, atol=1e-4)
+  assert (encoder.mean, encoder.std) == (COLOURS['mean'], COLOURS['std'])
+  config = json.loads((tmp_path / 'config.json').read_text())
+  assert config['id2label'] == {str(i): x for i, x in enumerate(CLASSES)}
+  assert config['label2id'] == {x: i for i, x in enumerate(CLASSES)}
+
+
+@pytest.mark.parametrize('layout', FIELDS)
+def test_the_encoder_of_such_files_loads_and_is_exported_whole(
+  layout, tmp_path
+):
+  model = fine_tuned(layout)
+  model.export(tmp_path / 'a')
+  encoder = encoders.load(str(tmp_path / 'a'))
+  assert encoder.classifier.classes == CLASSES
+  encoder.export(tmp_path / 'b')
+  for name in ('config.json', 'model.safetensors'):
+    a, b = ((tmp_path / x / name).read_bytes() for x in 'ab')
+    assert a == b, name
+  assert encoders.random(encoder).classifier is None
+
+
+def test_layouts_without_such_a_classifier_are_refused(tmp_path):
+  model = fine_tuned('videomae')
+  module = model.encoder.clone(
+    positions='rope_3d', rope_pairing='vjepa2', qkv_bias='full', final_norm=True
+  )
+  with pytest.raises(read.WeightsError, match='no place for a linear class'):
+    weights.export(
+      module,
+      {},
+      tmp_path,
+      layout='vjepa2',
+      classifier=weights.Classifier({}, CLASSES),
+    )
+
+
+def test_encoders_without_a_classifier_are_no_model(tmp_path):
+  model = fine_tuned('videomae')
+  weights.export(model.encoder, model.params['encoder'], tmp_path, video=VIDEO)
+  assert weights.load_classifier(tmp_path) is None
+  with pytest.raises(ValueError, match='without a classifier'):
+    finetuned.load(str(tmp_path))

@@ -26,6 +26,7 @@ import numpy as np
 from vssl_jax import config as config_lib
 from vssl_jax import encoders, flags, main, methods, sharding, sweep, timing
 from vssl_jax.data import options
+from vssl_jax.evals import memory as memory_lib
 from vssl_jax.methods import base
 from vssl_jax.train import metrics, provenance, step
 from vssl_jax.train import run as run_lib
@@ -160,13 +161,9 @@ def _attempt(
       return head | measure(config, span, size, steps, mesh, limit)
   except (MemoryError, jax.errors.JaxRuntimeError) as error:
     reason = str(error).strip()
-    if isinstance(error, MemoryError) or _is_out_of_memory(reason):
+    if memory_lib.is_exhausted(error):
       return head | {'out_of_memory': reason.partition('\n')[0][:300]}
     raise
-
-
-def _is_out_of_memory(reason: str) -> bool:
-  return 'RESOURCE_EXHAUSTED' in reason or 'out of memory' in reason.lower()
 
 
 def measure(

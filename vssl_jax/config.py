@@ -8,10 +8,12 @@ given with `--config_root`.
 
 import ast
 import difflib
+import fnmatch
 import importlib.util
 import json
 import pathlib
 import traceback
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -144,6 +146,10 @@ def keys(method: str) -> ranges.Section:
   return ranges.Section(**{**KEYS, 'method': methods.keys(method)})
 
 
+# Jobs that take clips as an encoder was trained on.
+OF_ENCODERS = ('probe', 'depth', 'finetune')
+
+
 def default(method: str = 'salt') -> ml_collections.ConfigDict:
   """Returns every key there is, at the values of a full SALT run.
 
@@ -170,13 +176,33 @@ def check(config: ml_collections.ConfigDict) -> None:
         + (f'; did you mean {near[0]}?' if near else '')
       )
   declared.check(config)
+  if config.job in OF_ENCODERS:
+    return
+  for name in ('frames', 'stride', 'size', 'channels'):
+    value = config.data[name]
+    if not (all(value) if isinstance(value, tuple) else value):
+      raise ValueError(
+        f'data.{name}: found {ranges.shown(value)}, wanted at least 1: only in '
+        f'the jobs {", ".join(OF_ENCODERS)} an encoder decides it'
+      )
+
+
+def evaluation(job: str) -> ml_collections.ConfigDict:
+  """Returns the default of a job that takes clips as its encoder saw them.
+
+  Args:
+    job: 'probe', 'depth' or 'finetune'.
+  """
+  c = default('supervised' if job == 'finetune' else 'salt')
+  c.job = job
+  c.data.update(dict(frames=0, stride=0, size=(0, 0), channels=0))
+  return c
 
 
 def fine_tuning() -> ml_collections.ConfigDict:
   """Returns the job `finetune` by the recipe of VideoMAE and MVD, ViT-B."""
-  c = default('supervised')
-  c.job = 'finetune'
-  c.data.update(dict(frames=16, stride=4, size=(224, 224), workers=8))
+  c = evaluation('finetune')
+  c.data.workers = 8
   c.data.sampling = 'linspace'
   c.data.update(dict(crop_scale=(0.08, 1.0), crop_aspect=(0.75, 4 / 3)))
   c.data.update(dict(auto_augment='rand-m7-n4-mstd0.5-inc1', erase=0.25))
@@ -329,6 +355,28 @@ def override(
       )
     section[last] = value
   return config
+
+
+def refuse_unused(
+  job: str, assignments: Sequence[str], unused: Mapping[str, str]
+) -> None:
+  """Refuses keys of the command line that a job overwrites or ignores.
+
+  Args:
+    job: its name.
+    assignments: `key.sub=value`, as of `override`.
+    unused: pattern of keys -> the key to use instead, or the reason. The first
+      pattern that matches counts.
+
+  Raises:
+    ValueError: there is such a key.
+  """
+  for key in (assignment.partition('=')[0] for assignment in assignments):
+    for pattern, remedy in unused.items():
+      if fnmatch.fnmatchcase(key, pattern):
+        raise ValueError(
+          f'--config.{key}: the job {job!r} does not use this key; {remedy}'
+        )
 
 
 def _parse(text: str, old: Any, key: str) -> Any:

@@ -204,6 +204,23 @@ def _kdhiera(c: ml_collections.ConfigDict) -> None:
   c.optim.warmup = 100
 
 
+def unused(config: ml_collections.ConfigDict) -> dict[str, str]:
+  """Returns patterns of keys that the demo does not read, and remedies."""
+  own = (
+    'the demo writes its own videos. For yours take a page such as '
+    'configs/salt_single_gpu.py with --config.data.source'
+  )
+  names = ('source', 'where', 'path_column', 'label_column', 'split', 'classes')
+  read = {f.name for f in dataclasses.fields(probe.Settings)} | {'batch_size'}
+  linear = 'the demo measures with linear probes and nearest neighbours alone'
+  return {
+    **{f'data.{name}': own for name in (*names, 'examples', 'weights')},
+    **{f'probe.{n}': linear for n in config.probe if n not in read},
+    'encoder': 'the demo measures the encoder that it trains',
+    'finetune.*': 'the demo fine-tunes nothing',
+  }
+
+
 def run(
   config: ml_collections.ConfigDict, back: rewind.Rewind | None = None
 ) -> int:

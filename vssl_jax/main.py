@@ -25,7 +25,14 @@ from absl import logging
 from vssl_jax import cluster, demo
 from vssl_jax import config as config_lib
 from vssl_jax import flags as flags_lib
-from vssl_jax.evals import depth, finetune, plans
+from vssl_jax.evals import (
+  depth,
+  finetune,
+  finetune_start,
+  memory,
+  plans,
+  unused,
+)
 from vssl_jax.evals import run as evaluation
 from vssl_jax.show import drift, masks
 from vssl_jax.train import plan, precompile, replay, rewind, suggest, trainer
@@ -48,6 +55,30 @@ JOBS: dict[str, Job] = {
   'finetune': finetune.run,
   'demo': demo.run,
 }
+TRAIN_UNUSED = {
+  'encoder': 'to start from weights, set the key init_from of a phase in '
+  'config.method',
+  'probe.*': 'it is of the jobs probe and depth (configs/probe_*.py)',
+  'finetune.*': 'it is of the job finetune (configs/finetune_*.py)',
+}
+# Job -> config -> patterns of keys that the job does not read, and remedies.
+UNUSED: dict[str, Callable[[ml_collections.ConfigDict], dict[str, str]]] = {
+  'train': lambda config: TRAIN_UNUSED,
+  'probe': unused.probe,
+  'depth': unused.depth,
+  'finetune': finetune_start.unused,
+  'demo': demo.unused,
+}
+# Job -> what to change where memory is short.
+SMALLER = {
+  'train': 'a smaller --config.batch_size, or a larger '
+  '--config.optim.accumulate; --plan shows what fits',
+  'probe': 'smaller --config.probe.batch_size and '
+  '--config.probe.test_batch_size, or a larger --config.probe.groups',
+  'finetune': 'a smaller --config.finetune.batch_size, or a larger '
+  '--config.optim.accumulate; --plan shows what fits',
+}
+SMALLER |= {'depth': SMALLER['probe'], 'demo': SMALLER['train']}
 Plan = Callable[[ml_collections.ConfigDict, str], str]
 PLANS: dict[str, Plan] = {
   'train': plan.describe,
@@ -85,6 +116,12 @@ def main(argv: Sequence[str] | None = None) -> int:
   except trainer.EXPECTED as error:
     cluster.say(error)
     return 1
+  except (MemoryError, jax.errors.JaxRuntimeError) as error:
+    if not memory.is_exhausted(error):
+      raise
+    reason = str(error).strip().partition('\n')[0]
+    cluster.say(f'out of memory ({reason}); wanted {SMALLER[config.job]}')
+    return 1
 
 
 def resolve(
@@ -106,6 +143,7 @@ def resolve(
     name, config = 'demo', demo.get_config()
   config = config_lib.override(config, list(assignments))
   config_lib.check(config)
+  config_lib.refuse_unused(config.job, assignments, UNUSED[config.job](config))
   if not config.workdir:
     config.workdir = os.path.join('runs', name)
   return config

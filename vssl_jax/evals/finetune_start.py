@@ -8,6 +8,7 @@ import jax
 import ml_collections
 from jax.experimental import multihost_utils
 
+from vssl_jax import config as config_lib
 from vssl_jax import encoders, trees, weights
 from vssl_jax.data import options
 from vssl_jax.evals import finetune_videos
@@ -17,6 +18,88 @@ from vssl_jax.train import manifests, optimizer
 # Fields of an encoder that fine-tuning decides and weights do not.
 OURS = ('drop_path', 'remat', 'attention', 'final_norm', 'loops', 'q_pool')
 LR_BATCH = 256  # videos that optim.lr is for
+# Keys that fine-tuning computes, and those that they are computed from.
+DERIVED = {
+  'batch_size': 'use finetune.batch_size (and data.repeats)',
+  'optim.warmup': 'use finetune.warmup_epochs',
+  'optim.lr_batch': 'the rule is optim.lr * finetune.batch_size / 256',
+  'optim.lr_power': 'the rule is optim.lr * finetune.batch_size / 256',
+  'method.steps': 'use finetune.epochs',
+  'method.classes': 'classes are those of finetune.train (data.classes)',
+  'method.source': 'use config.encoder',
+}
+
+
+def clip_of(
+  config: ml_collections.ConfigDict, encoder: encoders.Encoder | None
+) -> encoders.Clip:
+  """Returns the clips that open keys of `config.data` are filled from.
+
+  Args:
+    config: with `encoder`, `method` and `workdir`.
+    encoder: taken in place of `config.encoder`.
+  """
+  if encoder is not None:
+    return encoder.clip
+  if config.encoder:
+    begun = _begun(config)
+    return encoders.clip_of(str(begun) if begun else config.encoder)
+  frames, stride, side = config.method.clip
+  return encoders.Clip((frames, side, side, config.data.channels or 3), stride)
+
+
+def _begun(config: ml_collections.ConfigDict) -> pathlib.Path | None:
+  """Returns the folder of the weights that a run has started from."""
+  folder = pathlib.Path(config.workdir) / 'start'
+  if folder.exists() and manifests.listing(config.workdir, ('checkpoints',)):
+    return folder
+  return None
+
+
+def unused(config: ml_collections.ConfigDict) -> dict[str, str]:
+  """Returns patterns of keys that fine-tuning does not read.
+
+  Args:
+    config: a resolved config.
+
+  Returns:
+    Pattern -> the key to use instead, or the reason.
+  """
+  wanted = config.finetune
+  out = {
+    **DERIVED,
+    'data.holdout': 'use finetune.holdout',
+    'data.examples': 'videos are counted',
+    'cache_targets': 'there are no teachers',
+    'probe.*': 'it is of the jobs probe and depth',
+  }
+  for name, suffix in (('source', ''), ('where', '_where')):
+    keys = [f'{which}{suffix}' for which in ('train', 'test')]
+    if all(any(wanted[key]) for key in keys):
+      out[f'data.{name}'] = f'use finetune.{keys[0]} and finetune.{keys[1]}'
+  if config.encoder:
+    reason = (
+      'it is ignored: the encoder and its shape come with the weights of '
+      'config.encoder; leave one of the two out'
+    )
+    names = ('family', 'clip', 'encoder.*', 'vit.*', 'hiera.*')
+    return out | {f'method.{name}': reason for name in names}
+  if config.method.family == 'vit':
+    reason = "method.family is 'vit'"
+    return out | {'method.hiera.*': reason, 'method.q_pool': reason}
+  reason = "method.family is 'hiera'"
+  return out | {'method.vit.*': reason, 'method.encoder.*': reason}
+
+
+def _refuse_derived(c: ml_collections.ConfigDict) -> None:
+  """Refuses keys with values of their own that fine-tuning would overwrite."""
+  default = dict(config_lib.flatten(config_lib.default(c.method.name)))
+  for key, value in config_lib.flatten(c):
+    if key in DERIVED and value != default[key]:
+      raise ValueError(
+        f'{key}: found {value!r}, which fine-tuning would overwrite; '
+        f'{DERIVED[key]}'
+      )
 
 
 def fill(
@@ -29,10 +112,17 @@ def fill(
     videos: from `finetune_videos.find`.
 
   Raises:
-    ValueError: a batch larger than the data.
+    ValueError: a batch larger than the data, a warm-up longer than the
+      training, or keys that would be overwritten.
   """
   c = config.copy_and_resolve_references()
   wanted = c.finetune
+  _refuse_derived(c)
+  if not 0 <= wanted.warmup_epochs < wanted.epochs:
+    raise ValueError(
+      f'finetune.warmup_epochs: found {wanted.warmup_epochs:g}, wanted 0 or '
+      f'more and less than the {wanted.epochs} of finetune.epochs'
+    )
   steps = videos.count // wanted.batch_size
   if not steps:
     raise ValueError(
@@ -122,8 +212,7 @@ def write(
   if encoder is None and not c.encoder:
     return
   folder = pathlib.Path(c.workdir) / 'start'
-  begun = folder.exists() and manifests.listing(c.workdir, ('checkpoints',))
-  if begun:
+  if _begun(c):
     module = encoders.module_of(str(folder))
   else:
     encoder = encoder or encoders.load(c.encoder)
@@ -164,7 +253,14 @@ def _write(
     {name: found[name] for name, _ in trees.named_leaves(shapes)}
   )
   if jax.process_index() == 0:
-    weights.export(module, params, folder, video=video, layout='vssl_vit')
+    weights.export(
+      module,
+      params,
+      folder,
+      video=encoder.video,
+      timing=(encoder.stride, encoder.fps),
+      layout='vssl_vit',
+    )
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices('weights to start from')
   return module

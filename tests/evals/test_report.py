@@ -1,5 +1,7 @@
 import json
 
+import numpy as np
+
 from vssl_jax.evals import report
 
 REPORT = {
@@ -8,6 +10,8 @@ REPORT = {
   'tap': 'after block 12 of 12, final norm',
   'clip': [8, 32, 32, 3],
   'timing': 'stride 1',
+  'encoder_clip': [16, 32, 32, 3],
+  'encoder_timing': 'stride 2',
   'segments': 2,
   'clips': 1,
   'views': 3,
@@ -17,6 +21,7 @@ REPORT = {
   'heads': [{'lr': 1e-3, 'wd': 0.01}, {'lr': 5e-3, 'wd': 0.1}],
   'classes': [f'c{i}' for i in range(10)],
   'chance': 0.1,
+  'test_classes': 10,
   'overlap': {'count': 0, 'total': 20},
   'results': {
     'selected': {
@@ -35,7 +40,8 @@ def test_text_says_how_it_was_measured_and_labels_both_accuracies():
   lines = report.text(REPORT).splitlines()
   text = '\n'.join(lines)
   for wanted in (
-    '8x32x32, stride 1, 2 segments x 3 views',
+    '2 segments x 3 views; 8x32x32, stride 1; the encoder was trained on '
+    '16x32x32, stride 2',
     '40 videos of a, heads are trained on 36 of them (90 %), 4 are held out',
     '19 videos of b, 1 missing',
     '10: 0 c0, 1 c1',
@@ -73,6 +79,37 @@ def test_knn_results_have_intervals():
   low, high = found['k=10']['interval']
   assert (round(low, 4), round(high, 4)) == (0.4902, 0.9433)
   assert found['k=20']['accuracy'] == 0.5
+
+
+def test_chance_is_a_guess_among_the_classes_that_occur():
+  found = report.chance(np.asarray([0, 0, 7, 2]))
+  assert found == {'test_classes': 3, 'chance': 1 / 3}
+  assert 'one of the 10 classes that occur' in report.text(REPORT)
+  assert report.ONE_CLASS not in report.text(REPORT)
+  for change in ({'classes': ['a']}, report.chance(np.asarray([2, 2]))):
+    assert report.ONE_CLASS in report.text(REPORT | change)
+
+
+def test_neighbours_that_were_left_out_are_listed():
+  text = report.text(REPORT | {'left_out': ['k=100', 'k=200']})
+  assert 'left out: k=100, k=200' in text
+
+
+def test_a_report_replaces_only_one_of_the_same_measurement(tmp_path):
+  first = report.write(REPORT, tmp_path)
+  other = REPORT | {'encoder': 'runs/y'}
+  second = report.write(other, tmp_path)
+  assert [first, second] == [
+    str(tmp_path / name) for name in ('report.json', 'report-2.json')
+  ]
+  again = other | {'chance': 0.2, 'seconds': 3.0}
+  assert report.write(again, tmp_path) == second
+  assert json.loads((tmp_path / 'report.json').read_text()) == REPORT
+  (tmp_path / 'report-3.json').write_text('{"encoder": ')  # damaged
+  changes = ({'clip': [4, 32, 32, 3]}, {'test': {'source': 'c'}})
+  for number, change in enumerate(changes, start=4):
+    path = report.write(REPORT | change, tmp_path)
+    assert path == str(tmp_path / f'report-{number}.json')
 
 
 def test_the_file_is_json(tmp_path):

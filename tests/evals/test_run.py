@@ -118,6 +118,8 @@ def test_labels_mean_the_same_when_the_test_lacks_a_class(videos, tmp_path):
   found = run.evaluate(c)
   assert found['test']['evaluated'] == 12
   assert found['results']['k=5']['accuracy'] > 0.9
+  # Two of the three classes occur.
+  assert (found['test_classes'], found['chance']) == (2, 0.5)
 
 
 def test_a_run_repeats_itself(videos, tmp_path):
@@ -154,6 +156,27 @@ def test_wrong_sources_are_named(videos, tmp_path):
     run.evaluate(c)
   c = config_of(videos, tmp_path, train=(str(videos / 'train' / 'red'),))
   with pytest.raises(ValueError, match='have no labels'):
+    run.evaluate(c)
+
+
+def test_numbers_of_neighbours_fit_the_videos_or_are_refused():
+  c = config_lib.default().probe
+  assert run._neighbours(c, 200) == (10, 20, 100, 200)
+  assert run._neighbours(c, 60) == (10, 20)  # the others: in the report
+  with pytest.raises(ValueError, match=r'probe\.ks: .* 1 to the 4 .*=\(4,\)$'):
+    run._neighbours(c, 4)
+  c.ks = (5, 100)
+  with pytest.raises(ValueError, match=r'probe\.ks: found \(5, 100\)'):
+    run._neighbours(c, 60)
+
+
+def test_test_videos_without_labels_are_named_before_anything_runs(
+  videos, tmp_path
+):
+  rows = sorted((videos / 'test' / 'red').glob('[0-5].mp4'))
+  (tmp_path / 'list.txt').write_text(''.join(f'{row}\n' for row in rows))
+  c = config_of(videos, tmp_path, test=(str(tmp_path / 'list.txt'),))
+  with pytest.raises(ValueError, match=r'probe\.test: none of the videos of'):
     run.evaluate(c)
 
 

@@ -86,9 +86,29 @@ def evaluate(
       'fingerprint': test.fingerprint,
     },
     'seconds': round(time.time() - start, 1),
-    **job.describe(),
-    'protocol': f'depth, {wanted.loss}',
+    **_described(job),
   }
+
+
+def _described(job: job_lib.Job) -> dict[str, Any]:
+  """Returns the part of the report on how depth is measured."""
+  return {
+    **job.describe(),
+    'protocol': f'depth, {job.config.probe.loss}',
+  }
+
+
+def _pictures(job: job_lib.Job) -> tuple[pathlib.Path, str]:
+  """Returns where pictures go, and how their names begin.
+
+  They lie beside the report, and do not replace those of another one.
+  """
+  sides = {
+    name: {'source': lists.name(data)}
+    for name, data in (('train', job.train), ('test', job.test))
+  }
+  path = report.place(_described(job) | sides, job.config.workdir)
+  return path.parent, 'depth' + path.stem.removeprefix('report')
 
 
 def _check(config: ml_collections.ConfigDict) -> None:
@@ -199,14 +219,14 @@ def _draw(
     features.fetch(x) for x in (video['video'], rows.depth, predicted)
   )
   if jax.process_index() == 0:
-    folder = pathlib.Path(job.config.workdir)
+    folder, stem = _pictures(job)
     for number in sorted(here):
       row = int(np.flatnonzero(index == number)[0])
       caption = (
         f'{job.encoder.name}, tapped {job.tap()}; example {number} of '
         f'{lists.name(job.test)}. Grey: not measured.'
       )
-      path = folder / f'depth_{number:06d}.png'
+      path = folder / f'{stem}_{number:06d}.png'
       depths.save(path, video[row], truth[row], guess[row], caption)
   return wanted - here
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from vssl_jax.evals import lists
+from vssl_jax.evals import clips, lists
 
 KEYS = ('abs_rel', 'delta_1', 'rmse')
 NOTES = {
@@ -55,8 +55,8 @@ def text(report: Mapping[str, Any]) -> str:
   facts = {
     'encoder': report['encoder'],
     'protocol': f'{report["protocol"]}, frozen; tapped {report["tap"]}',
-    'clips': f'{"x".join(map(str, report["clip"][:3]))}, {report["timing"]}, '
-    f'{report["clips"]} clips x {report["views"]} views of an example',
+    'clips': f'{report["clips"]} clips x {report["views"]} views of an '
+    f'example; {clips.describe(report)}',
     'train': f'{train["examples"]} examples of {train["source"]}, heads are '
     f'trained on {train["trained_on"]} of them',
     'test': f'{test["examples"]} examples of {test["source"]}, '

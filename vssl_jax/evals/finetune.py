@@ -26,8 +26,8 @@ import ml_collections
 
 from vssl_jax import config as config_lib
 from vssl_jax import encoders, sharding
-from vssl_jax.data import options
 from vssl_jax.evals import (
+  clips,
   finetune_report,
   finetune_start,
   finetune_videos,
@@ -50,7 +50,7 @@ def run(config: ml_collections.ConfigDict) -> int:
   """
   status, found = _carry_out(config, None)
   if found is not None and jax.process_index() == 0:
-    path = pathlib.Path(config.workdir) / 'report.json'
+    path = report.place(found, config.workdir)
     print(f'\n{finetune_report.text(found)}\n\n{path}')
   return status
 
@@ -95,6 +95,7 @@ def _carry_out(
     raise ValueError(
       'config.workdir is empty; wanted a folder for checkpoints and report'
     )
+  config = clips.follow(config, finetune_start.clip_of(config, encoder))
   videos = finetune_videos.find(config)
   config = finetune_start.fill(config, videos)
   finetune_start.write(config, encoder)
@@ -125,6 +126,7 @@ def _told(
     f'fine-tuning {config.encoder or "an encoder at random initialisation"} on '
     f'{videos.count} videos of {lists.name(videos.train)}, '
     f'{len(videos.classes)} classes, {wanted.epochs} epochs',
+    f'clips: {clips.describe(_clips(config))}',
     finetune_start.describe_lr(config),
   ]
   if videos.held:
@@ -142,11 +144,12 @@ def _told(
 
 def _tested(config: ml_collections.ConfigDict) -> dict[str, Any] | None:
   """Returns the report of this run, if it was tested before."""
-  path = pathlib.Path(config.workdir) / 'report.json'
-  with contextlib.suppress(FileNotFoundError, ValueError):
-    found = json.loads(path.read_text())
-    if found.get('finetune') == config_lib.to_json(config)['finetune']:
-      return found
+  wanted = config_lib.to_json(config)['finetune']
+  for path in sorted(pathlib.Path(config.workdir).glob('report*.json')):
+    with contextlib.suppress(ValueError):
+      found = json.loads(path.read_text())
+      if isinstance(found, dict) and found.get('finetune') == wanted:
+        return found
   return None
 
 
@@ -167,7 +170,7 @@ def _test(
   clips = finetune_videos.all_views(config, videos)
   with contextlib.closing(clips), jax.set_mesh(mesh):
     found = finetuned.count(
-      model.phase,
+      model,
       model.params,
       job_lib.voting(clips, 1, wanted.clips),
       wanted.clips * wanted.views,
@@ -202,19 +205,17 @@ def _test(
     },
     'overlap': {n: dataclasses.asdict(x) for n, x in videos.shared.items()},
     'classes': list(videos.classes),
-    'chance': 1 / len(videos.classes),
+    **report.chance(found.predictions()[1]),
     **_facts(config),
   }
 
 
 def _facts(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """Returns how a model was fine-tuned."""
-  data = config.data.to_dict()
   return {
     'encoder': config.encoder or 'random initialisation',
     'protocol': 'fine-tuned',
-    'clip': list(options.spec(data).shape),
-    'timing': job_lib.timing(data),
+    **_clips(config),
     'lr': finetune_start.describe_lr(config),
     'seed': config.seed,
     'steps': config.method.steps,
@@ -224,6 +225,13 @@ def _facts(config: ml_collections.ConfigDict) -> dict[str, Any]:
     },
     **provenance.describe(config_lib.to_json(config)),
   }
+
+
+def _clips(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Returns the part of the report on the clips."""
+  source = config.method.source or config.encoder
+  own = encoders.clip_of(source) if source else None
+  return clips.report(config.data.to_dict(), own)
 
 
 def plan(config: ml_collections.ConfigDict, detail: str = 'shapes') -> str:
@@ -236,7 +244,7 @@ def plan(config: ml_collections.ConfigDict, detail: str = 'shapes') -> str:
   Raises:
     ValueError: an encoder or a list of videos that cannot be read.
   """
-  c, note = config.copy_and_resolve_references(), ''
+  c, note = clips.follow(config, finetune_start.clip_of(config, None)), ''
   if any(c.finetune.train) or c.data.source:
     videos = finetune_videos.find(c)
     c = finetune_start.fill(c, videos)
@@ -245,6 +253,7 @@ def plan(config: ml_collections.ConfigDict, detail: str = 'shapes') -> str:
     finetune_start.set_steps(c, 100)
     c.method.classes = c.method.classes or 400
     note = (
+      f'clips: {clips.describe(_clips(c))}\n'
       'finetune.train is not set: an epoch is shown as 100 steps, with '
       f'{c.method.classes} classes\n{finetune_start.describe_lr(c)}'
     )

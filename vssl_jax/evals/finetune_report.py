@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from vssl_jax.evals import lists, validation
+from vssl_jax.evals import clips, lists, validation
 from vssl_jax.evals import report as report_lib
 
 
@@ -23,9 +23,8 @@ def text(report: Mapping[str, Any]) -> str:
     chosen += ', the test videos, as published codes do; flatters'
   facts = {
     'encoder': report['encoder'],
-    'clips': f'{report_lib.shape(report["clip"])}, {report["timing"]}; tested '
-    f'on {wanted["clips"]} clips ({wanted["sampling"]}) x {wanted["views"]} '
-    'crops',
+    'clips': f'{clips.describe(report)}; tested on {wanted["clips"]} clips '
+    f'({wanted["sampling"]}) x {wanted["views"]} crops',
     'train': f'{train["videos"]} videos of {train["source"]}, '
     f'{wanted["epochs"]} epochs',
     'rate': report['lr'],
@@ -50,6 +49,7 @@ def text(report: Mapping[str, Any]) -> str:
       f'accuracy {100 * best["accuracy"]:.2f} % (95 % interval '
       f'{100 * low:.2f} to {100 * high:.2f}), top 5 {100 * best["top5"]:.2f} '
       f'%, chance {100 * report["chance"]:.2f} %',
+      *([report_lib.ONE_CLASS] if report['chance'] == 1 else []),
       'The interval is that of the sample of test videos; training seeds add '
       'to it.',
     ]

@@ -77,6 +77,7 @@ def find(config: ml_collections.ConfigDict) -> Videos:
     )
   for data in (train, valid, test):
     data['classes'] = found.classes
+  lists.check_labels('finetune', valid=valid, test=test)
   count = len(holdout.numbers(len(found), train['holdout']))
   return Videos(train, valid, test, found.classes, count, shared)
 

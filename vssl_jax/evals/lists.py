@@ -5,7 +5,7 @@ from typing import Any
 
 import ml_collections
 
-from vssl_jax.data import options
+from vssl_jax.data import options, sources
 from vssl_jax.evals import overlap
 
 
@@ -79,6 +79,28 @@ def check(
         f'({which} = train: {pairs}); {remedy}'
       )
   return shared
+
+
+def check_labels(section: str, **lists: Mapping[str, Any]) -> None:
+  """Refuses lists of files of which none has a label.
+
+  Args:
+    section: key of the config with the lists.
+    **lists: `of` each of them, by their names. Labels of shards are known
+      only when they are read, and are left to that.
+
+  Raises:
+    ValueError: there is such a list.
+  """
+  for which, data in lists.items():
+    parts = options.find(data).parts
+    if all(isinstance(part, sources.Files) for part in parts):
+      if max(max(part.labels) for part in parts) < 0:
+        raise ValueError(
+          f'{section}.{which}: none of the videos of {name(data)} has a label '
+          'of the classes that are trained on; give class folders or a '
+          'manifest with a label column'
+        )
 
 
 def describe(shared: Mapping[str, Any]) -> str:

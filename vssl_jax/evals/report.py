@@ -1,17 +1,30 @@
 """What a probe found, as JSON and as a table that says how it was found."""
 
+import itertools
 import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from vssl_jax.evals import lists, statistics
+import numpy as np
+from jaxtyping import Int
+
+from vssl_jax.evals import clips, lists, statistics
 
 NOTES = {
   'selected': 'head chosen on held-out training clips',
   'max': 'best head on the test clips, as papers report; flatters',
 }
 ONLY = 'the only head'
+ONE_CLASS = (
+  'The training or the test videos are of one class only: the accuracy says '
+  'nothing of the encoder.'
+)
+# Keys of a report that tell what was measured, and how.
+IDENTITY = (
+  *('encoder', 'protocol', 'tap', 'clip', 'timing', 'probe', 'finetune'),
+  *('seed', 'lr'),
+)
 
 
 def knn_results(
@@ -27,9 +40,54 @@ def knn_results(
   }
 
 
+def chance(labels: Int[np.ndarray, 'n']) -> dict[str, Any]:
+  """Returns the accuracy of guessing among the classes that occur.
+
+  Args:
+    labels: of the test videos that were evaluated.
+  """
+  count = len(np.unique(labels))
+  return {'test_classes': count, 'chance': 1 / count}
+
+
+def place(
+  report: Mapping[str, Any], folder: str | pathlib.Path
+) -> pathlib.Path:
+  """Returns where a report goes: `report.json`, or `report-2.json` and so on.
+
+  It replaces a report of the same encoder, measured in the same way, and no
+  other one.
+
+  Args:
+    report: its keys `IDENTITY` are compared.
+    folder: the run's folder.
+  """
+  folder, wanted = pathlib.Path(folder), _identity(report)
+  for number in itertools.count(1):
+    name = 'report.json' if number == 1 else f'report-{number}.json'
+    path = folder / name
+    if not path.exists():
+      return path
+    try:
+      found = json.loads(path.read_text())
+    except ValueError:  # damaged, and perhaps of use to somebody
+      continue
+    if isinstance(found, dict) and _identity(found) == wanted:
+      return path
+  raise AssertionError('there is always a next number')
+
+
+def _identity(report: Mapping[str, Any]) -> Any:
+  """Returns what tells one measurement from another, as JSON reads it back."""
+  found = {name: report.get(name) for name in IDENTITY}
+  for side in ('train', 'test'):
+    found[side] = (report.get(side) or {}).get('source')
+  return json.loads(json.dumps(found))
+
+
 def write(report: Mapping[str, Any], folder: str | pathlib.Path) -> str:
-  """Writes `report.json` and returns its path."""
-  path = pathlib.Path(folder) / 'report.json'
+  """Writes a report to its `place` and returns the path."""
+  path = place(report, folder)
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(json.dumps(report, indent=2) + '\n')
   return str(path)
@@ -45,7 +103,7 @@ def text(report: Mapping[str, Any]) -> str:
   facts = {
     'encoder': report['encoder'],
     'protocol': f'{report["protocol"]}, frozen; tapped {report["tap"]}',
-    'clips': f'{shape(report["clip"])}, {report["timing"]}, {_votes(report)}',
+    'clips': f'{_votes(report)}; {clips.describe(report)}',
     'train': f'{train["videos"]} videos of {train["source"]}, '
     f'{_trained(report)}',
     'test': f'{test["evaluated"]} videos of {test["source"]}, '
@@ -72,7 +130,17 @@ def text(report: Mapping[str, Any]) -> str:
     lines.append(line + (f'   ({note})' if note else ''))
   if 'median' in report:
     lines.append(f'{"median of the heads":22}{100 * report["median"]:7.2f} %')
-  lines.append(f'{"chance":22}{100 * report["chance"]:7.2f} %')
+  if report.get('left_out'):
+    lines.append(
+      f'left out: {", ".join(report["left_out"])}, more neighbours than there '
+      'are training videos'
+    )
+  lines.append(
+    f'{"chance":22}{100 * report["chance"]:7.2f} %   (one of the '
+    f'{report["test_classes"]} classes that occur in the test videos)'
+  )
+  if len(report['classes']) == 1 or report['test_classes'] == 1:
+    lines.append(ONE_CLASS)
   lines.append(
     'The interval is that of the sample of test videos; training seeds add '
     'to it.'
@@ -103,11 +171,6 @@ def _votes(report: Mapping[str, Any]) -> str:
     f' x {clips} clips' if clips > 1 else ''
   )
   return f'{along} x {report["views"]} views'
-
-
-def shape(clip: list[int]) -> str:
-  """Returns frames, height and width as text."""
-  return 'x'.join(map(str, clip[:3]))
 
 
 def classes(names: list[str], shown: int = 8) -> str:

@@ -13,10 +13,13 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
+from jaxtyping import Int
 
 from vssl_jax.data import options
 from vssl_jax.evals import features, knn, lists, probe, report
 from vssl_jax.evals import job as job_lib
+from vssl_jax.evals import options as options_lib
 
 
 def run(config: ml_collections.ConfigDict) -> int:
@@ -62,6 +65,7 @@ def _job(config: ml_collections.ConfigDict) -> job_lib.Job:
   # Whatever order the test videos come in.
   for data in (job.train, job.test):
     data['classes'] = tuple(classes)
+  lists.check_labels('probe', test=job.test)
   return job
 
 
@@ -76,15 +80,40 @@ def _knn(job: job_lib.Job) -> dict[str, Any]:
     tables.append(table.take(table.label >= 0))
     passes.append(videos)
   train, test = tables
-  found = knn.predict(
-    train.tokens[:, 0], train.label, test.tokens[:, 0], tuple(config.ks)
-  )
+  if not len(test):
+    raise ValueError('probe.test: no video has a label, or none can be read')
+  ks = _neighbours(config, len(train))
+  found = knn.predict(train.tokens[:, 0], train.label, test.tokens[:, 0], ks)
   correct = {k: int((x == test.label).sum()) for k, x in found.items()}
   return {
     'results': report.knn_results(correct, len(test)),
+    'left_out': [f'k={k}' for k in config.ks if k not in ks],
     'held_out': 0,
-    **_sides(job, passes[0], passes[1], len(train), len(test)),
+    **_sides(job, passes[0], passes[1], len(train), test.label),
   }
+
+
+def _neighbours(
+  config: ml_collections.ConfigDict, count: int
+) -> tuple[int, ...]:
+  """Returns the numbers of neighbours that a bank of `count` videos has.
+
+  Those of the default that are too large are left out, and the report lists
+  them.
+
+  Raises:
+    ValueError: none fits, or one that was set does not.
+  """
+  ks = tuple(config.ks)
+  fitting = tuple(k for k in ks if 0 < k <= count)
+  is_default = ks == tuple(options_lib.default().ks)
+  if not fitting or (len(fitting) < len(ks) and not is_default):
+    raise ValueError(
+      f'probe.ks: found {ks}, wanted numbers of neighbours from 1 to the '
+      f'{count} training videos with a label, such as '
+      f'--config.probe.ks=({min(20, max(count, 1))},)'
+    )
+  return fitting
 
 
 def _heads(job: job_lib.Job) -> dict[str, Any]:
@@ -121,14 +150,32 @@ def _heads(job: job_lib.Job) -> dict[str, Any]:
     'held_out': found.held_total,
     'history': found.history,
     'heads': [{'lr': lr, 'wd': wd} for lr, wd in found.pairs],
-    **_sides(job, train, test, job.trained_on(train.num_examples), found.total),
+    **_sides(
+      job,
+      train,
+      test,
+      job.trained_on(train.num_examples),
+      found.predictions[1],
+    ),
   }
 
 
 def _sides(
-  job: job_lib.Job, train: Any, test: Any, trained_on: int, evaluated: int
+  job: job_lib.Job,
+  train: Any,
+  test: Any,
+  trained_on: int,
+  labels: Int[np.ndarray, 'n'],
 ) -> dict[str, Any]:
-  """Returns the part of the report on the videos."""
+  """Returns the part of the report on the videos.
+
+  Args:
+    job: the job.
+    train: the training videos.
+    test: the test videos.
+    trained_on: training videos that count.
+    labels: of the test videos that were evaluated.
+  """
   classes = [str(c) for c in job.train['classes']]
   return {
     'train': {
@@ -141,11 +188,11 @@ def _sides(
       'source': lists.name(job.test),
       'videos': test.num_examples,
       'fingerprint': test.fingerprint,
-      'evaluated': evaluated,
-      'missing': test.num_examples - evaluated,
+      'evaluated': len(labels),
+      'missing': test.num_examples - len(labels),
     },
     'classes': classes,
-    'chance': 1 / len(classes),
+    **report.chance(labels),
   }
 
 

@@ -1,7 +1,8 @@
 """A quick look at depth in an encoder, on your own RGB-D frames: small heads.
 
-Clips are encoded once and kept; a cross-attention readout of 256 channels is
-trained on them. For small encoders on a CPU, and to compare encoders by.
+Clips, as the encoder was trained on, are encoded once and kept; a
+cross-attention readout of 256 channels is trained on them. For small encoders
+on a CPU, and to compare encoders by.
 Paper: none; the readout has the form of 4DS (arXiv 2412.15212).
 Hardware: a CPU for minutes with a small encoder, or a GPU.
 Command: bash launch/local.sh --config=configs/depth_fast.py \
@@ -12,8 +13,8 @@ Rooms with exact depth, where you have no data of your own:
 Expected: depends on your scenes; compare encoders with it, and look at the
 row `mean`, which needs no encoder. Ours, within one room (RedKitchen of
 7-Scenes, frames 0-699 to train on, 860-999 to test on), an untrained encoder
-of 4 blocks, 128 wide: AbsRel .185, delta_1 .637; `mean` .186, .640; 32 seconds
-of one CPU core.
+of 4 blocks, 128 wide, clips of 8x64x64, stride 2: AbsRel .185, delta_1 .637;
+`mean` .186, .640; 32 seconds of one CPU core.
 """
 
 from vssl_jax import config as config_lib
@@ -22,9 +23,7 @@ from vssl_jax import config as config_lib
 def get_config(variant=''):
   if variant:
     raise ValueError(f'depth_fast.py: found :{variant}, has no variants')
-  c = config_lib.default()
-  c.job = 'depth'
-  c.data.frames, c.data.stride, c.data.size = 8, 2, (64, 64)
+  c = config_lib.evaluation('depth')
   c.data.depth_units, c.data.stretch = 1000.0, 40
   c.probe.augment, c.probe.clips = False, 4
   c.probe.epochs, c.probe.batch_size, c.probe.test_batch_size = 30, 8, 8

@@ -25,9 +25,9 @@ from vssl_jax import config as config_lib
 def get_config(variant=''):
   if variant:
     raise ValueError(f'depth_scannet.py: found :{variant}, has no variants')
-  c = config_lib.default()
-  c.job = 'depth'
-  c.data.frames, c.data.stride, c.data.size = 16, 2, (224, 224)
+  c = config_lib.evaluation('depth')
+  # Height and width are the encoder's (224).
+  c.data.frames, c.data.stride = 16, 2
   c.data.depth_units, c.data.stretch = 1000.0, 64
   c.data.crop_scale, c.data.crop_aspect = (0.7, 1.0), (0.9, 1.1)
   c.data.workers = 8

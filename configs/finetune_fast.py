@@ -1,8 +1,9 @@
 r"""Fine-tuning in small: trials on a CPU, on your own or generated videos.
 
-Clips of 8x32x32, a small encoder at random initialisation where none is given,
-one augmentation per video and no mixing. To see that videos, labels and folder
-fit together before a large machine is asked for.
+Clips as the encoder was trained on. Where none is given, a small encoder at
+random initialisation and clips of 8x32x32 (method.clip). One augmentation per
+video and no mixing. To see that videos, labels and folder fit together before
+a large machine is asked for.
 Paper: none. Hardware: a CPU for minutes.
 Command: bash launch/local.sh --config=configs/finetune_fast.py \
   --config.finetune.train=<folder of class folders> \
@@ -23,7 +24,8 @@ def get_config(variant=''):
   if variant:
     raise ValueError(f'finetune_fast.py: found :{variant}, has no variants')
   c = config_lib.fine_tuning()
-  c.data.update(dict(frames=8, stride=1, size=(32, 32), workers=0))
+  c.data.workers = 0
+  c.method.clip = (8, 1, 32)
   c.data.update(dict(crop='centre', flip=False, auto_augment='', erase=0.0))
   c.data.repeats = 1
   c.method.encoder.update(dict(size='Ti', width=64, depth=3, num_heads=4))

@@ -14,8 +14,8 @@ paper). Ours: not run.
 
 from vssl_jax import config as config_lib
 
-# Stride, clips along a test video.
-SIZES = {'S': (2, 10), 'B': (4, 5)}
+# Stride (0: the encoder's), clips along a test video.
+SIZES = {'S': (2, 10), 'B': (0, 5)}
 
 
 def get_config(variant=''):

@@ -29,9 +29,9 @@ def get_config(variant=''):
       f'probe_4ds.py: found :{variant}, wanted one of {list(SETS)}'
     )
   stride, clips = SETS[variant or 'ssv2']
-  c = config_lib.default()
-  c.job = 'probe'
-  c.data.frames, c.data.stride, c.data.size = 16, stride, (224, 224)
+  c = config_lib.evaluation('probe')
+  # Height and width are the encoder's (224).
+  c.data.frames, c.data.stride = 16, stride
   c.data.crop_scale, c.data.crop_aspect = (0.08, 1.0), (0.75, 4 / 3)
   c.data.flip = False  # left and right are labels in SSv2
   c.data.auto_augment, c.data.erase = 'rand-m7-n4-mstd0.5-inc1', 0.25

@@ -1,6 +1,7 @@
 """A quick look at an encoder on your own labelled videos: `:knn`, `:linear`.
 
-One centre clip per video, encoded once and kept in memory; a grid of
+One centre clip per video, as the encoder was trained on (frames, stride or
+rate, size), encoded once and kept in memory; a grid of
 attentive heads (default), linear heads, or nearest neighbours. For up to some
 ten thousand videos.
 Paper: none; the heads are those of arXiv 2509.24317, appendix.
@@ -17,9 +18,7 @@ from vssl_jax import config as config_lib
 def get_config(variant=''):
   if variant not in ('', 'knn', 'linear'):
     raise ValueError(f'probe_fast.py: found :{variant}, wanted :knn or :linear')
-  c = config_lib.default()
-  c.job = 'probe'
-  c.data.frames, c.data.stride, c.data.size = 16, 4, (224, 224)
+  c = config_lib.evaluation('probe')
   c.probe.protocol = variant or 'attentive'
   c.probe.augment = False
   c.probe.epochs = 5 if not variant else 20

@@ -21,9 +21,9 @@ from vssl_jax import config as config_lib
 def get_config(variant=''):
   if variant not in ('', 'fast'):
     raise ValueError(f'probe_ssv2.py: found :{variant}, wanted :fast')
-  c = config_lib.default()
-  c.job = 'probe'
-  c.data.frames, c.data.stride, c.data.size = 16, 4, (224, 224)
+  c = config_lib.evaluation('probe')
+  # The protocol's; height and width are the encoder's (SALT: 224).
+  c.data.frames, c.data.stride = 16, 4
   # In training one segment lies in each of as many parts of the video.
   c.data.sampling = 'parts'
   c.data.crop_scale, c.data.crop_aspect = (0.08, 1.0), (0.75, 4 / 3)

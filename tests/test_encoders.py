@@ -236,6 +236,9 @@ def test_a_student_may_continue_with_its_predictor(run, tmp_path):
     trainer.train(config)
 
 
+TRAINED = ('--config.probe.epochs=2', '--config.probe.batch_size=8')
+
+
 @pytest.mark.parametrize('protocol', ['knn', 'linear'])
 def test_the_probe_job_measures_a_run(run, tmp_path, monkeypatch, protocol):
   monkeypatch.chdir(tmp_path)
@@ -247,19 +250,18 @@ def test_the_probe_job_measures_a_run(run, tmp_path, monkeypatch, protocol):
       f'--config.probe.train={clips}/train',
       f'--config.probe.test={clips}/test',
       '--config.workdir=out',
-      '--config.data.frames=4',
-      '--config.data.stride=1',
-      '--config.data.size=(16, 16)',
       '--config.data.isolate=False',
-      '--config.probe.epochs=2',
-      '--config.probe.batch_size=8',
       '--config.probe.test_batch_size=8',
+      *(TRAINED if protocol == 'linear' else ()),
     ]
   )
   assert status == 0
   report = json.loads((tmp_path / 'out' / 'report.json').read_text())
   assert report['test']['evaluated'] == 20
   assert report['protocol'] == protocol
+  # The clips of the run, which no key names.
+  assert report['clip'] == report['encoder_clip'] == [4, 16, 16, 3]
+  assert report['timing'] == report['encoder_timing'] == 'stride 1'
   assert report['encoder'] == str(run)
   assert len(report['classes']) == len(synthetic.MOTIONS)
 

@@ -122,6 +122,7 @@ def depth(encode, data, folder):
   from vssl_jax.evals import depth as depth_lib
 
   _, c = config_lib.load('configs/depth_fast.py')
+  c.data.frames, c.data.stride, c.data.size = 8, 2, (64, 64)
   room = str(data / ROOM)
   c.probe.train, c.probe.train_where = (room,), SPLITS['train']
   c.probe.test, c.probe.test_where = (room,), SPLITS['test']

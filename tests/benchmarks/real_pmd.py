@@ -107,7 +107,7 @@ def teachers(seed, shards):
 def tuning(c, data, seed, folder):
   """Fills in what every fine-tuning shares."""
   c.seed, c.workdir = seed, str(folder)
-  c.data.update(dict(stride=2, size=(real_video.SIZE,) * 2))
+  c.data.update(dict(frames=8, stride=2, size=(real_video.SIZE,) * 2))
   c.data.update(dict(label_column='label', isolate=False))
   labels = (str(data / TUNED / 'labels.csv'),)
   c.finetune.update(dict(train=labels, valid=labels, test=labels))

@@ -38,4 +38,4 @@ def encoder_of(**fields):
   key = jax.random.key(3)
   params = module.init(key, np.zeros((1, *SHAPE), np.uint8))['params']
   noisy = jax.tree.map(lambda x: x + 0.01, params)
-  return encoders.Encoder(module, noisy, 'ours', SHAPE)
+  return encoders.Encoder(module, noisy, 'ours', SHAPE, stride=1)

@@ -252,7 +252,8 @@ def test_later_frames_of_known_rooms_are_read_better_than_guessed(
   rooms.write(tmp_path / 'rooms', scenes=20, seed=0)
   _, c = config_lib.load('configs/depth_fast.py')
   c.workdir = str(tmp_path)
-  c.data.size, c.data.stride, c.data.isolate = (48, 48), 1, False
+  c.data.frames, c.data.size, c.data.stride = 8, (48, 48), 1
+  c.data.isolate = False
   c.probe.train = c.probe.test = (str(tmp_path / 'rooms'),)
   c.probe.train_where, c.probe.test_where = 'frames=0-14', 'frames=16-23'
   found = depth.evaluate(c, untrained(c))['results']
@@ -266,6 +267,7 @@ def test_depth_of_a_real_room_is_read(video_data, tmp_path, one_device):
   """One room: frames of the same pass, apart in time. Nothing general."""
   _, c = config_lib.load('configs/depth_fast.py')
   c.workdir = str(tmp_path)
+  c.data.frames, c.data.size, c.data.stride = 8, (64, 64), 2
   room = str(video_data / 'rgbd_7scenes' / 'redkitchen_a')
   c.probe.train = c.probe.test = (room,)
   c.probe.train_where, c.probe.test_where = 'frames=0-699', 'frames=860-999'

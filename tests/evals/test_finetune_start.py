@@ -9,7 +9,7 @@ from tests.evals import finetune_small as small
 from vssl_jax import config as config_lib
 from vssl_jax import encoders, methods, trees, weights
 from vssl_jax.data import options
-from vssl_jax.evals import finetune_start
+from vssl_jax.evals import clips, finetune_start
 from vssl_jax.models import classifier
 from vssl_jax.train import optimizer
 from vssl_jax.train import run as run_lib
@@ -17,8 +17,9 @@ from vssl_jax.train import run as run_lib
 
 def test_the_run_starts_from_the_encoder_without_its_final_norm(tmp_path):
   c = config_lib.fine_tuning()
-  c.workdir, c.data.frames, c.data.size = str(tmp_path), 4, (16, 16)
+  c.workdir = str(tmp_path)
   given = small.encoder_of()
+  c = clips.follow(c, finetune_start.clip_of(c, given))
   finetune_start.write(c, given)
   module, params, _ = weights.load_published(c.method.source)
   wanted = dict(trees.named_leaves(given.params))
@@ -35,6 +36,7 @@ def test_the_run_starts_from_the_encoder_without_its_final_norm(tmp_path):
 def test_blocks_that_decode_are_left_behind(tmp_path):
   c = config_lib.fine_tuning()
   c.workdir, c.data.frames, c.data.size = str(tmp_path), 4, (16, 16)
+  c.data.update(dict(stride=1, channels=3))
   finetune_start.write(c, small.encoder_of(decoder_blocks=1, final_norm=False))
   module, params, _ = weights.load_published(c.method.source)
   assert (module.depth, module.decoder_blocks) == (1, 0)
@@ -114,6 +116,9 @@ COMMON = {
 def test_pages_hold_the_published_values(spec):
   _, c = config_lib.load(f'configs/{spec}')
   assert c.job == 'finetune'
+  # VideoMAE's and MVD's encoders are trained on clips such as these.
+  assert finetune_start.clip_of(c, None).video[0] in (8, 16)
+  c = clips.follow(c, finetune_start.clip_of(c, None))
   c.method.classes = 7
   finetune_start.set_steps(c, 100)
   method = methods.build(

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import pytest
 
 from vssl_jax import config as config_lib
-from vssl_jax import trees
+from vssl_jax import encoders, trees
 from vssl_jax.data import options as data_options
-from vssl_jax.evals import depth, options, probe
+from vssl_jax.evals import clips, depth, options, probe
 
 GRID = (8, 14, 14)
 
@@ -30,8 +30,12 @@ def count(network, width=768):
 )
 def test_classifiers_have_the_published_size(page, classes, wanted):
   _, c = config_lib.load(f'configs/{page}')
+  # Of an encoder such as the papers', whose stride the protocol replaces.
+  c = clips.follow(c, encoders.Clip((16, 224, 224, 3), 3))
   clip = data_options.spec(c.data).shape
   assert clip == (16, 224, 224, 3)
+  of_ssv2 = page in ('probe_4ds.py', 'probe_4ds.py:ssv2')
+  assert c.data.stride == (2 if of_ssv2 else 4)
   network = options.network(classes, c.probe, GRID, clip[0])
   assert count(network) == wanted
   assert c.job == 'probe'
@@ -54,6 +58,8 @@ def test_pages_take_the_published_clips(page):
 
 def test_depth_has_the_published_size():
   _, c = config_lib.load('configs/depth_scannet.py')
+  c = clips.follow(c, encoders.Clip((16, 224, 224, 3), 4))
+  assert c.data.stride == 2
   clip = data_options.spec(c.data).shape
   network = depth.network(c.probe, GRID, clip)
   assert count(network) == 17_587_840

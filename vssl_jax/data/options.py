@@ -60,14 +60,15 @@ KEYS = ranges.Section(
   ),
   # frames of a scene that make one example; 0: all
   stretch=(0, ranges.Whole(0, ranges.MANY)),
-  # --- what a clip is
-  frames=(16, ranges.Whole(1, 2**14)),
-  stride=(4, ranges.Whole(1, 2**14)),  # frames from one to the next
+  # --- what a clip is. In the jobs 'probe', 'depth' and 'finetune' 0, of the
+  # size (0, 0), is the value of the clips that the encoder was trained on.
+  frames=(16, ranges.Whole(0, 2**14)),
+  stride=(4, ranges.Whole(0, 2**14)),  # frames from one to the next
   # frames per second instead, by time stamps (then stride=1)
   fps=(0.0, ranges.Real(0, 1e4)),
   # height, width in pixels
-  size=((224, 224), ranges.Tuple(ranges.Whole(1, 2**14), lengths=(1, 2))),
-  channels=(3, ranges.Choice((1, 3))),  # 1: grey
+  size=((224, 224), ranges.Tuple(ranges.Whole(0, 2**14), lengths=(1, 2))),
+  channels=(3, ranges.Choice((0, 1, 3))),  # 1: grey
   # 'window': T neighbours anywhere; 'middle': those in the middle, always;
   # 'linspace': as 'window', but over all stride * T frames (the code of
   # VideoMAE and MVD: 0, 4, 8, 12, 17, ... 63 with stride 4);

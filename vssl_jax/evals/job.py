@@ -14,7 +14,14 @@ import numpy as np
 
 from vssl_jax import encoders, sharding
 from vssl_jax.data import options, passes, pipeline
-from vssl_jax.evals import features, lists, overlap, probe
+from vssl_jax.evals import (
+  clips,
+  features,
+  lists,
+  memory,
+  overlap,
+  probe,
+)
 from vssl_jax.models import layers, vit
 from vssl_jax.train import provenance
 
@@ -125,8 +132,8 @@ class Job:
     config = self.config.probe
     size, fraction = config.test_batch_size, self.held_out_fraction
     if config.augment:
-      with contextlib.closing(self.stream()) as clips:
-        yield self._streamed(clips, along), clips
+      with contextlib.closing(self.stream()) as stream:
+        yield self._streamed(stream, along), stream
       return
     videos = self.passes(self.train, size, along, 1)
     with contextlib.closing(videos):
@@ -143,10 +150,10 @@ class Job:
     )
     yield epochs, videos
 
-  def _streamed(self, clips: pipeline.Clips, along: int) -> probe.Epochs:
+  def _streamed(self, videos: pipeline.Clips, along: int) -> probe.Epochs:
     config, fraction = self.config.probe, self.held_out_fraction
-    steps = max(clips.num_examples // config.batch_size, 1)
-    stream = clips.iterator()
+    steps = max(videos.num_examples // config.batch_size, 1)
+    stream = videos.iterator()
 
     def train(_: int) -> Iterator[features.Tokens]:
       return self.encoded(itertools.islice(stream, steps))
@@ -160,7 +167,7 @@ class Job:
         batches = features.only(batches, keep)
       return self.encoded(batches)
 
-    count = clips.num_examples
+    count = videos.num_examples
     none_held = self.trained_on(count) == count
     return probe.Epochs(train, steps, None if none_held else held)
 
@@ -180,9 +187,7 @@ class Job:
       'encoder': self.encoder.name,
       'protocol': config.probe.protocol,
       'tap': self.tap(),
-      'clip': list(self.clip),
-      'encoder_clip': list(self.encoder.video),
-      'timing': timing(self.test),
+      **clips.report(self.test, self.encoder.clip),
       'segments': config.probe.segments,
       'clips': config.probe.clips,
       'views': config.probe.views,
@@ -212,6 +217,7 @@ def make(
       'published weights, or hub id>'
     )
   encoder = encoder or encoders.load(config.encoder)
+  config = clips.follow(config, encoder.clip)
   encoder = encoder.at(options.spec(config.data).shape)
   mesh = sharding.make_mesh(data=-1, fsdp=1)
   params = jax.device_put(encoder.params, sharding.replicated(mesh))
@@ -225,7 +231,15 @@ def make(
       )
   train, test = (lists.of(config, 'probe', name) for name in ('train', 'test'))
   shared = lists.check('probe', train, wanted.allow_overlap, test=test)
-  encode = functools.partial(encoder, depth=wanted.depth or None)
+  encode = memory.Encode(
+    encoder,
+    wanted.depth or None,
+    'smaller --config.probe.test_batch_size and --config.probe.batch_size, or '
+    'smaller clips (--config.data.frames, --config.data.size)',
+  )
+  if jax.process_index() == 0:
+    found = clips.report(config.data.to_dict(), encoder.clip)
+    print(f'clips: {clips.describe(found)}', flush=True)
   return Job(config, encoder, encode, mesh, train, test, shared['test'])
 
 
@@ -245,11 +259,6 @@ def tap(module: Any, fraction: float) -> str:
     ran = total - decoder
     return f'after block {ran} of {total}, before those that decode'
   return f'after block {total} of {total}' + (', final norm' if norm else '')
-
-
-def timing(data: Mapping[str, Any]) -> str:
-  """Returns how frames were picked."""
-  return f'{data["fps"]:g} fps' if data['fps'] else f'stride {data["stride"]}'
 
 
 def voting(

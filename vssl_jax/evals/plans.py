@@ -10,8 +10,8 @@ import ml_collections
 
 from vssl_jax import encoders, flops, trees
 from vssl_jax.data import options
+from vssl_jax.evals import clips, heads, lists
 from vssl_jax.evals import depth as depth_job
-from vssl_jax.evals import heads, lists
 from vssl_jax.evals import job as job_lib
 from vssl_jax.evals import probe as probe_lib
 from vssl_jax.models import hiera, layers, vit
@@ -34,29 +34,27 @@ def probe(config: ml_collections.ConfigDict, detail: str = 'shapes') -> str:
     ValueError: another detail, or no encoder.
   """
   wanted = config.probe
-  lines, tokens, grid = _encoder(config, detail)
+  lines, tokens, grid, clip = _encoder(config, detail)
   counts, classes = _videos(config)
   lines += counts
   if wanted.protocol == 'knn':
     return '\n'.join([*lines, 'nearest neighbours: nothing is trained'])
-  frames = options.spec(config.data.to_dict()).frames
-  network = probe_lib.network(classes, wanted, grid, frames)
+  network = probe_lib.network(classes, wanted, grid, clip[0])
   return '\n'.join([*lines, _heads(config, network, tokens)])
 
 
 def depth(config: ml_collections.ConfigDict, detail: str = 'shapes') -> str:
   """Returns the plan of the job `depth`; arguments and errors as `probe`."""
-  lines, tokens, grid = _encoder(config, detail)
+  lines, tokens, grid, clip = _encoder(config, detail)
   counts, _ = _videos(config)
-  clip = options.spec(config.data.to_dict()).shape
   network = depth_job.network(config.probe, grid, clip)
   return '\n'.join([*lines, *counts, _heads(config, network, tokens)])
 
 
 def _encoder(
   config: ml_collections.ConfigDict, detail: str
-) -> tuple[list[str], tuple[int, ...], layers.Grid]:
-  """Returns lines on the encoder, the shape of its tokens, and their grid."""
+) -> tuple[list[str], tuple[int, ...], layers.Grid, tuple[int, ...]]:
+  """Returns lines on the encoder, its tokens' shape and grid, and the clip."""
   if plan.check(detail) != 'shapes':
     raise ValueError(
       f'--plan: found {detail!r}, wanted --plan alone: nothing of the job '
@@ -69,6 +67,8 @@ def _encoder(
       'published weights, or hub id>'
     )
   module = encoders.module_of(config.encoder)
+  own = encoders.clip_of(config.encoder)
+  config = clips.follow(config, own)
   clip = options.spec(config.data.to_dict()).shape
   video = jax.ShapeDtypeStruct((1, *clip), jnp.uint8)
   params = jax.eval_shape(module.init, jax.random.key(0), video)
@@ -83,10 +83,11 @@ def _encoder(
     f'parameters, frozen, tapped {job_lib.tap(module, config.probe.depth)}: '
     f'{tokens[0]} tokens of {tokens[1]} a clip of {"x".join(map(str, clip))}'
   )
+  found = clips.describe(clips.report(config.data.to_dict(), own))
   if isinstance(module, vit.Vit | hiera.Hiera):
     cost = flops.forward(module, grid)
     line += f', {cost / 1e12:.3f} TF forward'
-  return [line], tokens, grid
+  return [line, f'clips: {found}'], tokens, grid, clip
 
 
 def _videos(config: ml_collections.ConfigDict) -> tuple[list[str], int]:

@@ -17,6 +17,9 @@ KEYS = ranges.Section(  # VideoMAE's and MVD's values, ViT-B
   classes=(0, ranges.Whole(0, 2**24)),
   # folder of the weights that the encoder starts from
   source=('', ranges.Text()),
+  # Frames, stride, and height or width of clips, where the encoder starts at
+  # random and config.data leaves them open.
+  clip=((16, 4, 224), ranges.Tuple(ranges.Whole(1, 2**14), lengths=(3,))),
   # The encoder, where it starts at random; `family` says which of the two
   # sections counts.
   family=('vit', ranges.Choice(('vit', 'hiera'))),

@@ -1,0 +1,160 @@
+"""Evaluations take the clips that the encoder was trained on."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from tests.evals import finetune_small as small
+from vssl_jax import config as config_lib
+from vssl_jax import encoders, main, weights
+from vssl_jax.evals import clips, finetune_start, memory
+
+CLIP = encoders.Clip((8, 64, 96, 3), 2)
+OPEN = ('frames', 'stride', 'fps', 'size', 'channels')
+
+
+def keys(job='probe', clip=CLIP, **given):
+  c = config_lib.evaluation(job)
+  c.data.update(given)
+  data = clips.follow(c, clip).data
+  return tuple(data[name] for name in OPEN)
+
+
+@pytest.mark.parametrize('job', ['probe', 'depth', 'finetune'])
+def test_open_keys_are_the_encoders(job):
+  assert keys(job) == (8, 2, 0.0, (64, 96), 3)
+  second = encoders.Clip((16, 32, 32, 1), 1, 4.0)
+  assert keys(job, second) == (16, 1, 4.0, (32, 32), 1)
+
+
+def test_keys_that_are_set_stay():
+  assert keys(frames=4, size=(32, 32)) == (4, 2, 0.0, (32, 32), 3)
+  assert keys(stride=3) == (8, 3, 0.0, (64, 96), 3)
+  # A rate replaces the stride, and a stride the rate.
+  assert keys(fps=5.0) == (8, 1, 5.0, (64, 96), 3)
+  rate = encoders.Clip((16, 32, 32, 3), 1, 4.0)
+  assert keys(clip=rate, stride=2)[1:3] == (2, 0.0)
+
+
+@pytest.mark.parametrize(
+  ('clip', 'given', 'message'),
+  [
+    (encoders.Clip((8, 64, 96, 3)), {}, r'wanted --config\.data\.stride'),
+    (CLIP, {'channels': 1}, r'data\.channels: found 1, wanted 3'),
+    (
+      encoders.Clip((8, 64, 96, 3), 1, 4.0),
+      {'depth_units': 1000.0},
+      r'but 4 per second; wanted --config\.data\.stride=<frames>$',
+    ),
+  ],
+)
+def test_what_the_encoder_cannot_decide_is_asked_for(clip, given, message):
+  with pytest.raises(ValueError, match=message):
+    keys(clip=clip, **given)
+
+
+def test_the_clips_are_described_beside_the_encoders():
+  c = clips.follow(config_lib.evaluation('probe'), CLIP)
+  found = clips.report(c.data.to_dict(), CLIP)
+  assert found == {
+    'clip': [8, 64, 96, 3],
+    'timing': 'stride 2',
+    'encoder_clip': [8, 64, 96, 3],
+    'encoder_timing': 'stride 2',
+  }
+  same = '8x64x96, stride 2, as the encoder was trained on'
+  assert clips.describe(found) == same
+  c.data.update(dict(frames=16, stride=1, fps=4.0))
+  found = clips.report(c.data.to_dict(), CLIP)
+  assert clips.describe(found) == (
+    '16x64x96, 4 fps; the encoder was trained on 8x64x96, stride 2'
+  )
+  found = clips.report(c.data.to_dict(), None)
+  assert clips.describe(found) == '16x64x96, 4 fps'
+
+
+def test_files_state_the_clips(tmp_path):
+  given = small.encoder_of()
+  weights.export(given.module, given.params, tmp_path, video=small.SHAPE)
+  assert encoders.clip_of(str(tmp_path)) == encoders.Clip(small.SHAPE)
+  path = str(tmp_path / 'known')
+  loaded = encoders.load(str(tmp_path))
+  assert (loaded.stride, loaded.fps) == (0, 0.0)
+  weights.export(
+    given.module, given.params, path, video=small.SHAPE, timing=(1, 4.0)
+  )
+  assert encoders.clip_of(path) == encoders.Clip(small.SHAPE, 1, 4.0)
+  assert encoders.load(path).clip == encoders.clip_of(path)
+
+
+@pytest.mark.parametrize(
+  ('layout', 'wanted'), [('vjepa2', (1, 4.0)), ('videomae', (4, 0.0))]
+)
+def test_published_encoders_have_the_clips_of_their_papers(
+  tmp_path, layout, wanted
+):
+  module = small.encoder_of().module.clone(
+    **{
+      'vjepa2': dict(positions='rope_3d', rope_pairing='vjepa2'),
+      'videomae': dict(positions='sinusoid_1d', qkv_bias='qv'),
+    }[layout]
+  )
+  video = np.zeros((1, *small.SHAPE), np.uint8)
+  params = module.init(jax.random.key(0), video)['params']
+  weights.export(module, params, tmp_path, video=small.SHAPE, layout=layout)
+  config = json.loads((tmp_path / 'config.json').read_text())
+  del config['clip']  # which other people's files do not have
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  clip = encoders.clip_of(str(tmp_path))
+  assert clip == encoders.Clip(small.SHAPE, *wanted)
+
+
+def test_fine_tuning_from_nothing_has_clips_of_its_own():
+  _, c = config_lib.load('configs/finetune_fast.py')
+  clip = finetune_start.clip_of(c, None)
+  assert clip == encoders.Clip((8, 32, 32, 3), 1)
+  given = small.encoder_of()
+  assert finetune_start.clip_of(c, given) == given.clip
+
+
+def test_programs_are_held_to_the_free_memory(monkeypatch):
+  given = small.encoder_of()
+  encode = memory.Encode(given, None, 'a smaller probe.test_batch_size')
+  video = jax.random.randint(jax.random.key(1), (8, *small.SHAPE), 0, 256)
+  video = video.astype('uint8')
+  np.testing.assert_allclose(encode(video), given(video), atol=1e-6)
+  shapes = jax.eval_shape(encode, jax.ShapeDtypeStruct(video.shape, 'uint8'))
+  assert shapes.shape == given(video).shape
+  monkeypatch.setattr(memory, 'free', lambda device: 2**16)
+  other = memory.Encode(given, None, 'a smaller probe.test_batch_size')
+  with pytest.raises(ValueError, match=r'8 clips at once need .* GiB') as error:
+    other(video)
+  assert 'wanted a smaller probe.test_batch_size' in str(error.value)
+  monkeypatch.setattr(memory, 'free', lambda device: None)
+  other(video)
+
+
+def test_free_memory_is_that_of_the_machine_or_its_container(
+  monkeypatch, tmp_path
+):
+  (tmp_path / 'memory.max').write_text('1000')
+  (tmp_path / 'memory.current').write_text('400')
+  monkeypatch.setattr(memory, 'CGROUP', tmp_path)
+  assert memory.free(jax.local_devices()[0]) == 600
+  (tmp_path / 'memory.max').write_text('max')
+  assert memory.free(jax.local_devices()[0]) > 2**20
+
+
+def test_a_device_without_memory_is_one_line(monkeypatch, capsys):
+  def job(config):
+    raise jax.errors.JaxRuntimeError(
+      'RESOURCE_EXHAUSTED: Out of memory allocating 60814716928 bytes.\nmore'
+    )
+
+  monkeypatch.setitem(main.JOBS, 'probe', job)
+  assert main.main(['--config=configs/probe_fast.py']) == 1
+  line = capsys.readouterr().err.strip().splitlines()[-1]
+  assert line.startswith('error: out of memory (RESOURCE_EXHAUSTED')
+  assert 'wanted smaller --config.probe.batch_size' in line

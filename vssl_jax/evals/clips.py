@@ -1,0 +1,108 @@
+"""The clips that an evaluation takes: the encoder's, where config.data is open.
+
+A page of an evaluation leaves `data.frames`, `data.stride`, `data.size` and
+`data.channels` at 0, which is the value of the clips that the encoder was
+trained on. A key that is set stays, and the log and the report state both.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from vssl_jax import encoders
+from vssl_jax.data import options
+
+
+def follow(
+  config: ml_collections.ConfigDict, clip: encoders.Clip
+) -> ml_collections.ConfigDict:
+  """Returns a copy of the config whose open clip keys are those of `clip`.
+
+  Args:
+    config: a resolved config.
+    clip: of the encoder.
+
+  Raises:
+    ValueError: a key is open and the encoder does not say; or the colours are
+      other ones than the encoder's.
+  """
+  c = config.copy_and_resolve_references()
+  data = c.data
+  frames, height, width, channels = clip.video
+  data.frames = data.frames or frames
+  data.channels = data.channels or channels
+  if not any(_sides(data.size)):
+    data.size = (height, width)
+  if data.fps:
+    data.stride = data.stride or 1
+  elif not data.stride:
+    if not clip.stride or (clip.fps and data.depth_units):
+      raise ValueError(
+        'data.stride: the weights do not state how many frames lie between '
+        'those that the encoder was trained on'
+        + (f', but {clip.fps:g} per second' if clip.fps else '')
+        + '; wanted --config.data.stride=<frames>'
+        + (
+          ''
+          if data.depth_units
+          else ' or --config.data.fps=<frames per second>'
+        )
+      )
+    data.stride, data.fps = clip.stride, float(clip.fps)
+  if data.channels != channels:
+    raise ValueError(
+      f'data.channels: found {data.channels}, wanted {channels}, as the '
+      'encoder has seen; leave the key out'
+    )
+  return c
+
+
+def _sides(size: Any) -> tuple[int, ...]:
+  return (size,) if isinstance(size, int) else tuple(size)
+
+
+def timing(data: Mapping[str, Any] | ml_collections.ConfigDict) -> str:
+  """Returns how frames are picked."""
+  return f'{data["fps"]:g} fps' if data['fps'] else f'stride {data["stride"]}'
+
+
+def shape(clip: Any) -> str:
+  """Returns frames, height and width as text."""
+  return 'x'.join(map(str, tuple(clip)[:3]))
+
+
+def report(
+  data: Mapping[str, Any], clip: encoders.Clip | None
+) -> dict[str, Any]:
+  """Returns the part of a report on the clips.
+
+  Args:
+    data: `config.data` of the clips that are measured.
+    clip: of the encoder; None for one at random initialisation.
+  """
+  out = {'clip': list(options.spec(data).shape), 'timing': timing(data)}
+  if clip is not None:
+    known = bool(clip.stride or clip.fps)
+    out['encoder_clip'] = list(clip.video)
+    out['encoder_timing'] = timing(dataclasses.asdict(clip)) if known else ''
+  return out
+
+
+def describe(found: Mapping[str, Any]) -> str:
+  """Returns the clips that are measured, beside the encoder's if they differ.
+
+  Args:
+    found: of `report`.
+  """
+  text = f'{shape(found["clip"])}, {found["timing"]}'
+  if 'encoder_clip' not in found:
+    return text
+  own = found['encoder_clip'], found['encoder_timing'] or found['timing']
+  if own == (found['clip'], found['timing']):
+    return f'{text}, as the encoder was trained on'
+  trained = f'{shape(own[0])}' + (
+    f', {found["encoder_timing"]}' if found['encoder_timing'] else ''
+  )
+  return f'{text}; the encoder was trained on {trained}'

@@ -9,6 +9,7 @@ from tests.evals import finetune_small as small
 from vssl_jax import config as config_lib
 from vssl_jax import encoders, methods, trees, weights
 from vssl_jax.data import options, synthetic
+from vssl_jax.evals import clips as clips_lib
 from vssl_jax.evals import finetune, finetune_start, finetuned
 from vssl_jax.models import framewise, hiera, vit
 from vssl_jax.train import optimizer
@@ -31,7 +32,8 @@ def encoder_of():
 
 def config_of(folder):
   c = config_lib.fine_tuning()
-  c.workdir, c.data.frames, c.data.size = str(folder), 4, (32, 32)
+  c.workdir = str(folder)
+  c.data.update(dict(frames=4, stride=1, size=(32, 32), channels=3))
   c.method.update(dict(steps=1, classes=3, drop_path=0.2))
   return c
 
@@ -122,6 +124,8 @@ ROWS = {
 def test_pages_hold_the_published_values(spec):
   _, c = config_lib.load(f'configs/{spec}')
   assert c.job == 'finetune'
+  c = clips_lib.follow(c, finetune_start.clip_of(c, None))
+  assert options.spec(c.data).shape == (16, 224, 224, 3)
   c.method.classes = 7
   finetune_start.set_steps(c, 100)
   method = methods.build(

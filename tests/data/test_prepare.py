@@ -127,6 +127,19 @@ def test_a_killed_start_goes_on(raw, tmp_path):
   other = transcode.Target(short_side=16)
   with pytest.raises(ValueError, match='short_side was 32, is 16'):
     prepare.prepare(raw, out, other, **options)
+  # A report that was cut: its shard is made again.
+  (report,) = [n for n in os.listdir(out) if n.startswith('report-00001')]
+  with open(os.path.join(out, report), 'r+', encoding='utf-8') as file:
+    file.truncate(9)
+  del seen[:]
+  again = prepare.prepare(
+    raw, out, TARGET, progress=lambda r: seen.append(r.index), **options
+  )
+  assert seen == [3, 4, 5] and again['failed'] == summary['failed']
+  with open(os.path.join(out, prepare.SETTINGS), 'w', encoding='utf-8') as file:
+    file.write('{"videos": ')
+  with pytest.raises(ValueError, match=r'settings\.json: .* are unknown'):
+    prepare.prepare(raw, out, TARGET, **options)
 
 
 def test_the_command(raw, tmp_path):

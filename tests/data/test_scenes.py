@@ -135,6 +135,7 @@ def test_units_say_that_a_source_has_depth(tmp_path):
   Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / 'a/x.png')
   config = options.default()
   config.source = str(tmp_path)
-  assert len(options.find(config)) == 21  # pictures, each for itself
+  with pytest.raises(ValueError, match=r'RGB-D scenes: set data\.depth_units'):
+    options.find(config)
   config.depth_units, config.stretch = 1000.0, 5
   assert len(options.find(config)) == 2

@@ -51,11 +51,11 @@ def test_manifests_are_relative_to_themselves(tmp_path):
   assert [found.item(i).label for i in range(3)] == [1, 0, -1]
 
 
-def test_numbers_are_labels_as_they_are(tmp_path):
+def test_numbers_are_classes_in_their_order(tmp_path):
   (tmp_path / 'x.csv').write_text('a.mp4 3\nb.mp4 0\nc.mp4 10\n')
   found = sources.find(str(tmp_path / 'x.csv'))
-  assert [found.item(i).label for i in range(3)] == [3, 0, 10]
-  assert len(found.classes) == 11
+  assert [found.item(i).label for i in range(3)] == [1, 0, 2]
+  assert found.classes == ('0', '3', '10')
 
 
 def test_the_order_of_classes_can_be_given(tmp_path):

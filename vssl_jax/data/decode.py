@@ -26,8 +26,10 @@ FORMATS = (
 IMAGES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp')
 VIDEOS = (
   '.mp4', '.m4v', '.mov', '.webm', '.mkv', '.avi', '.mpg', '.mpeg', '.ts',
-  '.m2ts', '.flv', '.wmv', '.asf', '.ogv', '.3gp', '.gif', '.h264', '.hevc',
-  '.mjpeg', '.ivf', '.y4m',
+  '.m2ts', '.mts', '.flv', '.f4v', '.wmv', '.asf', '.ogv', '.ogm',
+  '.3gp', '.3g2', '.qt', '.vob', '.mpe', '.mpv', '.m1v', '.m2v', '.mxf',
+  '.divx', '.xvid', '.gif', '.h264', '.264', '.hevc', '.265', '.obu', '.mjpeg',
+  '.mjpg', '.ivf', '.y4m',
 )  # fmt: skip
 # Decoding on through a gap of so many seconds is cheaper than a seek.
 SEEK_GAP = 1.5

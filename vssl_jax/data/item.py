@@ -32,3 +32,8 @@ def digest(lines: Iterable[str]) -> str:
     # Names of files need not be UTF-8; Python holds such bytes as surrogates.
     state.update(line.encode(errors='surrogatepass') + b'\n')
   return state.hexdigest()[:16]
+
+
+def printable(text: str) -> str:
+  """Returns text whose bytes that are not UTF-8 are written as escapes."""
+  return text.encode(errors='backslashreplace').decode()

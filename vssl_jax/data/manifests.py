@@ -1,18 +1,19 @@
 """Manifests: text files that list videos, one per line, perhaps with labels.
 
-Understood are commas (csv), tabs (tsv), spaces and JSON lines; with or without
-a first line of column names; quoted or unquoted paths, with spaces in them;
-relative to the manifest's folder or absolute.
+Understood are commas, semicolons, tabs, bars and spaces, JSON lines and JSON
+arrays; with or without a first line of column names; quoted or unquoted
+paths, with spaces in them; relative to the manifest's folder or absolute; in
+UTF-8 or UTF-16.
 """
 
-import csv
 import dataclasses
 import json
+import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from vssl_jax.data import decode
+from vssl_jax.data import delimited, json_files
 
 PATH_COLUMNS = (
   'path', 'video', 'file', 'filename', 'video_path', 'filepath', 'file_path',
@@ -22,18 +23,31 @@ LABEL_COLUMNS = (
   'label', 'class', 'label_id', 'class_id', 'label_name', 'class_name',
   'category', 'action', 'target',
 )  # fmt: skip
-ENDINGS = ('.csv', '.tsv', '.txt', '.list', '.lst', '.jsonl', '.ndjson')
-_media = '|'.join(e[1:] for e in decode.VIDEOS + decode.IMAGES)
-_UNQUOTED = re.compile(rf'^(.*\.(?:{_media}))(?:\s+(.*))?$', re.IGNORECASE)
-_QUOTED = re.compile(r'^(["\'])(.*?)\1(?:\s+(.*))?$')
+ENDINGS = (
+  '.csv', '.tsv', '.txt', '.list', '.lst', '.jsonl', '.ndjson', '.json',
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A line: path as written, label as text ('' for none)."""
+  """A row: path and label as text ('' for none), and the line it begins at."""
 
   path: str
   label: str
+  line: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+  """What a manifest holds.
+
+  Attributes:
+    rows: its videos.
+    notes: what in it is not read or repeated, for the report.
+  """
+
+  rows: tuple[Row, ...]
+  notes: tuple[str, ...] = ()
 
 
 def read(
@@ -42,7 +56,7 @@ def read(
   where: str = '',
   path_column: str = '',
   label_column: str = '',
-) -> list[Row]:
+) -> Manifest:
   """Reads a manifest.
 
   Args:
@@ -55,137 +69,224 @@ def read(
   Raises:
     ValueError: naming the file, the line and what was expected there.
   """
-  with open(path, encoding='utf-8-sig', newline='') as file:
-    lines = [
-      (number, line.strip('\r\n'))
-      for number, line in enumerate(file, 1)
-      if line.strip() and not line.startswith('#')
-    ]
-  if not lines:
-    raise ValueError(f'{path}: the manifest is empty')
-  if lines[0][1].lstrip().startswith('{'):
-    table = [_json(path, *line) for line in lines]
+  text = _text(path)
+  notes = []
+  array = _array(path, text)
+  if array is not None:
+    table = _objects(path, array)
   else:
-    table = _table(path, lines, path_column)
-  if not table:
+    every = enumerate(re.split(r'\r\n|\n|\r', text), 1)
+    every = [(number, line) for number, line in every if line.strip()]
+    lines = [(number, line) for number, line in every if not _comment(line)]
+    if len(every) > len(lines):
+      notes.append(f'{len(every) - len(lines)} comment lines are not read')
+    if not lines:
+      raise ValueError(f'{path}: the manifest is empty')
+    if lines[0][1].lstrip().startswith('{'):
+      table = _objects(path, _json_lines(path, lines))
+    else:
+      known = (path_column.lower(),) if path_column else PATH_COLUMNS
+      table = delimited.table(path, lines, known)
+  if not table.rows:
     raise ValueError(f'{path}: column names, but no rows below them')
-  table = _filter(path, table, where)
-  paths = _column(path, table[0], path_column, PATH_COLUMNS)
-  labels = _column(path, table[0], label_column, LABEL_COLUMNS)
+  kept = _filter(path, table, where)
+  if len(kept.rows) < len(table.rows):
+    number = len(table.rows) - len(kept.rows)
+    notes.append(f'data.where={where} leaves out {number} rows')
+  return _manifest(path, kept, path_column, label_column, notes)
+
+
+def _manifest(
+  path: str,
+  table: delimited.Table,
+  path_column: str,
+  label_column: str,
+  notes: list[str],
+) -> Manifest:
+  """Takes paths and labels out of a table."""
+  paths = _column(path, table.columns, path_column, PATH_COLUMNS)
+  labels = _column(path, table.columns, label_column, LABEL_COLUMNS)
   if paths is None:
     raise ValueError(
-      f'{path}: none of the columns {list(table[0])} is one of '
+      f'{path}: none of the columns {table.columns} is one of '
       f'{list(PATH_COLUMNS)}; set data.path_column'
     )
+  unread = [c for c in table.columns if c not in (paths, labels)]
+  if unread and labels is None:
+    notes.append(
+      f'no column of labels among {unread[:5]} (see data.label_column)'
+    )
   rows = []
-  for number, row in enumerate(table, 1):
-    name = str(row.get(paths) or '').strip()
-    if not name:
-      raise ValueError(f'{path}: row {number} has no {paths!r}')
-    label = row.get(labels)
-    rows.append(
-      Row(os.path.expanduser(name), '' if label is None else str(label).strip())
+  for number, cells in table.rows:
+    name = str(cells.get(paths) or '').strip()
+    if not name or '\n' in name:
+      raise ValueError(
+        f'{path}, line {number}: found {name[:80]!r} as {paths!r}; wanted a '
+        'path'
+      )
+    row = Row(os.path.expanduser(name), _label(path, number, cells, labels))
+    _check_text(path, number, row)
+    rows.append(dataclasses.replace(row, line=number))
+  repeated = len(rows) - len({row.path for row in rows})
+  if repeated:
+    notes.append(f'{repeated} rows repeat a path')
+  return Manifest(tuple(rows), tuple(notes))
+
+
+def _label(path: str, number: int, cells: dict, column: str | None) -> str:
+  label = cells.get(column) if column is not None else None
+  if isinstance(label, list | dict):
+    raise ValueError(
+      f'{path}, line {number}: the label is {str(label)[:80]}; wanted one '
+      'class for each video'
     )
-  return rows
+  if label is None or (isinstance(label, float) and math.isnan(label)):
+    return ''
+  return str(label).strip()
 
 
-def _json(path: str, number: int, line: str) -> dict:
+def _check_text(path: str, number: int, row: Row) -> None:
+  """Refuses bytes that are not UTF-8, but for names that exist like that."""
+  strange = [c for c in row.path + row.label if '\udc80' <= c <= '\udcff']
+  if not strange:
+    return
+  root = os.path.dirname(os.path.abspath(path))
+  if row.label.isprintable() and os.path.exists(os.path.join(root, row.path)):
+    return
+  raise ValueError(
+    f'{path}, line {number}: found the byte 0x{ord(strange[0]) - 0xDC00:02x}, '
+    'which is not UTF-8, and no file of that name; save the list as UTF-8 '
+    '(iconv -f latin1 -t utf-8)'
+  )
+
+
+def is_text(raw: bytes) -> bool:
+  """Returns whether a file that begins like this is text."""
+  if _utf16(raw):
+    return True
+  part = raw[:4096]
+  control = sum(byte < 9 or 13 < byte < 32 for byte in part)
+  return control <= 0.05 * len(part)
+
+
+def _utf16(raw: bytes) -> str:
+  """Returns the codec of text in UTF-16 or UTF-32, '' for other text."""
+  for mark, codec in (
+    (b'\xff\xfe\0\0', 'utf-32'), (b'\0\0\xfe\xff', 'utf-32'),
+    (b'\xff\xfe', 'utf-16'), (b'\xfe\xff', 'utf-16'),
+  ):  # fmt: skip
+    if raw.startswith(mark):
+      return codec
+  part = raw[:1000]
+  for first, codec in ((0, 'utf-16-be'), (1, 'utf-16-le')):
+    zeros, others = part[first::2], part[1 - first :: 2]
+    if zeros and zeros.count(0) > 0.9 * len(zeros) and not others.count(0):
+      return codec
+  return ''
+
+
+def _text(path: str) -> str:
+  """Reads text; bytes that are not UTF-8 become surrogates."""
   try:
-    row = json.loads(line)
-  except json.JSONDecodeError as error:
+    with open(path, 'rb') as file:
+      raw = file.read()
+  except OSError as error:
+    raise ValueError(f'{path}: cannot be read ({error.strerror})') from error
+  codec = _utf16(raw)
+  if not codec:
+    return raw.decode('utf-8-sig', errors='surrogateescape')
+  try:
+    return raw.decode(codec).removeprefix('\ufeff')
+  except UnicodeDecodeError as error:
     raise ValueError(
-      f'{path}, line {number}: wanted one JSON object per line ({error})'
+      f'{path}: looks like {codec} and is not ({error.reason} at byte '
+      f'{error.start}); save the list as UTF-8'
     ) from error
-  if not isinstance(row, dict):
-    raise ValueError(f'{path}, line {number}: wanted an object, found {row!r}')
-  return row
 
 
-def _table(
-  path: str, lines: Sequence[tuple[int, str]], path_column: str
-) -> list[dict]:
-  """Rows as dicts, of text separated by commas, tabs or spaces."""
-  text = [line for _, line in lines]
-  comma = _separator(path, text[0])
-  if comma == ' ':
-    cells = [_spaced(line) for line in text]
-    split = text[0].split()
-  else:
-    cells = list(csv.reader(text, delimiter=comma, skipinitialspace=True))
-    split = [cell.strip() for cell in cells[0]]
-  known = {path_column.lower()} if path_column else set(PATH_COLUMNS)
-  if known & {cell.lower() for cell in split}:
-    return [dict(zip(split, row, strict=False)) for row in cells[1:]]
-  widest = max(len(row) for row in cells)
-  if widest > 2:
-    raise ValueError(
-      f'{path}, line {lines[0][0]}: {widest} columns and no line of column '
-      f'names; wanted path and label, or a first line with one of '
-      f'{list(PATH_COLUMNS)} (or data.path_column) in it'
-    )
-  return [dict(zip(('path', 'label'), row, strict=False)) for row in cells]
+def _comment(line: str) -> bool:
+  """Returns whether a line is a comment: names of files may begin with #."""
+  if not line.startswith('#'):
+    return False
+  return line[1:2] in ('', ' ', '\t', '#') or not delimited.HAS_MEDIA.search(
+    line
+  )
 
 
-def _separator(path: str, line: str) -> str:
-  """What splits the first line; the ending only settles ties."""
-  bare = re.sub(r'"[^"]*"', '', line)
-  if '\t' in bare:
-    return '\t'
-  if ',' in bare and not _is_path(line):
-    return ','
-  endings = {'.csv': ',', '.tsv': '\t'}
-  ending = os.path.splitext(path)[1].lower()
-  return endings.get(ending, ' ') if _is_path(line) else ' '
+def _array(path: str, text: str) -> list[tuple[int, object]] | None:
+  """Returns the numbered entries of a JSON array, None for other text."""
+  if not text.lstrip().startswith('['):
+    return None
+  try:
+    array = json.loads(text)
+  except (RecursionError, ValueError) as error:
+    if path.lower().endswith('.json') or isinstance(error, RecursionError):
+      raise ValueError(f'{path}: wanted a JSON array ({error})') from error
+    return None  # a name that begins with a bracket
+  if not array:
+    raise ValueError(f'{path}: the manifest is empty')
+  return list(enumerate(array, 1))
 
 
-def _is_path(line: str) -> bool:
-  """Whether a whole line is one unquoted path to a video or an image."""
-  match = _UNQUOTED.match(line.strip())
-  return bool(match and not match[2] and not re.search(
-    rf'\.(?:{_media})\s*,', line, re.IGNORECASE
-  ))  # fmt: skip
+def _json_lines(
+  path: str, lines: delimited.Lines
+) -> Iterator[tuple[int, dict]]:
+  for number, line in lines:
+    try:
+      yield number, json_files.parse(line)
+    except ValueError as error:
+      raise ValueError(
+        f'{path}, line {number}: wanted one JSON object per line ({error})'
+      ) from error
 
 
-def _spaced(line: str) -> list[str]:
-  """Path and label of a line with spaces, which paths may have too."""
-  line = line.strip()
-  match = _QUOTED.match(line)
-  if match:
-    return [match[2], *(match[3] or '').split()]
-  match = _UNQUOTED.match(line)
-  if match:
-    return [match[1], *(match[2] or '').split()]
-  return line.rsplit(None, 1)
+def _objects(
+  path: str, entries: Iterable[tuple[int, object]]
+) -> delimited.Table:
+  """Makes a table of JSON values: objects, paths, or [path, label]."""
+  columns, rows = {}, []
+  for number, entry in entries:
+    row = [entry] if isinstance(entry, str) else entry
+    if isinstance(row, list) and len(row) in (1, 2):
+      row = dict(zip(('path', 'label'), row, strict=False))
+    if not isinstance(row, dict):
+      raise ValueError(
+        f'{path}, entry {number}: wanted an object, a path or [path, label], '
+        f'found {str(entry)[:80]!r}'
+      )
+    columns.update(dict.fromkeys(row))
+    rows.append((number, row))
+  return delimited.Table(list(columns), rows)
 
 
 def _column(
-  path: str, row: dict, wanted: str, known: Sequence[str]
+  path: str, columns: list[str], wanted: str, known: Sequence[str]
 ) -> str | None:
-  names = {str(name).lower(): name for name in row}
+  names = {str(name).lower(): name for name in columns}
   if wanted and wanted.lower() not in names:
-    raise ValueError(f'{path}: no column {wanted!r} among {list(row)}')
+    raise ValueError(f'{path}: no column {wanted!r} among {columns}')
   for name in [wanted.lower()] if wanted else known:
     if name in names:
       return names[name]
   return None
 
 
-def _filter(path: str, table: list[dict], where: str) -> list[dict]:
+def _filter(path: str, table: delimited.Table, where: str) -> delimited.Table:
   if not where:
     return table
   match = re.fullmatch(r'\s*(\w+)\s*(!?=)\s*(.+)', where)
-  if not match or match[1] not in table[0]:
+  if not match or match[1] not in table.columns:
     raise ValueError(
       f'data.where is {where!r}; wanted column=a,b or column!=a,b with one of '
-      f'the columns {list(table[0])} of {path}'
+      f'the columns {table.columns} of {path}'
     )
   column, sign, values = match[1], match[2], match[3].split(',')
   values = {value.strip() for value in values}
-  kept = [
-    row
-    for row in table
+  rows = [
+    (number, row)
+    for number, row in table.rows
     if (str(row.get(column)).strip() in values) == (sign == '=')
   ]
-  if not kept:
+  if not rows:
     raise ValueError(f'{path}: data.where={where!r} leaves no rows')
-  return kept
+  return delimited.Table(table.columns, rows)

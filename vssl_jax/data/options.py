@@ -26,8 +26,8 @@ FIXED = {
 KEYS = ranges.Section(
   # --- where the videos are
   # A folder (folders inside it name classes), a manifest (csv, tsv,
-  # space separated, jsonl), ArrayRecord shards, a TFDS directory; or
-  # several of these, separated by commas.
+  # space separated, jsonl, json), one video, ArrayRecord shards, a TFDS
+  # directory; or several of these, separated by commas.
   source=('', ranges.Text()),
   # videos that --plan counts with where the source is not
   examples=(0, ranges.Whole(0, ranges.MANY)),
@@ -39,7 +39,8 @@ KEYS = ranges.Section(
   path_column=('', ranges.Text()),  # of a manifest; '': found by its name
   label_column=('', ranges.Text()),
   split=('train', ranges.Text()),  # of a TFDS directory
-  # names in the order of their labels; (): found out
+  # Names in the order of their labels; (): those that occur, sorted. '' and
+  # -1 are no label.
   classes=((), ranges.Tuple(ranges.Text(), unique=True)),
   # Fraction of the videos that no training batch holds, by their numbers;
   # the job 'finetune' chooses by them.
@@ -132,7 +133,7 @@ default = KEYS.defaults
 def find(config: Options) -> sources.Joined:
   """Lists the videos that `config.data` names."""
   source = config['source']
-  source = source.split(',') if isinstance(source, str) else tuple(source)
+  source = sources.split(source) if isinstance(source, str) else tuple(source)
   if config['depth_units']:
     where, stretch = config['where'], config['stretch']
     return sources.Joined(scenes.find(source, where=where, stretch=stretch))

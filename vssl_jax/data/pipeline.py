@@ -9,6 +9,7 @@ about an iterator needs to be saved.
 """
 
 import contextlib
+import functools
 import os
 import time
 import weakref
@@ -155,7 +156,7 @@ def make(
     bool [B], whether left and right changed places inside that box}.
   """
   parse_flags()
-  source = options.find(config)
+  source = _open(config, process_index)
   spec = options.spec(config)
   local = videos_per_process(batch_size, process_count, spec.repeats)
   policy = options.policy(config, seed)
@@ -216,7 +217,7 @@ def evaluation(
     passes.Pass, an iterable of local batches.
   """
   parse_flags()
-  source = options.find(config)
+  source = _open(config, process_index)
   spec = options.spec(
     config, sampling=sampling, segments=segments, views=views, repeats=1
   )
@@ -238,6 +239,20 @@ def evaluation(
     workers=config['workers'],
     prefetch=config['prefetch'],
   )
+
+
+def _open(config: options.Options, process_index: int) -> sources.Joined:
+  """Lists the videos; process 0 prints where, how many and what is left out."""
+  source = options.find(config)
+  if not process_index:
+    _print_once(source.describe())
+  return source
+
+
+@functools.cache
+def _print_once(text: str) -> None:
+  """Prints what jobs repeat for every pass over the same videos."""
+  print(text, flush=True)
 
 
 def _tested(

@@ -24,7 +24,16 @@ from typing import Any
 import tqdm
 from array_record.python import array_record_module
 
-from vssl_jax.data import contain, decode, loading, records, sources, transcode
+from vssl_jax.data import (
+  contain,
+  decode,
+  json_files,
+  loading,
+  records,
+  sources,
+  transcode,
+)
+from vssl_jax.data import item as item_lib
 
 OPTIONS = 'group_size:1,uncompressed'  # one clip per seek, mp4 is compressed
 SETTINGS = 'settings.json'
@@ -107,7 +116,7 @@ class Shop:
 
 
 def prepare(
-  source: sources.Source,
+  source: sources.Joined,
   out: str,
   target: transcode.Target,
   *,
@@ -141,7 +150,7 @@ def prepare(
   parts = [
     (number, range(n, min(n + shard_videos, len(source))))
     for number, n in enumerate(range(0, len(source), shard_videos))
-    if not os.path.exists(_report_path(out, number, total))
+    if not _is_done(out, number, total)
   ]
   with Shop(
     source,
@@ -157,8 +166,22 @@ def prepare(
   return _summary(out, source, total)
 
 
+def _is_done(out: str, number: int, total: int) -> bool:
+  """Returns whether a shard and its report are there and whole."""
+  try:
+    report = json_files.load(_report_path(out, number, total))
+    count = report['written']
+    if not {'failed', 'before', 'after'} <= report.keys():
+      return False
+    if count:
+      return records.count(_shard_path(out, number, total)) == count
+  except (OSError, ValueError, KeyError, TypeError):
+    return False
+  return True
+
+
 def _settle(
-  out: str, source: sources.Source, target: transcode.Target, per: int
+  out: str, source: sources.Joined, target: transcode.Target, per: int
 ) -> None:
   """Notes the settings in a new folder; refuses one with others."""
   wanted = {
@@ -168,8 +191,13 @@ def _settle(
   }
   path = os.path.join(out, SETTINGS)
   if os.path.exists(path):
-    with open(path, encoding='utf-8') as file:
-      found = json.load(file)
+    try:
+      found = json_files.load(path)
+    except ValueError as error:
+      raise ValueError(
+        f'{error}; the settings of the shards in {out} are unknown: remove '
+        'that folder, or choose another --out'
+      ) from error
     changed = [
       f'{key} was {found.get(key)!r}, is {wanted.get(key)!r}'
       for key in sorted({*found, *wanted})
@@ -219,12 +247,11 @@ def _write_shard(
   _write_json(_report_path(out, number, total), report)
 
 
-def _summary(out: str, source: sources.Source, total: int) -> dict[str, Any]:
+def _summary(out: str, source: sources.Joined, total: int) -> dict[str, Any]:
   """Adds up the reports; writes the index and the list of failures."""
   summary = {'written': 0, 'failed': [], 'before': 0, 'after': 0, 'shards': 0}
   for number in range(total):
-    with open(_report_path(out, number, total), encoding='utf-8') as file:
-      report = json.load(file)
+    report = json_files.load(_report_path(out, number, total))
     for key in ('written', 'failed', 'before', 'after'):
       summary[key] += report[key]
   shards = [
@@ -281,10 +308,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
   """The command; returns its exit status."""
   options = _parser().parse_args(arguments)
   try:
-    source = sources.find(options.source.split(','), where=options.where)
-  except (FileNotFoundError, ValueError) as error:
+    return _run(options)
+  except (OSError, ValueError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
+
+
+def _run(options: argparse.Namespace) -> int:
+  """Prepares and reports; returns the exit status."""
+  source = sources.find(sources.split(options.source), where=options.where)
+  print(source.describe(), flush=True)
   target = transcode.Target(
     short_side=options.short_side,
     gop=options.gop,
@@ -299,7 +332,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
       nonlocal done
       done += 1
       if result.media is None:
-        bar.write(f'{result.name}: {result.reason}, {result.detail}')
+        name = item_lib.printable(result.name)
+        bar.write(f'{name}: {result.reason}, {result.detail}')
       bar.update()
 
     summary = prepare(

@@ -94,6 +94,14 @@ class Shards:
     for path in self.paths:
       yield f'{os.path.basename(path)}\t{os.path.getsize(path)} bytes'
 
+  def describe(self) -> str:
+    """Returns where the shards are and how much they hold."""
+    folder = os.path.dirname(self.paths[0]) or '.'
+    classes = f'{len(self.classes):,} classes' if self.classes else 'no labels'
+    return (
+      f'{folder}: {len(self):,} videos in {len(self.paths)} shards, {classes}'
+    )
+
   def item(self, index: int) -> item_lib.Item:
     """Example `index`."""
     with reading(f'shard near {self.paths[0]}'):
@@ -108,9 +116,10 @@ def matches(path: str) -> bool:
   """Whether this path or pattern is for this module."""
   if os.path.isdir(path):
     return bool(glob.glob(os.path.join(glob.escape(path), PATTERN)))
-  if os.path.isfile(path):
-    return '.array_record' in os.path.basename(path)
-  return bool(glob.glob(path))
+  names = [path] if os.path.isfile(path) else glob.glob(path)
+  return bool(names) and all(
+    '.array_record' in os.path.basename(n) for n in names
+  )
 
 
 def open_source(path: str, classes: tuple[str, ...] = ()) -> Shards:

@@ -80,6 +80,17 @@ class Stretches:
       names = item_lib.digest((str(self.length), scene.colour, scene.depth))
       yield f'{scene.name}\t{scene.count} frames, names {names}'
 
+  def describe(self) -> str:
+    """Returns how many scenes there are, where, and of how many frames."""
+    frames = sum(scene.count for scene in self.scenes)
+    folder = os.path.commonpath(
+      [os.path.abspath(s.folder) for s in self.scenes]
+    )
+    return (
+      f'{folder}: {len(self):,} examples of {len(self.scenes):,} RGB-D scenes, '
+      f'{frames:,} frames'
+    )
+
   def item(self, index: int) -> item_lib.Item:
     """Example `index`: all frames of a scene belong to one of its parts."""
     number = int(np.searchsorted(self._ends, index, side='right'))

@@ -121,6 +121,14 @@ class Tfds:
         f'{part.skip + part.take}, {size} bytes'
       )
 
+  def describe(self) -> str:
+    """Returns where the split is and how much it holds."""
+    classes = f'{len(self.classes):,} classes' if self.classes else 'no labels'
+    return (
+      f'{self.folder}: {len(self):,} videos in the split {self.split}, feature '
+      f'{self.media_key!r}, {classes}'
+    )
+
   def item(self, index: int) -> item_lib.Item:
     """Example `index`."""
     name = f'{self.split} {index}'

@@ -83,7 +83,7 @@ def _difference(before: list[str], after: list[str]) -> str:
     'changed': changed,
   }
   parts = [
-    f'{len(names)} {kind} ({", ".join(_printable(n) for n in names[:_SHOWN])}'
+    f'{len(names)} {kind} ({item.printable(", ".join(names[:_SHOWN]))}'
     f'{", ..." if len(names) > _SHOWN else ""})'
     for kind, names in kinds.items()
     if names
@@ -95,7 +95,3 @@ def _by_name(lines: Iterable[str]) -> dict[str, str]:
   """Splits lines into names and what may change."""
   pairs = (line.rpartition('\t') for line in lines)
   return {name: rest for name, _, rest in pairs}
-
-
-def _printable(name: str) -> str:
-  return name.encode(errors='backslashreplace').decode()

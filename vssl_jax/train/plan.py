@@ -5,8 +5,8 @@ FLOPs and activations from closed forms. Bytes of parameters, gradients,
 optimizer, averages, teachers and rows are exact; activations are an estimate.
 """
 
-import contextlib
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -139,10 +139,13 @@ def _examples(config: ml_collections.ConfigDict) -> tuple[int, str]:
   """Returns how many videos there are, 0 if they are not at hand."""
   note = 'data.source is not set'
   if config.data.source:
-    with contextlib.suppress(OSError, ValueError):
-      found = len(options.find(config.data.to_dict()))
-      return found, f'{found:,} videos'
-    note = f'{config.data.source} is not at hand'
+    try:
+      source = options.find(config.data.to_dict())
+      return len(source), f'{len(source):,} videos\n{source.describe()}'
+    except OSError as error:
+      note = f'{config.data.source} is not at hand'
+      if os.path.exists(config.data.source):
+        note += f' ({error})'
   told = config.data.examples
   return told, note + (f', {told:,} videos by data.examples' if told else '')
 

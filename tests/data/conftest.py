@@ -36,6 +36,7 @@ def film():
     times=None,
     b_frames=0,
     rotation=0,
+    mirror=False,
     audio=False,
     options=None,
   ):
@@ -57,8 +58,8 @@ def film():
           stream.options |= {'preset': 'medium', 'b-adapt': '0'}
       if times is not None:
         stream.codec_context.time_base = fractions.Fraction(1, 1000)
-      if rotation:
-        stream.set_display_rotation(rotation)
+      if rotation or mirror:
+        stream.set_display_rotation(rotation, hflip=mirror)
       sound = container.add_stream('aac', rate=16000) if audio else None
       for number in range(frames):
         frame = av.VideoFrame.from_ndarray(picture(number, height, width))

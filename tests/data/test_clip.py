@@ -1,12 +1,13 @@
 """Clips: the right frames, the right pixels, a pure function."""
 
 import dataclasses
+import io
 import itertools
 
 import numpy as np
 import pytest
 
-from vssl_jax.data import clip, decode, options, pipeline
+from vssl_jax.data import clip, decode, options, pipeline, transcode
 
 SPEC = clip.Spec(
   frames=4, stride=3, height=24, width=32, crop='centre', flip=False
@@ -109,6 +110,94 @@ def test_rotated_videos_are_brought_upright(degrees, tmp_path, film):
     np.testing.assert_allclose(turned.crop, straight.crop, atol=0.03)
     difference = np.abs(turned.video.astype(int) - straight.video)
     assert difference.mean() < 2.5
+
+
+def quarters(pixels):
+  """Colours of the four quarters of pixels [24, 32, 3], row by row."""
+  names = {(1, 0, 0): 'R', (0, 1, 0): 'G', (0, 0, 1): 'B', (1, 1, 1): 'W'}
+  return ''.join(
+    names.get(tuple((pixels[y, x] > 128).astype(int)), '?')
+    for y in (6, 18)
+    for x in (8, 24)
+  )
+
+
+def coloured(number, height, width):
+  """Red, green; blue, white."""
+  picture = np.zeros((height, width, 3), np.uint8)
+  picture[: height // 2, : width // 2, 0] = 255
+  picture[: height // 2, width // 2 :, 1] = 255
+  picture[height // 2 :, : width // 2, 2] = 255
+  picture[height // 2 :, width // 2 :] = 255
+  return picture
+
+
+# What the eight orientations of EXIF make of red, green; blue, white.
+UPRIGHT = {
+  1: 'RGBW', 2: 'GRWB', 3: 'WBGR', 4: 'BWRG',
+  5: 'RBGW', 6: 'BRWG', 7: 'WGBR', 8: 'GWRB',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('ending', ['jpg', 'png', 'webp'])
+def test_images_are_turned_and_mirrored_as_exif_says(ending, tmp_path):
+  pillow = pytest.importorskip('PIL.Image')
+  spec = dataclasses.replace(SPEC, frames=1)
+  for orientation, expected in UPRIGHT.items():
+    exif = pillow.Exif()
+    exif[0x0112] = orientation
+    path = str(tmp_path / f'{orientation}.{ending}')
+    pillow.fromarray(coloured(0, 48, 64)).save(path, exif=exif)
+    assert quarters(clip.read(path, spec, [0]).video[0, 0]) == expected
+
+
+def test_videos_are_turned_and_mirrored_as_their_matrix_says(tmp_path, film):
+  import av
+
+  turns = [(d, h) for d in (0, 90, 180, 270) for h in (False, True)]
+  spec = dataclasses.replace(SPEC, stride=1)
+  seen = {}
+  for degrees, mirror in turns:
+    path = film(
+      tmp_path / f'{degrees}{mirror}.mp4', frames=4, picture=coloured,
+      rotation=degrees, mirror=mirror,
+    )  # fmt: skip
+    expected = coloured(0, 48, 64)
+    expected = np.rot90(expected, degrees // 90)
+    expected = expected[:, ::-1] if mirror else expected
+    height, width = expected.shape[:2]
+    found = quarters(clip.read(path, spec, [0]).video[0, 0])
+    y, x = np.arange(24) * height // 24, np.arange(32) * width // 32
+    assert found == quarters(expected[y][:, x]), (degrees, mirror)
+    content = transcode.transcode(path, transcode.Target(quality=1))
+    assert quarters(clip.read(content, spec, [0]).video[0, 0]) == found
+    with av.open(io.BytesIO(content)) as container:
+      assert not next(container.decode(video=0)).rotation
+    seen[found] = degrees, mirror
+  assert len(seen) == 8
+
+
+@pytest.mark.parametrize('form', ['yuv420p', 'yuv422p', 'yuv410p', 'gray'])
+@pytest.mark.parametrize('size', [(1, 1), (1, 64), (64, 1), (2, 64), (3, 5)])
+def test_thin_pictures_are_cut(size, form):
+  import av
+
+  frame = av.VideoFrame(*size[::-1], form)
+  for plane in frame.planes:
+    plane.update(bytes([128]) * plane.buffer_size)
+  for kind, seed in itertools.product(clip.CROPS, range(8)):
+    spec = dataclasses.replace(SPEC, crop=kind)
+    (plan,) = clip.plans(size, spec, np.random.default_rng(seed))
+    out = np.zeros((24, 32, 3), np.uint8)
+    clip.Cutter(*plan, spec).cut(frame, out)
+    np.testing.assert_allclose(out, 130, atol=2)
+
+
+def test_pictures_that_cannot_be_cut_are_bad_files(monkeypatch, grey):
+  monkeypatch.setattr(clip, '_pixels', lambda *args: (0, 0, 9999, 9999))
+  with pytest.raises(decode.VideoError, match='cannot be cropped') as caught:
+    clip.read(grey, SPEC, [0])
+  assert caught.value.reason == 'undecodable'
 
 
 def test_odd_sizes_and_few_colours(tmp_path, film):

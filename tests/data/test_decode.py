@@ -86,9 +86,9 @@ def test_only_the_frames_needed_are_decoded(tmp_path, film, monkeypatch):
   decoded = []
   original = decode.Video._decode
 
-  def counted(self):
-    for item in original(self):
-      decoded.append(item[0])
+  def counted(self, key):
+    for item in original(self, key):
+      decoded.append(item[1])
       yield item
 
   monkeypatch.setattr(decode.Video, '_decode', counted)
@@ -164,11 +164,8 @@ def test_a_cut_webm_is_truncated(tmp_path, film):
   film(path, gop=4)
   content = path.read_bytes()
   path.write_bytes(content[: len(content) // 2])
-  with (
-    decode.Video(str(path)) as video,
-    pytest.raises(decode.VideoError, match=r'of 1\.92 s') as caught,
-  ):
-    list(video.frames([0, 47]))
+  with pytest.raises(decode.VideoError, match=r'of 1\.92 s') as caught:
+    decode.Video(str(path))
   assert caught.value.reason == 'truncated'
 
 
@@ -228,11 +225,7 @@ def test_headers_that_lie_are_found_out_at_once(tmp_path, film):
   path = tmp_path / 'endless.mp4'
   film(path, options={'movflags': 'faststart'})
   path.write_bytes(endless(path.read_bytes()))
-  with decode.Video(str(path)) as video:
-    assert video.count > 100_000 or video.seconds > 1e5
-    with pytest.raises(decode.VideoError) as caught:
-      list(video.frames([video.count - 5, video.count - 1]))
-  assert caught.value.reason in ('truncated', 'undecodable')
+  assert reason_of(str(path), [10**9 - 1]) == 'unreadable'
   assert time.process_time() - start < 3
 
 

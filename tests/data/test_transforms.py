@@ -1,5 +1,6 @@
 """Frame numbers and boxes, against numbers worked out by hand."""
 
+import itertools
 import math
 
 import numpy as np
@@ -172,12 +173,19 @@ def test_multi_scale_draws_ten_sizes_at_thirteen_places():
 
 def test_boxes_turn_like_pictures():
   picture = np.arange(40 * 60).reshape(40, 60)
-  for quarters in range(4):
-    upright = np.rot90(picture, quarters)
-    box = (0.25, 0.1, 0.75, 0.4)
-    cut = _cut(upright, box)
-    before = _cut(picture, transforms.turn_back(box, quarters))
-    np.testing.assert_array_equal(np.rot90(before, quarters), cut)
+  box = (0.25, 0.1, 0.75, 0.4)
+  seen = set()
+  for values in itertools.product((False, True), repeat=3):
+    orientation = transforms.Orientation(*values)
+    upright = transforms.turn(picture, orientation)
+    before = transforms.turn_back(box, orientation)
+    np.testing.assert_allclose(transforms.turn_box(before, orientation), box)
+    np.testing.assert_array_equal(
+      transforms.turn(_cut(picture, before), orientation), _cut(upright, box)
+    )
+    seen.add(upright.tobytes() + bytes(upright.shape))
+  turned = [np.rot90(p, k) for k in range(4) for p in (picture, picture.T)]
+  assert seen == {p.tobytes() + bytes(p.shape) for p in turned}
 
 
 def _cut(picture, box):

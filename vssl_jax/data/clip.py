@@ -9,11 +9,12 @@ import numpy as np
 from av import filter as av_filter
 from av.video.reformatter import Interpolation
 
-from vssl_jax.data import augment, decode, transforms
+from vssl_jax.data import augment, decode, headers, transforms
 
 CROPS = ('random_resized', 'multi_scale', 'centre')
 # With full chroma: without it pictures come out almost 2 of 255 too dark.
 SCALING = int(Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT)
+THIN = 16  # pixels; pictures that are thinner are cut in full colour
 SAMPLINGS = (
   'window',
   'middle',
@@ -244,12 +245,8 @@ def upright_size(
 ) -> tuple[transforms.Number, transforms.Number]:
   """Height and width of the upright picture with square pixels."""
   height, width = float(frame.height), frame.width * video.pixel_aspect
-  return (width, height) if _quarters(frame) % 2 else (height, width)
-
-
-def _quarters(frame: av.VideoFrame) -> int:
-  """Counter-clockwise quarter turns that bring a frame upright."""
-  return round(frame.rotation / 90) % 4
+  turned = headers.orientation(frame).transpose
+  return (width, height) if turned else (height, width)
 
 
 def plans(
@@ -298,12 +295,20 @@ class Cutter:
       frame: a decoded frame.
       out: uint8 [H, W, C].
     """
-    quarters = _quarters(frame)
-    x, y, w, h = _pixels(transforms.turn_back(self.box, quarters), frame)
+    with decode.translated('undecodable', 'a frame cannot be cropped'):
+      self._cut(frame, out)
+
+  def _cut(self, frame: av.VideoFrame, out: np.ndarray) -> None:
+    orientation = headers.orientation(frame)
+    if min(frame.width, frame.height) < THIN:
+      # Colour that several pixels share leaves too few places for a cut.
+      frame = frame.reformat(format='rgb24', interpolation=SCALING, threads=1)
+    box = transforms.turn_back(self.box, orientation)
+    x, y, w, h = _pixels(box, frame)
     if self.done is None:
       cut = (y / frame.height, x / frame.width)
       cut += ((y + h) / frame.height, (x + w) / frame.width)
-      self.done = transforms.turn_back(cut, -quarters)
+      self.done = transforms.turn_box(cut, orientation)
     if (w, h) != (frame.width, frame.height):
       _, source, sink = self._graph(
         frame.width, frame.height, frame.format.name, x, y, w, h
@@ -311,7 +316,7 @@ class Cutter:
       source.push(frame)
       frame = sink.pull()
     height, width = out.shape[:2]
-    if quarters % 2:
+    if orientation.transpose:
       height, width = width, height
     small = frame.reformat(
       width=width,
@@ -320,7 +325,7 @@ class Cutter:
       interpolation=SCALING,
       threads=1,
     ).to_ndarray()
-    small = np.rot90(small, quarters)
+    small = transforms.turn(small, orientation)
     out[...] = (small[:, ::-1] if self.flip else small).reshape(out.shape)
 
 
@@ -350,7 +355,7 @@ def _crop_graph(
     'buffer',
     f'video_size={width}x{height}:pix_fmt={form}:time_base=1/1000',
   )
-  crop = graph.add('crop', f'{w}:{h}:{x}:{y}')
+  crop = graph.add('crop', f'{w}:{h}:{x}:{y}:exact=1')
   sink = graph.add('buffersink')
   graph.link_nodes(source, crop, sink).configure()
   return graph, source, sink  # the filters do not keep their graph alive

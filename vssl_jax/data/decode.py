@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import av
 
-from vssl_jax.data import headers
+from vssl_jax.data import headers, numbering, timeline
 
 # Demuxers that read one stream of bytes and never open another file.
 FORMATS = (
@@ -33,6 +33,8 @@ VIDEOS = (
 )  # fmt: skip
 # Decoding on through a gap of so many seconds is cheaper than a seek.
 SEEK_GAP = 1.5
+# Seconds by which seeks go further back, where one ends behind its target.
+EARLIER = (0.0, 1.0, 4.0, 16.0, 64.0)
 
 # PyAV before 19 raises on names of streams that are not UTF-8, unless told
 # otherwise; from 19 on it never does, and takes no such argument.
@@ -61,8 +63,8 @@ class Video:
 
   Attributes:
     rate: average frames per second (25 where the header knows none).
-    seconds: length that the header gives the picture stream, or None.
-    count: number of frames (from the header, or seconds * rate).
+    seconds: from the start of the first frame to the end of the last.
+    count: number of frames that a player shows.
     still: True for an image.
     pixel_aspect: width / height of one pixel.
   """
@@ -84,7 +86,8 @@ class Video:
     self._fresh = False
     self._open()
     try:
-      self._read_header()
+      with translated('unreadable', 'cannot be read'):
+        self._read_header()
     except BaseException:
       self.close()
       raise
@@ -134,29 +137,41 @@ class Video:
   def _read_header(self) -> None:
     stream, container = self._stream, self._container
     context = stream.codec_context
+    if context is None:
+      raise VideoError('unreadable', 'there is no decoder for its pictures')
     self._check_size(context.width, context.height)
-    context.thread_count = self._threads
-    base = stream.time_base
     self.still = container.format.name.endswith('_pipe')
-    self._start = float((stream.start_time or 0) * base) if base else 0.0
-    self.pixel_aspect = float(stream.sample_aspect_ratio or 1)
-    self.rate = headers.rate(stream)
-    self.seconds = (
-      0.0 if self.still else headers.seconds(container, stream, self._start)
-    )
-    count = 1 if self.still else stream.frames
-    if not count and self.seconds is None:
-      count = self._count_packets()
-    if count and self.seconds and not stream.average_rate:
-      self.rate = count / self.seconds
-    self.count = count or max(1, round(self.seconds * self.rate))
-    if self.seconds is None:
-      self.seconds = self.count / self.rate
     extension = os.path.splitext(str(self._media))[1].lower()
     if self.still and isinstance(self._media, str) and extension in VIDEOS:
       raise VideoError(
         'wrong_extension', f'{extension} but the content is {context.name}'
       )
+    self.pixel_aspect = float(stream.sample_aspect_ratio or 1)
+    self.rate = headers.rate(container, stream)
+    if self.still:
+      self._timeline = timeline.Timeline(
+        1, 0.0, None, (0,), (0,), 'packet', ordered=False
+      )
+    else:
+      self._timeline, read = timeline.load(self._media, container, stream)
+      self._fresh = not read
+    self.count, self.seconds = self._timeline.count, self._timeline.seconds
+    if not self.count:
+      raise VideoError('empty', 'the picture stream holds no frames')
+    if self._timeline.promised:
+      raise VideoError(
+        'truncated',
+        f'frames end at {self.seconds:.2f} s of {self._timeline.promised:.2f} '
+        's',
+      )
+    if self.seconds and not stream.average_rate:
+      self.rate = self.count / self.seconds
+    self._set_up_decoder()
+
+  def _set_up_decoder(self) -> None:
+    context = self._stream.codec_context
+    context.thread_count = self._threads
+    context.copy_opaque = not self._timeline.ordered
 
   def _check_size(self, width: int, height: int) -> None:
     if width <= 0 or height <= 0:
@@ -171,29 +186,21 @@ class Video:
         f'picture of {width}x{height} has more than {self._max_pixels} pixels',
       )
 
-  def _count_packets(self) -> int:
-    with translated('unreadable', 'cannot be read through'):
-      count = sum(p.size > 0 for p in self._container.demux(self._stream))
-    self._rewind()
-    if not count:
-      raise VideoError('empty', 'the picture stream holds no packets')
-    return count
-
   def _rewind(self) -> None:
-    """Goes back to the start; streams that cannot seek are opened again."""
-    self._container.close()
-    self._open()
-    self._stream.codec_context.thread_count = self._threads
+    """Opens the file again: some streams cannot seek to their start."""
+    if not self._fresh:
+      self._container.close()
+      self._open()
+      self._set_up_decoder()
 
   def frames(
     self, wanted: Sequence[int], fps: int | float | None = None
   ) -> Iterator[tuple[int, av.VideoFrame]]:
     """Yields the picture shown at each wanted number.
 
-    Without `fps`, numbers count the frames themselves; a seek finds the first
-    of a stretch by its time (exact at a constant rate), and from there on
-    frames are counted, so that neighbours stay neighbours at any rate. With
-    `fps`, number k is the picture shown at k / fps seconds, by time stamps.
+    Without `fps`, numbers count the frames of the presentation timeline, from
+    0. With `fps`, number k is the picture shown at k / fps seconds after the
+    first one.
 
     Args:
       wanted: sorted, distinct numbers.
@@ -218,18 +225,18 @@ class Video:
     Raises:
       VideoError: undecodable somewhere, or truncated.
     """
-    if not self._fresh:
-      self._rewind()
-    end = 0.0
-    for time, frame in self._decode():
+    last = None
+    for _, time, frame in self._decode(0):
       yield time, frame
-      end = time + headers.shown(frame, self.rate)
-    if not end:
+      last = time, frame
+    if last is None:
       raise VideoError('truncated', 'there is not one picture')
-    self._check_end(end)
+    self._check_end(*last)
 
-  def _check_end(self, end: float) -> None:
-    slack = max(3 / self.rate, 0.02 * self.seconds)
+  def _check_end(self, time: float, frame: av.VideoFrame) -> None:
+    """Raises VideoError if the video goes on behind the last frame."""
+    end = time + headers.shown(frame, self.rate)
+    slack = max(3 / self.rate, timeline.SLACK * self.seconds)
     if end < self.seconds - slack:
       raise VideoError(
         'truncated',
@@ -240,7 +247,7 @@ class Video:
     self, wanted: Sequence[int], fps: int | float | None
   ) -> Iterator[tuple[int, av.VideoFrame]]:
     pending = collections.deque(wanted)
-    held, last = None, 0.0
+    held, held_time = None, 0.0
     for number, time, frame in self._numbered(wanted[0], fps):
       while pending and number > pending[0] + 1e-3:
         yield pending.popleft(), held or frame
@@ -248,67 +255,115 @@ class Video:
         yield pending.popleft(), frame
       if not pending:
         return
-      held, last = frame, time + headers.shown(frame, self.rate)
+      held, held_time = frame, time
     if held is None:
       start = wanted[0] / (fps or self.rate)
       raise VideoError(
         'truncated', f'no picture at {start:.2f} s of {self.seconds:.2f} s'
       )
-    self._check_end(last)
+    self._check_end(held_time, held)
     for number in pending:  # the last picture stays on the screen
       yield number, held
 
   def _numbered(
     self, first: int, fps: int | float | None
   ) -> Iterator[tuple[float, float, av.VideoFrame]]:
-    """Yields (number, seconds, frame) from about the frame numbered first."""
-    start = first / (fps or self.rate)
-    for early in (0.0, 4.0, None):  # an index can lie: look further back
-      from_start = self._go_to(start, early)
-      number, shown_until = None, -1.0
-      for time, frame in self._decode():
-        if number is None and not from_start:
-          found = time <= start + 1e-3 or time <= shown_until + 1e-3
-          if not found and time > start + (0 if fps else 0.5) / self.rate:
-            break  # pictures between the key frame and this one are lost
-        shown_until = time + headers.shown(frame, self.rate)
-        if fps is not None:
-          number = time * fps
-        elif number is not None:
-          number += 1
-        elif time > start - 0.5 / self.rate:
-          number = first
-        else:
-          continue
+    """Yields (number, seconds, frame) from at or before the number first."""
+    for key in self._key_frames(first, fps):
+      accepted = key == 0
+      for position, time, frame in self._decode(key):
+        number = position if fps is None else time * fps
+        if not accepted and number > first + 1e-3:
+          break  # frames between the key frame and this one are lost
+        accepted = True
         yield number, time, frame
       else:
-        return
+        if accepted:
+          return
 
-  def _go_to(self, seconds: int | float, early: float | None) -> bool:
-    """Moves to a key frame; returns whether that is the start of the file."""
-    if self._fresh and seconds < SEEK_GAP:
-      return True
-    target = seconds - (early or 0.0)
-    if early is not None and target > 0 and self._stream.time_base:
-      ticks = int((target + self._start) / self._stream.time_base)
-      with contextlib.suppress(av.error.FFmpegError):
-        self._container.seek(ticks, stream=self._stream)
-        return False
-    self._rewind()
-    return True
+  def _key_frames(self, first: int, fps: int | float | None) -> Iterator[int]:
+    """Yields key frames to decode from, ever earlier, and 0 for the start.
 
-  def _decode(self) -> Iterator[tuple[float, av.VideoFrame]]:
-    time = -1 / self.rate
-    self._fresh = False
+    They are numbers of `Timeline.keys`, or time stamps where the file was not
+    read through.
+    """
+    line, seconds = self._timeline, first / (fps or self.rate)
+    if line.keys is None:
+      for early in EARLIER:
+        if seconds > max(early, SEEK_GAP):
+          yield line.start + round((seconds - early) / self._stream.time_base)
+    else:
+      if fps is None:
+        key = line.key_before(first)
+      elif line.start is None:
+        key = line.key_before(int(seconds * self.rate))
+      else:
+        key = line.key_by(line.start + int(seconds / self._stream.time_base))
+      yield from (key - back for back in (0, 1, 3) if key > back)
+    yield 0
+
+  def _decode(self, key: int) -> Iterator[tuple[int, float, av.VideoFrame]]:
+    """Yields (number, seconds, frame) from a key frame on."""
+    time, stream = 0.0, self._stream
+    numbers = numbering.start(
+      self._timeline, key, rate=self.rate, time_base=stream.time_base
+    )
     with translated('undecodable', 'breaks off after', lambda: time):
-      for packet in self._container.demux(self._stream):
+      for packet, stamp in self._packets(numbers.first):
+        numbers.add(packet, stamp)
         for frame in packet.decode():
           self._check_size(frame.width, frame.height)
-          stamp = frame.time
-          time = time + 1 / self.rate if stamp is None else stamp - self._start
+          position = numbers.position(frame)
+          if position is None:
+            continue
+          number, time = position
           if frame.is_corrupt:
             raise VideoError('undecodable', f'damaged picture at {time:.2f} s')
-          yield time, frame
+          yield number, time, frame
+
+  def _packets(self, key: int) -> Iterator[tuple[av.Packet, int | None]]:
+    """Yields (packet, stamp) from a key frame to the end of the file."""
+    line = self._timeline
+    wanted = line.keys[key] if line.keys is not None else None
+    for _ in self._seek(key):
+      packets = self._container.demux(self._stream)
+      for number, packet in enumerate(packets):
+        stamp = line.stamp(packet, number)
+        if stamp is None or not packet.size:
+          continue
+        if packet.is_keyframe if wanted is None else stamp == wanted:
+          yield packet, stamp
+          for count, following in enumerate(packets, number + 1):
+            yield following, line.stamp(following, count)
+          return
+        if wanted is not None and stamp > wanted:
+          break  # the seek went too far
+
+  def _seek(self, key: int) -> Iterator[None]:
+    """Moves to a key frame or before it, at each step further back."""
+    line, base = self._timeline, self._stream.time_base
+    if line.keys is None:
+      ticks = key
+    elif line.clock == 'dts':
+      # Searched by presentation time: the last moment before the next one.
+      ticks = (*line.keys, line.keys[-1] + 2**31)[key + 1] - 1
+    else:
+      ticks = line.keys[key]
+    near = line.start is None or (ticks - line.start) * base < SEEK_GAP
+    if self._fresh and (near or not key):
+      self._fresh = False
+      yield
+    if line.start is not None and (key or line.keys is not None):
+      for early in EARLIER:
+        try:
+          self._container.seek(ticks - int(early / base), stream=self._stream)
+        except av.error.FFmpegError:
+          break
+        self._fresh = False
+        yield
+    self._rewind()
+    self._fresh = False
+    yield
 
 
 def check_file(path: str) -> None:
@@ -339,9 +394,15 @@ def translated(reason: str, detail: str, time: object = None) -> Iterator[None]:
     yield
   except MemoryError as error:
     raise VideoError('memory', f'{detail}: out of memory') from error
-  except (av.error.FFmpegError, OSError, ValueError) as error:
+  except (
+    av.error.FFmpegError,
+    OSError,
+    ValueError,
+    ArithmeticError,
+    NotImplementedError,
+  ) as error:
     text = str(error).split(": '")[0]
-    if isinstance(error, av.error.ArgumentError) and not time:
+    if isinstance(error, av.error.ArgumentError) and reason == 'unreadable':
       text = 'not a format that is read here (lists of files are refused)'
     if isinstance(error, OSError):
       reason = 'memory' if error.errno == 12 else 'io'

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float, UInt8, UInt16
 
 from vssl_jax.data import clip as clip_lib
-from vssl_jax.data import decode
+from vssl_jax.data import decode, headers
 
 NOTHING = (0, 65535)  # what sensors write where they measured nothing
 GREY = ('gray16be', 'gray16le')
@@ -100,12 +100,14 @@ def _measured(
       '16-bit grey PNG',
     )
   aspects = [f.width / f.height for f in (depth, colour)]
-  if abs(aspects[0] / aspects[1] - 1) > ASPECT_SLACK or colour.rotation:
+  turned = any(headers.orientation(colour))
+  if abs(aspects[0] / aspects[1] - 1) > ASPECT_SLACK or turned:
     raise decode.VideoError(
       'unreadable',
       f'{path}: depth of {depth.width}x{depth.height} does not lie over a '
-      f'picture of {colour.width}x{colour.height} turned by '
-      f'{colour.rotation} degrees',
+      f'picture of {colour.width}x{colour.height}'
+      + ' that is turned or mirrored'
+      * turned,
     )
   return depth.to_ndarray()
 

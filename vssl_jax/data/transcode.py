@@ -62,12 +62,13 @@ def transcode(media: str | bytes, target: Target) -> bytes:
       for time, frame in _pictures(video, target):
         if stream is None:
           stream = _stream(container, video, frame, target)
-        picture = av.VideoFrame.from_ndarray(_upright(frame, stream))
         ticks = max(round(time * _TICKS), ticks + 1)  # mp4 wants it to grow
-        picture.pts, picture.time_base = ticks, fractions.Fraction(1, _TICKS)
         with decode.translated('unwritable', f'at {time:.2f} s'):
+          picture = av.VideoFrame.from_ndarray(_upright(frame, stream))
+          picture.pts, picture.time_base = ticks, fractions.Fraction(1, _TICKS)
           container.mux(stream.encode(picture))
-      container.mux(stream.encode())
+      with decode.translated('unwritable', 'at its end'):
+        container.mux(stream.encode())
   return output.getvalue()
 
 

@@ -7,6 +7,7 @@ that is passed in.
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -261,9 +262,42 @@ def _box(top: Number, left: Number, height: Number, width: Number) -> Box:
   return y, x, y + height, x + width
 
 
-def turn_back(box: Box, quarters: int) -> Box:
-  """The box before the picture is turned counter-clockwise by quarters."""
-  for _ in range(quarters % 4):
-    top, left, bottom, right = box
-    box = left, 1 - bottom, right, 1 - top
-  return box
+class Orientation(NamedTuple):
+  """How a stored picture is brought upright.
+
+  Attributes:
+    transpose: whether rows and columns are exchanged, first of all.
+    mirror: whether left and right are exchanged then.
+    flip: whether top and bottom are exchanged then.
+  """
+
+  transpose: bool = False
+  mirror: bool = False
+  flip: bool = False
+
+
+def turn(picture: np.ndarray, orientation: Orientation) -> np.ndarray:
+  """Brings a picture [H, W, ...] upright."""
+  transpose, mirror, flip = orientation
+  picture = picture.swapaxes(0, 1) if transpose else picture
+  return picture[:: -1 if flip else 1, :: -1 if mirror else 1]
+
+
+def turn_box(box: Box, orientation: Orientation) -> Box:
+  """Returns where a box of the stored picture lies in the upright one."""
+  top, left, bottom, right = box
+  if orientation.transpose:
+    top, left, bottom, right = left, top, right, bottom
+  if orientation.mirror:
+    left, right = 1 - right, 1 - left
+  if orientation.flip:
+    top, bottom = 1 - bottom, 1 - top
+  return top, left, bottom, right
+
+
+def turn_back(box: Box, orientation: Orientation) -> Box:
+  """Returns where a box of the upright picture lies in the stored one."""
+  transpose, mirror, flip = orientation
+  # A transposed picture is mirrored where the stored one has to be flipped.
+  mirror, flip = (flip, mirror) if transpose else (mirror, flip)
+  return turn_box(box, Orientation(transpose, mirror, flip))

@@ -14,7 +14,7 @@ TINY = dict(width=16, depth=2, num_heads=2, mlp_width=32)
 def config_of(videos, workdir, **wanted):
   c = config_lib.fine_tuning()
   c.workdir = str(workdir)
-  c.data.update(dict(frames=4, stride=1, size=(16, 16), workers=0))
+  c.data.update(dict(frames=4, stride=1, size=(16, 16), channels=3, workers=0))
   c.data.update(dict(isolate=False, decode_processes=1, max_bad_fraction=0.2))
   c.data.update(dict(crop_scale=(0.5, 1.0), auto_augment=''))
   c.method.encoder.update(TINY | {'size': 'Ti'})

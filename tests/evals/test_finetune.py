@@ -148,7 +148,10 @@ def test_a_later_epoch_has_to_be_better(finished, videos, tmp_path):
     checkpoints=checkpoint.Checkpoints(tmp_path),
     logger=metrics.Logger(tmp_path, tensorboard=False),
   )
-  span = types.SimpleNamespace(phase=good.phase, start=0)
+  phase = types.SimpleNamespace(
+    name='labels', encoder=good.encoder, head=good.head
+  )
+  span = types.SimpleNamespace(phase=phase, start=0)
   assert [step for step in range(1, 13) if watcher.due(step, 0)] == [4, 8, 12]
 
   def look(step, params):
@@ -268,7 +271,7 @@ def test_wrong_knobs_and_lists_are_named(videos, tmp_path):
       finetune.evaluate(small.config_of(videos, tmp_path, **change))
   with pytest.raises(ValueError, match=r'config\.workdir is empty'):
     finetune.evaluate(small.config_of(videos, ''))
-  with pytest.raises(ValueError, match=r'found no run\.json'):
+  with pytest.raises(ValueError, match=r'no model\.safetensors'):
     finetuned.load(str(tmp_path))
 
 
@@ -276,6 +279,7 @@ def test_plans_say_what_each_job_does(videos, tmp_path, capsys):
   given = small.encoder_of()
   weights.export(given.module, given.params, tmp_path, video=small.SHAPE)
   clip = ['--config.data.frames=4', '--config.data.size=(16, 16)']
+  clip += ['--config.data.stride=1']
 
   def plan(page, *flags):
     status = main.main([f'--config=configs/{page}', *clip, *flags, '--plan'])

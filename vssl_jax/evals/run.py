@@ -76,6 +76,8 @@ def _knn(job: job_lib.Job) -> dict[str, Any]:
   tables, passes = [], []
   for data in (job.train, job.test):
     videos = job.passes(data, size, 1, 1)
+    if not passes:  # the training videos: refused before they are encoded
+      _neighbours(config, videos.num_examples)
     table = features.table(job.encode, videos, pool=True, mesh=job.mesh)
     tables.append(table.take(table.label >= 0))
     passes.append(videos)

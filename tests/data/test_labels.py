@@ -8,6 +8,7 @@ from vssl_jax.data import labels, sources
 
 COUNTED = {
   'minus one is no label': (['0', '2', '-1', ''], [0, 1, -1, -1], ('0', '2')),
+  'gaps of tables': (['nan', '1.0', 'NaN'], [-1, 0, -1], ('1',)),
   'none has one': (['-1', '-1'], [-1, -1], None),
   'from one': (['1', '3', '2'], [0, 2, 1], ('1', '2', '3')),
   'gaps': (['7', '123456789012345', '0'], [1, 2, 0], ('0', '7', '12345678901'

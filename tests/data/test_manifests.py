@@ -169,6 +169,10 @@ def test_rows_with_more_cells_than_columns_are_named(tmp_path):
   text = 'path,label\na.mp4,run\nb.mp4,run, fast\n'
   with pytest.raises(ValueError, match=r"line 3: 3 cells under 2 .*','"):
     read(tmp_path, 'x.csv', text)
+  with pytest.raises(ValueError, match="two columns have the name 'path'"):
+    read(tmp_path, 'x.csv', 'path,label,path\na.mp4,1,b.mp4\n')
+  with pytest.raises(ValueError, match=r'line 2: the label .* several lines'):
+    read(tmp_path, 'x.csv', 'path,label\na.mp4,"x\ny"\n')
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,9 @@ def table(path: str, lines: Lines, known: Sequence[str]) -> Table:
   head = _names(lines[0][1], separator)
   cells = list(_cells(path, lines, separator))
   if any(name.lower() in known for name in head):
+    repeated = sorted({name for name in head if name and head.count(name) > 1})
+    if repeated:
+      raise ValueError(f'{path}: two columns have the name {repeated[0]!r}')
     for number, row in cells[1:]:
       if any(cell.strip() for cell in row[len(head) :]):
         raise ValueError(

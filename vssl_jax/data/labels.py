@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from vssl_jax.data import item as item_lib
 
-NONE = ('', '-1')  # how lists write that a video has no label
+NONE = ('', '-1', 'nan', 'NaN')  # how lists write that there is no label
 _REAL = re.compile(r'[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?')
 _INTEGER = re.compile(r'\d{1,18}')  # longer ones are identifiers, not numbers
 
@@ -29,8 +29,8 @@ def number(
   """Numbers labels.
 
   Classes are the labels that occur: sorted as numbers if all are whole
-  numbers ('2' before '10', '02' is '2'), as text otherwise. '' and '-1' are no
-  label.
+  numbers ('2' before '10', '02' is '2'), as text otherwise. Those of
+  `NONE` are no label.
 
   Args:
     texts: label of each video.

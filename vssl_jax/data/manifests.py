@@ -125,6 +125,10 @@ def _manifest(
         'path'
       )
     row = Row(os.path.expanduser(name), _label(path, number, cells, labels))
+    if '\n' in row.label:
+      raise ValueError(
+        f'{path}, line {number}: the label {row.label[:80]!r} has several lines'
+      )
     _check_text(path, number, row)
     rows.append(dataclasses.replace(row, line=number))
   repeated = len(rows) - len({row.path for row in rows})

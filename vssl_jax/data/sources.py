@@ -225,7 +225,7 @@ def find(
       part = _files(path, [path])
     elif os.path.isfile(path):
       part = _listed(path, where, classes, path_column, label_column)
-    elif matching := sorted(glob.glob(path)):
+    elif glob.has_magic(path) and (matching := sorted(glob.glob(path))):
       part = _files(path, matching)
     else:
       raise FileNotFoundError(

@@ -66,6 +66,17 @@ def test_one_video_of_several_and_files_that_are_missing(folder, tmp_path):
   assert found.examples == ((str(rows[2]), 'c0/c.mp4'),)
 
 
+def test_names_that_cannot_be_opened_are_passed_over(folder, tmp_path):
+  bad = os.fsdecode(b'\xff.mp4')  # not UTF-8
+  (tmp_path / bad).write_bytes((folder / 'tr/c0/c.mp4').read_bytes())
+  root, labels = str(tmp_path), (-1, -1)
+  found = overlap.find(
+    sources.find(str(folder / 'tr')),
+    sources.Joined((sources.Files(root, ('a\0.mp4', bad), labels),)),
+  )
+  assert (found.count, found.examples) == (1, ((bad, 'c0/c.mp4'),))
+
+
 def test_records_of_shards_are_compared_by_their_content(
   folder, tmp_path, monkeypatch, caplog
 ):

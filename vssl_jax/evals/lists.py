@@ -5,7 +5,7 @@ from typing import Any
 
 import ml_collections
 
-from vssl_jax.data import options, sources
+from vssl_jax.data import item, options, sources
 from vssl_jax.evals import overlap
 
 
@@ -73,6 +73,7 @@ def check(
     shared[which] = overlap.find(options.find(trained), options.find(data))
     if shared[which].count and not allow:
       pairs = ', '.join(f'{a!r} = {b!r}' for a, b in shared[which].examples)
+      pairs = item.printable(pairs)
       raise ValueError(
         f'{names} hold the same videos: {shared[which].count} of the '
         f'{shared[which].total} videos of {section}.{which} are trained on '

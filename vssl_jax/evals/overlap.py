@@ -16,7 +16,7 @@ import io
 import logging
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from vssl_jax.data import decode, records, scenes, sources, tfds_folder
 
@@ -124,13 +124,11 @@ def _contents(source: sources.Joined) -> Iterator[_Content]:
     elif isinstance(part, scenes.Stretches):
       yield from _of_files(*_pictures(part))
     else:
-      items = [part.item(number) for number in range(len(part))]
-      yield from _of_files(
-        [item.name for item in items], [str(item.media) for item in items]
-      )
+      paths = [os.path.join(part.root, name) for name in part.names]
+      yield from _of_files(part.names, paths)
 
 
-def _of_files(names: list[str], paths: list[str]) -> Iterator[_Content]:
+def _of_files(names: Sequence[str], paths: Sequence[str]) -> Iterator[_Content]:
   def status(path: str) -> os.stat_result | None:
     try:
       return os.stat(path)

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ from vssl_jax import config as config_lib
 from vssl_jax import encoders, main, methods, trees, weights
 from vssl_jax.data import rooms, synthetic
 from vssl_jax.models import framewise, vit
-from vssl_jax.train import manifests, trainer
+from vssl_jax.train import checkpoint, manifests, trainer
 
 
 @pytest.fixture(scope='module')
@@ -99,6 +100,42 @@ def test_phases_and_averages_by_name(run):
   assert any(not np.array_equal(a, b) for (_, a), (_, b) in pairs)
   wanted = ('pixel_teacher', 'latent_student', 'latent_student/polyak')
   assert encoders.parts(run) == wanted
+
+
+def test_the_type_that_an_encoder_computes_in(run):
+  """float32 on CPUs, whatever the run was trained in."""
+  trained = encoders.find(str(run)).phase.encoder.dtype
+  assert encoders.load(str(run)).module.dtype == 'float32' == trained
+  half = vssl_jax.load(str(run), dtype='bfloat16')
+  assert half.module.dtype == 'bfloat16'
+
+
+@pytest.mark.parametrize(
+  ('value', 'message'),
+  [
+    (np.nan, 'NaN or Inf in 1 of 20 arrays.*: block_00/mlp/fc1/bias'),
+    (np.inf, 'NaN or Inf in 1 of 20 arrays.*: block_00/mlp/fc1/bias'),
+    (None, r'integers in 1 of 20 arrays.*block_00/mlp/fc1/bias \(int32\)'),
+  ],
+)
+def test_a_run_with_weights_that_are_no_numbers_is_refused(
+  run, tmp_path, value, message
+):
+  """By the name of the leaf; a checkpoint's own sums are right."""
+  no_states = shutil.ignore_patterns('checkpoints')
+  shutil.copytree(run, tmp_path / 'run', ignore=no_states)
+  encoder = encoders.load(str(run))
+
+  def spoil(name, x):
+    if name != 'block_00/mlp/fc1/bias':
+      return x
+    return x.at[1].set(value) if value else x.astype(np.int32)
+
+  spoiled = trees.map_named(spoil, encoder.params)
+  saver = checkpoint.Checkpoints(tmp_path / 'run')
+  saver.save_params({'params': {'encoder': spoiled}}, 12, 'latent_student')
+  with pytest.raises(ValueError, match=message):
+    encoders.load(f'{tmp_path}/run')
 
 
 @pytest.fixture

@@ -2,11 +2,14 @@
 
     encoder = vssl_jax.load('runs/salt')
     features = encoder(video)        # [B, N, D] from uint8 [B, T, H, W, 3]
+    encoder = vssl_jax.load('runs/salt', dtype='bfloat16')
     encoder = vssl_jax.load('scaling4d_dist_b.npz')  # as 4DS released it
 
 A run folder may be followed by `@<phase>` and `@<phase>/<average>`, as in
 `runs/salt@pixel_teacher` or `runs/vjepa2@latent_student/encoder`. Without it
-the newest checkpoint counts; of a run that validates, the best.
+the newest checkpoint counts; of a run that validates, the best. Files of the
+names of VideoMAE may be followed by the layout that decides their positions:
+`x.pth#mvd` or `x.pth#videomae`.
 """
 
 import dataclasses
@@ -27,8 +30,10 @@ from jaxtyping import Array, Float
 from vssl_jax import config as config_lib
 from vssl_jax import methods, sharding, trees, weights
 from vssl_jax.methods import base
-from vssl_jax.models import compare, framewise, hiera, layers
+from vssl_jax.models import compare, framewise, hiera, layers, resizing
 from vssl_jax.train import checkpoint, manifests
+
+DTYPES = ('float32', 'bfloat16')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +116,10 @@ class Encoder:
   def at(self, video: tuple[int, ...]) -> 'Encoder':
     """Returns the encoder for clips of another shape.
 
-    Learned positions are resized to the grid of these clips, trilinear; other
-    positions are formulas and need nothing. Image models have one table for
-    all frames, Hiera one of space and one of time, for its first stage.
+    Learned positions are resized to the grid of these clips, as the released
+    code of the weights does (see `models.resizing`); other positions are
+    formulas and need nothing. Image models have one table for all frames,
+    Hiera one of space and one of time, for its first stage.
 
     Args:
       video: (T, H, W, C).
@@ -130,15 +136,16 @@ class Encoder:
       'positions_time': (t, 1, 1),
     }
     params = dict(self.params)
+    kind = getattr(network, 'resize', 'trilinear')
     for name, grid in wanted.items():
       found = params.get(name)
       if found is None or found.shape[:3] == grid:
         continue
       logging.getLogger(__name__).info(
-        '%s: learned %s resized from a grid of %s tokens to %s',
-        self.name, name, found.shape[:3], grid,
+        '%s: learned %s resized from a grid of %s tokens to %s, %s',
+        self.name, name, found.shape[:3], grid, kind,
       )  # fmt: skip
-      params[name] = weights.resize(np.asarray(found), (*grid, found.shape[3]))
+      params[name] = resizing.resize(np.asarray(found), grid, kind)
     if all(params[name] is x for name, x in self.params.items()):
       return self
     return dataclasses.replace(self, params=params)
@@ -349,36 +356,41 @@ def _newest(
   return None
 
 
-def load(source: str) -> Encoder:
+def load(source: str, *, dtype: str | None = None) -> Encoder:
   """Loads a frozen encoder.
 
   Args:
     source: a run folder (`runs/salt`, `runs/salt@pixel_teacher`), a local
       folder or file with published weights, or a hub id.
+    dtype: of activations and matrix products, `float32` or `bfloat16`. None:
+      `float32` on CPUs, and elsewhere the one that the encoder was trained
+      in, `bfloat16` for published weights.
 
   Raises:
-    ValueError: the source does not exist or does not fit.
+    ValueError: the source does not exist or does not fit, or its weights are
+      no finite numbers.
     CheckpointError: the run's checkpoint is damaged.
   """
-  if not is_run(source):
+  if dtype not in (None, *DTYPES):
+    raise ValueError(f'dtype: found {dtype!r}, wanted one of {DTYPES} or None')
+  classifier = None
+  if is_run(source):
+    run = find(source)
+    module, clip = run.phase.encoder, run.clip
+    params = _restore(source, run.saved, run.subtree)
+    if run.classes and run.subtree == 'params/encoder':
+      head = _restore(source, run.saved, 'params/head')
+      classifier = weights.Classifier(jax.device_get(head), run.classes)
+  else:
     module, params, _ = weights.load_published(source)
     clip = clip_of(source)
-    return Encoder(
-      module,
-      params,
-      source,
-      *(clip.video, clip.stride, clip.fps),
-      weights.load_classifier(source),
-    )
-  found = find(source)
-  params = _restore(found, found.subtree)
-  clip, classifier = found.clip, None
-  if found.classes and found.subtree == 'params/encoder':
-    classifier = weights.Classifier(
-      jax.device_get(_restore(found, 'params/head')), found.classes
-    )
+    classifier = weights.load_classifier(source)
+  if dtype is None and jax.default_backend() == 'cpu':
+    dtype = 'float32'
+  if dtype is not None:
+    module = layers.with_dtype(module, dtype)
   return Encoder(
-    found.phase.encoder,
+    module,
     params,
     source,
     *(clip.video, clip.stride, clip.fps),
@@ -386,18 +398,12 @@ def load(source: str) -> Encoder:
   )
 
 
-def _restore(found: Source, subtree: str) -> Any:
-  """Restores one part of a saved state, whole on each device."""
-  place = _place()
-  target = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-    found.saved.shapes(subtree),
-  )
-  return checkpoint.restore(found.saved, target, subtree)
-
-
 def load_role(source: str, role: str = 'encoder') -> tuple[Any, Any]:
-  """Loads the network of a role, to continue training from it.
+  """Loads the network that training a role continues from.
+
+  `load` takes the average of a published training state, such as the
+  `target_encoder` of V-JEPA 2, because that is what is evaluated. This takes
+  the network that was trained: V-JEPA 2's `encoder`, and its `predictor`.
 
   Args:
     source: as of `load`.
@@ -407,30 +413,39 @@ def load_role(source: str, role: str = 'encoder') -> tuple[Any, Any]:
 
   Returns:
     The module, None where a phase has no field of the role's name, and its
-    parameters.
+    parameters, as float32 arrays or as they were saved.
 
   Raises:
-    ValueError: the source does not exist, or has no such role.
+    ValueError: the source does not exist, has no such role, or its weights
+      are no finite numbers.
+    CheckpointError: the run's checkpoint is damaged.
   """
-  if role == 'encoder':
-    encoder = load(source)
-    return encoder.module, encoder.params
   if not is_run(source):
-    return weights.load_published(source, part='head')[:2]
+    part = 'encoder' if role == 'encoder' else 'head'
+    module, params, _ = weights.load_published(source, part=part, trained=True)
+    return module, params
   run = find(source)
+  subtree = run.subtree if role == 'encoder' else f'params/{role}'
   roles = run.saved.shapes('params')
-  if role not in roles:
+  if role != 'encoder' and role not in roles:
     raise ValueError(
       f'{source}: phase {run.phase.name!r} has no {role!r}; wanted one of '
       f'{sorted(roles)}'
     )
+  module = getattr(run.phase, role, None)
+  return module, _restore(source, run.saved, subtree)
+
+
+def _restore(source: str, saved: manifests.Saved, subtree: str) -> Any:
+  """Restores parameters of a run onto one device or the mesh that is set."""
   place = _place()
   target = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-    roles[role],
+    saved.shapes(subtree),
   )
-  params = checkpoint.restore(run.saved, target, f'params/{role}')
-  return getattr(run.phase, role, None), params
+  params = checkpoint.restore(saved, target, subtree)
+  trees.check_finite(params, source)
+  return params
 
 
 def load_as(source: str, module: nn.Module) -> Encoder:

@@ -188,9 +188,10 @@ def rule_of_six(
 def block(module: vit.Vit | Head, tokens: int) -> float:
   """Returns the forward FLOPs of one block over `tokens`.
 
-  A class token, where there is one, comes on top of them.
+  A class token and registers, where there are any, come on top of them.
   """
-  tokens += getattr(module, 'class_token', False)
+  tokens += getattr(module, 'prefix', 0)
   width, mlp = module.width, module.mlp_width or 4 * module.width
-  weights = 4 * width**2 + 2 * width * mlp
+  layers_of_mlp = 3 if getattr(module, 'mlp', 'gelu') == 'swiglu' else 2
+  weights = 4 * width**2 + layers_of_mlp * width * mlp
   return 2.0 * (tokens * weights + 2 * tokens**2 * width)

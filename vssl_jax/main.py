@@ -13,6 +13,7 @@ it.
 
 import argparse
 import functools
+import logging as logging_lib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -96,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv: flags without the program's name; those of the process when None.
   """
   logging.set_verbosity(logging.WARNING)
+  _print_log()
   _keep_compiled_programs()
   args, assignments = flags(sys.argv[1:] if argv is None else argv)
   try:
@@ -223,6 +225,24 @@ def flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     'and compare every bit; status 1 if one differs',
   )
   return flags_lib.parse(parser, argv)
+
+
+class _Printer(logging_lib.Handler):
+  """Prints notes of the package to stdout, and warnings to stderr."""
+
+  def emit(self, record: logging_lib.LogRecord) -> None:
+    """Prints a record."""
+    warns = record.levelno >= logging_lib.WARNING
+    out = sys.stderr if warns else sys.stdout
+    print(self.format(record), file=out, flush=True)
+
+
+def _print_log() -> None:
+  """Prints what the package logs, such as which weights were loaded."""
+  logger = logging_lib.getLogger('vssl_jax')
+  if not any(isinstance(x, _Printer) for x in logger.handlers):
+    logger.addHandler(_Printer())
+    logger.setLevel(logging_lib.INFO)
 
 
 def _keep_compiled_programs() -> None:

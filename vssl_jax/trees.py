@@ -57,6 +57,52 @@ def cast(tree: Any, dtype: Any) -> Any:
   return jax.tree.map(one, tree)
 
 
+def check_finite(tree: Any, source: str) -> None:
+  """Checks that all arrays of a network hold finite real numbers.
+
+  Args:
+    tree: parameters, of numpy or of JAX.
+    source: where they come from, for the message.
+
+  Raises:
+    ValueError: arrays with NaN or Inf, or of integers, by name.
+  """
+  leaves = dict(named_leaves(tree))
+  integers = [
+    f'{name} ({x.dtype})'
+    for name, x in leaves.items()
+    if not jnp.issubdtype(x.dtype, jnp.floating)
+  ]
+  if integers:
+    raise ValueError(
+      f'{source}: found integers in {len(integers)} of {len(leaves)} arrays, '
+      f'wanted floating-point weights: {_first(integers)}. Quantised weights '
+      'have to be converted to floats before'
+    )
+  finite = jax.device_get(_finite(leaves))
+  bad = [name for name, is_finite in finite.items() if not is_finite]
+  if bad:
+    raise ValueError(
+      f'{source}: found NaN or Inf in {len(bad)} of {len(leaves)} arrays, '
+      f'wanted finite weights: {_first(bad)}. Take another file, or an earlier '
+      'checkpoint'
+    )
+
+
+def _finite(leaves: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns for every array whether all its numbers are finite."""
+  if all(isinstance(x, np.ndarray) for x in leaves.values()):
+    return {n: np.isfinite(x).all() for n, x in leaves.items()}
+  return jax.jit(
+    lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), tree)
+  )(leaves)
+
+
+def _first(names: list[str], limit: int = 5) -> str:
+  rest = len(names) - limit
+  return ', '.join(names[:limit]) + (f' and {rest} more' if rest > 0 else '')
+
+
 def subtree(tree: Any, path: str) -> Any:
   """Returns the part of a nested dict under a slash-separated `path`.
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from vssl_jax import trees, weights
-from vssl_jax.models import framewise, vit
+from vssl_jax.models import framewise, resizing, vit
 from vssl_jax.train import ahead, begin
 from vssl_jax.train import run as run_lib
 
@@ -16,6 +16,7 @@ def folder(tmp_path):
   image = vit.make(
     'Ti', width=12, depth=1, num_heads=2, mlp_width=16, patch=(1, 7, 7),
     positions='learned', class_token=True, dtype='float32',
+    resize='bicubic_offset',
   )  # fmt: skip
   module = framewise.Framewise(image, every=2, cell=8)
   params = image.init(jax.random.key(0), np.zeros((1, 1, 21, 21, 3)))['params']
@@ -39,7 +40,7 @@ def test_its_positions_fit_the_clips_of_the_run(tiny, folder):
   stored = weights.load_published(folder)[1]['positions']
   assert stored.shape == (1, 3, 3, 12)
   np.testing.assert_array_equal(
-    params['positions'], weights.resize(stored, (1, 2, 2, 12))
+    params['positions'], resizing.resize(stored, (1, 2, 2), 'bicubic_offset')
   )
   tokens = jax.eval_shape(
     teacher, params, jax.ShapeDtypeStruct((1, 4, 16, 16, 3), np.uint8)

@@ -7,8 +7,8 @@ import pytest
 
 import vssl_jax
 from tests.weights import pth
-from vssl_jax import trees, weights
-from vssl_jax.models import framewise, positions, vit
+from vssl_jax import flops, trees, weights
+from vssl_jax.models import framewise, positions, resizing, vit
 from vssl_jax.weights import read
 
 KEY = jax.random.key(0)
@@ -16,8 +16,9 @@ VIDEO = (4, 12, 12, 3)
 IMAGE = vit.make(
   {'width': 24, 'depth': 2, 'num_heads': 2}, mlp_width=96, patch=(1, 4, 4),
   init='mae', positions='learned', class_token=True, dtype='float32',
+  resize='bicubic_offset',
 )  # fmt: skip
-MAE = IMAGE.clone(positions='sincos_2d')
+MAE = IMAGE.clone(positions='sincos_2d', resize='trilinear')
 
 
 def start(image):
@@ -40,6 +41,8 @@ def as_released(params):
     'norm.weight': params['norm']['scale'],
     'norm.bias': params['norm']['bias'],
   }
+  if 'registers' in params:
+    found['register_tokens'] = params['registers'][None]
   if 'positions' in params:
     grid = params['positions'].reshape(-1, 24)
     table = np.concatenate([params['class_position'], grid])
@@ -56,9 +59,16 @@ def as_released(params):
         'bias': np.concatenate([p['bias'] for p in parts]),
       },
       'attn.proj': block['attn']['out'],
-      'mlp.fc1': block['mlp']['fc1'],
-      'mlp.fc2': block['mlp']['fc2'],
     }
+    mlp = block['mlp']
+    if 'gate' in mlp:  # one layer for both
+      layers['mlp.w12'] = {
+        leaf: np.concatenate([mlp['gate'][leaf], mlp['fc1'][leaf]], axis=-1)
+        for leaf in ('kernel', 'bias')
+      }
+      layers['mlp.w3'] = mlp['fc2']
+    else:
+      layers |= {'mlp.fc1': mlp['fc1'], 'mlp.fc2': mlp['fc2']}
     for name, layer in layers.items():
       found[f'blocks.{i}.{name}.weight'] = layer['kernel'].T
       found[f'blocks.{i}.{name}.bias'] = layer['bias']
@@ -149,11 +159,119 @@ def test_dinov2_as_released(tmp_path):
   assert report.unused == ('mask_token',)
 
 
+def in_chunks(tensors):
+  """Names while DINOv2 trains with block_chunks=2: blocks.<chunk>.<block>."""
+  return {
+    k.replace(f'blocks.{i}.', f'blocks.{i // 2}.{i}.'): x
+    for k, x in tensors.items()
+    for i in [int(k.split('.')[1]) if k.startswith('blocks.') else 0]
+  }
+
+
+@pytest.mark.parametrize('chunks', [False, True])
+@pytest.mark.parametrize(
+  ('fields', 'resize'),
+  [
+    (dict(registers=4), 'bicubic_antialias'),
+    (dict(mlp='swiglu', mlp_width=40), 'bicubic_offset'),
+    (dict(registers=2, mlp='swiglu'), 'bicubic_antialias'),
+  ],
+)
+def test_dinov2_with_registers_and_swiglu(tmp_path, fields, resize, chunks):
+  """As reg4 files, ViT-g, and states of training are released."""
+  image = IMAGE.clone(layer_scale=True, resize=resize, **fields)
+  params, file = start(image), tmp_path / 'dinov2_reg4.pth'
+  tensors = as_released(params) | {'mask_token': np.zeros((1, 24), np.float32)}
+  state = fakes(in_chunks(tensors), 'backbone.') if chunks else fakes(tensors)
+  if chunks:
+    assert 'backbone.blocks.0.1.norm1.weight' in state
+  pth.save(file, {'teacher': state} if chunks else state)
+  module, again, report = weights.load_published(
+    file, num_heads=2, dtype='float32'
+  )
+  assert module == framewise.Framewise(image)
+  same(again, params)
+  assert [k.removeprefix('backbone.') for k in report.unused] == ['mask_token']
+  # Taken elsewhere and back, and onto another grid.
+  weights.export(module, params, tmp_path / 'out', video=VIDEO)
+  module, again, _ = weights.load_published(
+    tmp_path / 'out', grid=(2, 2, 4), dtype='float32'
+  )
+  assert module == framewise.Framewise(image)
+  np.testing.assert_array_equal(
+    again['positions'], resizing.resize(params['positions'], (1, 2, 4), resize)
+  )
+
+
+def test_registers_and_swiglu_by_hand():
+  """A block of both, beside NumPy."""
+  image = IMAGE.clone(
+    depth=1, registers=3, mlp='swiglu', mlp_width=20, layer_scale=True
+  )
+  params = start(image)
+  video = np.random.default_rng(1).random((1, 1, 12, 12, 3), np.float32)
+  found = jax.jit(lambda p: image.apply({'params': p}, video, features=True))(
+    params
+  )
+  cells = (video - np.array(image.mean)) / np.array(image.std)
+  cells = cells.reshape(3, 4, 3, 4, 3).transpose(0, 2, 1, 3, 4).reshape(9, 48)
+  x = cells @ params['embed']['kernel'] + params['embed']['bias']
+  x = x + params['positions'].reshape(9, 24)
+  first = params['class_token'] + params['class_position']
+  x = np.concatenate([first, params['registers'], x])
+
+  def linear(layer, x):
+    return x @ layer['kernel'] + layer['bias']
+
+  def norm(layer, x):
+    x = x - x.mean(-1, keepdims=True)
+    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+    return x * layer['scale'] + layer['bias']
+
+  block = params['block_00']
+  y = norm(block['norm_1'], x)
+  q, k, v = (
+    linear(block['attn'][n], y).reshape(13, 2, 12).transpose(1, 0, 2)
+    for n in 'qkv'
+  )
+  scores = q @ k.transpose(0, 2, 1) / np.sqrt(12)
+  scores = np.exp(scores - scores.max(-1, keepdims=True))
+  y = (scores / scores.sum(-1, keepdims=True)) @ v
+  y = linear(block['attn']['out'], y.transpose(1, 0, 2).reshape(13, 24))
+  x = x + block['gain_1'] * y
+  y = norm(block['norm_2'], x)
+  gate = linear(block['mlp']['gate'], y)
+  y = linear(block['mlp']['fc1'], y) * gate / (1 + np.exp(-gate))
+  x = x + block['gain_2'] * linear(block['mlp']['fc2'], y)
+  scale = np.abs(x).max()
+  np.testing.assert_allclose(found[1][0], x[4:], atol=1e-5 * scale)
+
+
+def test_registers_want_a_class_token():
+  image = IMAGE.clone(registers=1, class_token=False)
+  with pytest.raises(ValueError, match='registers is 1 and class_token is Fal'):
+    start(image)
+
+
+def test_flops_of_registers_and_swiglu():
+  """Three products in the MLP, and attention over all tokens."""
+  plain = IMAGE.clone(depth=1)
+  grid, n, d = (1, 3, 3), 1 + 9, 24
+  more = IMAGE.clone(depth=1, registers=4, mlp='swiglu')
+  blocks = [
+    2 * (m * (4 * d * d + k * d * 96) + 2 * m * m * d)
+    for m, k in ((n, 2), (n + 4, 3))
+  ]
+  assert flops.forward(more, grid) - flops.forward(plain, grid) == (
+    blocks[1] - blocks[0]
+  )
+
+
 def test_keys_too_many_and_too_few_are_errors(tmp_path):
   tensors, file = as_released(start(IMAGE)), tmp_path / 'x.pth'
-  extra = {'register_tokens': np.zeros((1, 4, 24), np.float32)}
+  extra = {'other_tokens': np.zeros((1, 4, 24), np.float32)}
   pth.save(file, fakes(tensors | extra))
-  with pytest.raises(read.WeightsError, match=r'no use for.*register_tokens'):
+  with pytest.raises(read.WeightsError, match=r'no use for.*other_tokens'):
     weights.load_published(file, num_heads=2)
   lost = {k: x for k, x in tensors.items() if k != 'blocks.1.attn.qkv.bias'}
   pth.save(file, fakes(lost))

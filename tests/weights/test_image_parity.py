@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.weights import test_parity as parity
-from vssl_jax import trees, weights
+from vssl_jax import encoders, trees, weights
 from vssl_jax.models import framewise
 from vssl_jax.weights import read
 
@@ -55,6 +55,24 @@ def dinov2():
   return randomised(transformers.Dinov2Model(config))
 
 
+def registers(**more):
+  config = transformers.Dinov2WithRegistersConfig(
+    **{**SMALL, 'patch_size': 12, 'mlp_ratio': 2, **more}, num_register_tokens=3
+  )
+  return randomised(transformers.Dinov2WithRegistersModel(config))
+
+
+def swiglu():
+  config = transformers.Dinov2Config(
+    **{**SMALL, 'patch_size': 12, 'mlp_ratio': 3}, use_swiglu_ffn=True
+  )
+  return randomised(transformers.Dinov2Model(config))
+
+
+def both():
+  return registers(use_swiglu_ffn=True)
+
+
 def randomised(model):
   """Large random parameters, but for a table that nobody trains."""
   kept = {
@@ -101,17 +119,26 @@ def in_order(model, frames):
 
 @pytest.mark.parametrize(
   ('make', 'positions'),
-  [(mae, 'sincos_2d'), (dino, 'learned'), (dinov2, 'learned')],
+  [
+    (mae, 'sincos_2d'),
+    (dino, 'learned'),
+    (dinov2, 'learned'),
+    (registers, 'learned'),
+    (swiglu, 'learned'),
+    (both, 'learned'),
+  ],
 )
 def test_hidden_states_and_gradients(tmp_path, video, make, positions):
   model, frames = make(), as_frames(video)
   out = model(frames, output_hidden_states=True, **in_order(model, frames))
   # Without the class token; frames of a clip in a row.
   states = [*out.hidden_states, out.last_hidden_state]
-  states = [x[:, 1:].reshape(2, -1, 48) for x in states]
+  first = 1 + getattr(model.config, 'num_register_tokens', 0)
+  states = [x[:, first:].reshape(2, -1, 48) for x in states]
   module, params, _ = load(model, tmp_path / 'weights')
   assert module.image.positions == positions
-  assert (module.every, module.image.layer_scale) == (2, make is dinov2)
+  scaled = make not in (mae, dino)
+  assert (module.every, module.image.layer_scale) == (2, scaled)
 
   def apply(params):
     features = module.apply({'params': params}, video, features=True)
@@ -175,3 +202,72 @@ def test_a_folder_of_a_whole_mae(tmp_path, video):
   assert set(report.unused) == unused | {table}
   assert weights.clip_shape(tmp_path) == (16, 48, 48, 3)
   assert isinstance(weights.describe(tmp_path), framewise.Framewise)
+
+
+@pytest.mark.parametrize('make', [dino, dinov2, registers])
+def test_clips_of_another_size(tmp_path, make):
+  """Positions are resized as `transformers` does, each model in its way."""
+  model = make()
+  model.save_pretrained(tmp_path)
+  patch = model.config.patch_size
+  for h, w in ((6, 5), (2, 3)):
+    size = (4, h * patch, w * patch, 3)
+    video = np.random.default_rng(0).random((2, *size), np.float32)
+    more = {'interpolate_pos_encoding': True} if make is dino else {}
+    out = model(as_frames(video), **more).last_hidden_state
+    first = 1 + getattr(model.config, 'num_register_tokens', 0)
+    encoder = encoders.load(str(tmp_path)).at(size)
+    found = encoder(video)
+    close(found, out[:, first:].reshape(2, -1, 48).detach().numpy())
+
+
+def original(model, folder):
+  """The names of the authors' code: DINOv2, with blocks in chunks of two."""
+  model.save_pretrained(folder)
+  stored = read.safetensors(folder / 'model.safetensors')
+  renamed = {
+    'embeddings.cls_token': 'cls_token',
+    'embeddings.mask_token': 'mask_token',
+    'embeddings.register_tokens': 'register_tokens',
+    'embeddings.position_embeddings': 'pos_embed',
+    'embeddings.patch_embeddings.projection.': 'patch_embed.proj.',
+    'layernorm.': 'norm.',
+    'attention.attention.query': 'attn.qkv',
+    'attention.output.dense': 'attn.proj',
+    'layer_scale1.lambda1': 'ls1.gamma',
+    'layer_scale2.lambda1': 'ls2.gamma',
+    'mlp.weights_in': 'mlp.w12',
+    'mlp.weights_out': 'mlp.w3',
+  }
+  found = {}
+  for key in stored:
+    if 'attention.key' in key or 'attention.value' in key:
+      continue
+    parts = (
+      ('query', 'key', 'value') if 'attention.query' in key else ('query',)
+    )
+    x = np.concatenate([stored[key.replace('query', n)] for n in parts])
+    name = key
+    for theirs, ours in renamed.items():
+      name = name.replace(theirs, ours)
+    if name.startswith('encoder.layer.'):
+      i, rest = name.removeprefix('encoder.layer.').split('.', 1)
+      name = f'blocks.{int(i) // 2}.{i}.{rest}'
+    found[f'backbone.{name}'] = torch.tensor(np.array(x))
+  return found
+
+
+@pytest.mark.parametrize('make', [registers, swiglu, both])
+def test_dinov2_in_the_names_of_its_authors(tmp_path, video, make):
+  model = make()
+  state = original(model, tmp_path / 'folder')
+  torch.save({'teacher': state}, tmp_path / 'reg4.pth')
+  module, params, report = weights.load_published(
+    tmp_path / 'reg4.pth', num_heads=2, dtype='float32'
+  )
+  assert report.layout == 'DINOv2 (original)'
+  assert report.unused == ('backbone.mask_token',)
+  first = 1 + getattr(model.config, 'num_register_tokens', 0)
+  out = model(as_frames(video)).last_hidden_state
+  found = jax.jit(module.apply)({'params': params}, video)
+  close(found, out[:, first:].reshape(2, -1, 48).detach().numpy())

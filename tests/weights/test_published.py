@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import vssl_jax
 from tests.weights import pth
-from vssl_jax import masking, trees, weights
+from vssl_jax import encoders, masking, trees, weights
 from vssl_jax.models import predictor, vit
 from vssl_jax.weights import convert, read, tables
 from vssl_jax.weights import source as source_lib
@@ -30,7 +31,7 @@ VIDEO = (4, 12, 12, 3)
 ORIGINAL = [
   layout
   for layout in tables.LAYOUTS
-  if layout.family in ('vjepa2', 'videomae') and '(original)' in layout.name
+  if layout.name in ('V-JEPA 2 (original)', 'VideoMAE (original)')
 ]
 
 
@@ -216,6 +217,110 @@ def test_the_predictor_beside_an_encoder(tmp_path):
   assert 'encoder.layernorm.bias' in report.unused
   _, again, _ = weights.load_published(tmp_path)
   jax.tree.map(np.testing.assert_array_equal, again, encoder)
+
+
+@pytest.fixture
+def training_state(tmp_path):
+  """A file as V-JEPA 2 releases it, and its parts as our parameters."""
+  encoder = VJEPA2.clone(width=384, num_heads=12, depth=1, norm_eps=1e-6)
+  head = predictor.Predictor(
+    384, width=384, depth=1, num_heads=12, rope_pairing='vjepa2'
+  )
+  mask = masking.Mask(*jnp.zeros((2, 1, 1), jnp.int32))
+  shapes = jax.eval_shape(
+    lambda: head.init(KEY, jnp.zeros((1, 1, 384)), mask, (1, 1, 1))['params']
+  )
+  student, target = (
+    start(encoder),
+    trees.map_named(lambda _, x: x + np.float32(1), start(encoder)),
+  )
+  rng = np.random.default_rng(1)
+  made = jax.tree.map(
+    lambda x: rng.standard_normal(x.shape).astype(np.float32), shapes
+  )
+  (layout,) = [x for x in ORIGINAL if x.family == 'vjepa2']
+  rows = layout.parts['encoder'].rows(1)
+
+  def group(tensors):
+    return {f'module.backbone.{k}': v for k, v in fakes(tensors).items()}
+
+  pth.save(
+    tmp_path / 'vitl.pt',
+    {
+      'encoder': group(convert.to_theirs(student, rows, (2, 4, 4))),
+      'target_encoder': group(convert.to_theirs(target, rows, (2, 4, 4))),
+      'predictor': group(
+        convert.to_theirs(made, layout.parts['head'].rows(1, 2))
+      ),
+      'epoch': 3,
+    },
+  )
+  return tmp_path / 'vitl.pt', student, target, made
+
+
+def test_training_continues_from_what_was_trained(training_state):
+  """`load` takes the average, `load_role` the network and its predictor."""
+  path, student, target, head = training_state
+  equal = np.testing.assert_array_equal
+  jax.tree.map(equal, encoders.load(str(path)).params, target)
+  module, params = encoders.load_role(str(path))
+  jax.tree.map(equal, params, student)
+  assert module.rope_pairing == 'vjepa2'
+  module, params = encoders.load_role(str(path), 'predictor')
+  assert isinstance(module, predictor.Predictor)
+  jax.tree.map(equal, params, head)
+
+
+def test_published_weights_compute_in_float32_on_cpus(training_state, caplog):
+  path, _, target, _ = training_state
+  video = np.random.default_rng(0).random((1, *VIDEO), np.float32)
+  exact = VJEPA2.clone(width=384, num_heads=12, depth=1, mlp_width=1536)
+  exact = jax.jit(exact.apply)({'params': target}, video)
+  with caplog.at_level('INFO', 'vssl_jax'):
+    features = vssl_jax.load(str(path))(video)
+  assert f'{path}: computes in float32 on cpu' in caplog.messages
+  np.testing.assert_allclose(features, exact, atol=1e-4)
+  half = encoders.load(str(path), dtype='bfloat16')
+  assert half.module.dtype == 'bfloat16'
+  assert np.abs(half(video) - exact).max() > 1e-3
+  with pytest.raises(ValueError, match="dtype: found 'float16'"):
+    encoders.load(str(path), dtype='float16')
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, value):
+  def spoil(tensors):
+    tensors['encoder.layer.1.output.dense.bias'][3] = value
+    return tensors
+
+  published_files(tmp_path, spoil)
+  with pytest.raises(
+    read.WeightsError,
+    match=r'NaN or Inf in 1 tensors.*layer\.1\.output\.dense\.bias '
+    r'\(block_01/mlp/fc2/bias\)',
+  ):
+    weights.load_published(tmp_path)
+
+
+@pytest.mark.parametrize('dtype', ['int32', 'int8', 'bool'])
+def test_integer_weights_are_refused_by_name(tmp_path, dtype):
+  name = 'encoder.layer.0.intermediate.dense.weight'
+
+  def quantise(tensors):
+    return tensors | {name: tensors[name].astype(dtype)}
+
+  published_files(tmp_path, quantise)
+  with pytest.raises(read.WeightsError, match=f'{name} holds {dtype}'):
+    weights.load_published(tmp_path)
+
+
+def test_float64_beyond_float32_is_not_finite(tmp_path):
+  def grow(tensors):
+    return tensors | {'layernorm.bias': np.full(24, 1e300)}
+
+  published_files(tmp_path, grow)
+  with pytest.raises(read.WeightsError, match=r'NaN or Inf.*layernorm\.bias'):
+    weights.load_published(tmp_path)
 
 
 def test_sources_that_are_not_there(tmp_path, monkeypatch):

@@ -177,8 +177,11 @@ def set_encoder(c: ml_collections.ConfigDict, module: Any) -> None:
     for f in dataclasses.fields(module)
     if f.name not in ('parent', 'name', *OURS)
   }
+  is_hiera = isinstance(module, hiera.Hiera)
+  # Weights have no type to compute in; the config's section does.
+  fields['dtype'] = (c.method.hiera if is_hiera else c.method.vit).dtype
   with c.unlocked():
-    if isinstance(module, hiera.Hiera):
+    if is_hiera:
       c.method.family = 'hiera'
       c.method.hiera = ml_collections.ConfigDict(fields)
       return

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Num
 
-from vssl_jax import encoders, sharding, weights
+from vssl_jax import encoders, sharding, trees, weights
 from vssl_jax.evals import features, votes
 from vssl_jax.models import classifier
 from vssl_jax.train import checkpoint, manifests
@@ -116,6 +116,7 @@ def load(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, at
   )
   params = checkpoint.restore(found.saved, target, 'params')
+  trees.check_finite(params, folder)
   return Model(
     found.phase.encoder,
     found.phase.head,

@@ -76,8 +76,9 @@ class Job:
     return jax.eval_shape(self.encode, clip).shape[1:]
 
   def tap(self) -> str:
-    """Returns where the encoder is tapped."""
-    return tap(self.encoder.module, self.config.probe.depth)
+    """Returns where the encoder is tapped, and the type it computes in."""
+    module = self.encoder.module
+    return f'{tap(module, self.config.probe.depth)}, in {module.dtype}'
 
   def passes(
     self, data: Mapping[str, Any], batch_size: int, segments: int, views: int

@@ -129,9 +129,10 @@ class Teacher:
       kept by this phase), or a run folder or published model.
     subtree: which part of the source's parameters it takes; '' for all that
       the module has.
-    dtype: its parameters are cast to this. `float8`: they are bfloat16, and
-      its blocks multiply by them in 8 bits, on devices that can;
-      `float8_emulated` on any, at a loss.
+    dtype: its parameters are cast to this. `float32`: it computes in it, too.
+      `bfloat16`: it computes in the type of its module. `float8`: parameters
+      are bfloat16, and its blocks multiply by them in 8 bits, on devices that
+      can; `float8_emulated` on any, at a loss.
   """
 
   module: nn.Module
@@ -170,6 +171,8 @@ class Teacher:
     module = self.module
     if self.dtype in FLOAT8:
       module = module.clone(products='float8')
+    elif self.dtype == 'float32':
+      module = layers.with_dtype(module, 'float32')
     return jax.lax.stop_gradient(
       module.apply({'params': params}, video, *args, **kwargs)
     )

@@ -44,7 +44,8 @@ def keys(**more: Any) -> ranges.Section:
     teachers=(NAMES, ranges.Tuple(ranges.Choice(NAMES), unique=True)),
     # @image_teacher and @video_teacher are trained first, by phases of this
     # run; else a run folder, or published weights (folder, file, hub id).
-    # dtype: also 'float32', or 'float8' on GPUs that have it.
+    # A file of MVD that looks like VideoMAE: x.pth#mvd.
+    # dtype: 'float32' computes in it; or 'float8' on GPUs that have it.
     image=source,
     video=source,
     image_teacher=_section(

@@ -21,12 +21,13 @@ def scores(
 
   The block's queries and keys are computed once more; compiled, they are the
   same as the block's own. Rows of attention sum to 1 over the tokens and, if
-  there is one, the class token, which is not in the result.
+  there are any, the class token and registers, which are not in the result.
 
   Args:
     encoder: a bound `vit.Vit`.
     index: of the block.
-    x: what enters that block, the class token first if there is one.
+    x: what enters that block, the class token and registers first if there
+      are any.
     rope: rotation, if any.
     kind: `cls`: from the class token; `column_mean`: from the tokens of the
       clip, the mean over them. Both are means over heads.
@@ -34,8 +35,8 @@ def scores(
   Raises:
     ValueError: an unknown kind, or a class token that is not there.
   """
-  first = int(encoder.class_token)
-  if kind not in KINDS or (kind == 'cls' and not first):
+  first = encoder.prefix
+  if kind not in KINDS or (kind == 'cls' and not encoder.class_token):
     raise ValueError(
       f'scores: found {kind!r}, wanted one of {KINDS}'
       + ('' if first else "; without a class token 'column_mean'")

@@ -45,6 +45,7 @@ class Spec:
       tokens that they are made of.
     layer_scale: whether each branch is multiplied by learned gains, one per
       channel, as in DINOv2.
+    mlp: `gelu`, or `swiglu` with a gate of its own, see `Mlp`.
     products: `same`: matrix products with weights are of `dtype`; `float8`:
       see `float8`, for networks that are not trained.
   """
@@ -61,6 +62,7 @@ class Spec:
   drop_path: float = 0.0
   rope_on: str = 'qk'
   layer_scale: bool = False
+  mlp: str = 'gelu'
   products: str = 'same'
 
   def __post_init__(self) -> None:
@@ -70,6 +72,7 @@ class Spec:
       'remat': ('none', *REMAT),
       'dtype': ('bfloat16', 'float32'),
       'rope_on': ('qk', 'norm'),
+      'mlp': ('gelu', 'swiglu'),
       'products': tuple(layers.PRODUCTS),
     }
     for field, values in wanted.items():
@@ -148,7 +151,9 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-  """Two linear layers with a GELU between them.
+  """Two linear layers with a GELU between them, or SwiGLU.
+
+  SwiGLU is fc2(silu(gate(x)) * fc1(x)).
 
   Attributes:
     spec: what all blocks share.
@@ -164,7 +169,10 @@ class Mlp(nn.Module):
     spec = self.spec
     kernel = layers.kernel_init(spec.init, 'fc1')
     y = dense(spec, spec.mlp_width, 'fc1', kernel)(x)
-    y = nn.gelu(y, approximate=spec.gelu == 'tanh')
+    if spec.mlp == 'swiglu':
+      y = y * nn.silu(dense(spec, spec.mlp_width, 'gate', kernel)(x))
+    else:
+      y = nn.gelu(y, approximate=spec.gelu == 'tanh')
     kernel = layers.kernel_init(spec.init, 'fc2', self.index + 1)
     return dense(spec, x.shape[-1], 'fc2', kernel)(y)
 

@@ -5,8 +5,9 @@ t h w grid of tokens, N = t*h*w tokens, V visible tokens, M masked tokens,
 P values of a patch, D width, L layers (blocks).
 """
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -238,3 +239,25 @@ def layer_norm(
     bias_init=bias,
     name=name,
   )
+
+
+def with_dtype(module: nn.Module, dtype: str) -> nn.Module:
+  """Returns a network whose modules compute in a type.
+
+  Args:
+    module: a network, which may hold others as fields or in mappings.
+    dtype: of activations and matrix products.
+  """
+  changes: dict[str, Any] = {}
+  for field in dataclasses.fields(module):
+    value = getattr(module, field.name)
+    if field.name == 'dtype':
+      changes['dtype'] = dtype
+    elif field.name != 'parent' and isinstance(value, nn.Module):
+      changes[field.name] = with_dtype(value, dtype)
+    elif isinstance(value, Mapping):
+      changes[field.name] = {
+        name: with_dtype(x, dtype) if isinstance(x, nn.Module) else x
+        for name, x in value.items()
+      }
+  return module.clone(**changes)

@@ -61,7 +61,12 @@ class Vit(nn.Module):
     loops: blocks at which loops over blocks begin, see `blocks.run`.
     class_token: a learned token goes through the blocks with those of the
       clip; it is not in what is returned.
+    registers: learned tokens beside the class token that stand nowhere and
+      are not in what is returned, as in DINOv2 with registers.
     layer_scale: learned gains on the branches of a block, as in DINOv2.
+    mlp: `gelu`, or `swiglu`: silu(gate(x)) * fc1(x), as in DINOv2's ViT-g.
+    resize: how learned positions are made to fit another grid, a name in
+      `resizing.NAMES`; parameters that fit are not touched.
     products: of the blocks with their weights: `same`, or `float8` for what is
       not trained.
     mean: subtracted from pixels in [0, 1], per channel.
@@ -87,7 +92,10 @@ class Vit(nn.Module):
   decoder_blocks: int = 0
   loops: tuple[int, ...] = ()
   class_token: bool = False
+  registers: int = 0
   layer_scale: bool = False
+  mlp: str = 'gelu'
+  resize: str = 'trilinear'
   products: str = 'same'
   mean: tuple[float, ...] = layers.IMAGENET_MEAN
   std: tuple[float, ...] = layers.IMAGENET_STD
@@ -108,8 +116,14 @@ class Vit(nn.Module):
       drop_path=self.drop_path,
       rope_on='qk' if self.positions == 'rope_3d' else 'norm',
       layer_scale=self.layer_scale,
+      mlp=self.mlp,
       products=self.products,
     )
+
+  @property
+  def prefix(self) -> int:
+    """Tokens before those of the clip: a class token and registers."""
+    return int(self.class_token) + self.registers
 
   @property
   def encoder_depth(self) -> int:
@@ -158,7 +172,8 @@ class Vit(nn.Module):
 
     Raises:
       ValueError: blocks that decode and a final norm or a class token, or too
-        many of them; a class token and positions that turn.
+        many of them; a class token and positions that turn; registers without
+        a class token.
     """
     if self.decoder_blocks and self.final_norm:
       raise ValueError(
@@ -169,6 +184,11 @@ class Vit(nn.Module):
       raise ValueError(
         f'decoder_blocks is {self.decoder_blocks} and class_token is True; '
         'blocks that decode have no place for it: set one of the two to 0'
+      )
+    if self.registers and not self.class_token:
+      raise ValueError(
+        f'registers is {self.registers} and class_token is False; registers '
+        'stand beside a class token: set class_token=True, or registers=0'
       )
     if not 0 <= self.decoder_blocks < self.depth:
       raise ValueError(
@@ -191,7 +211,7 @@ class Vit(nn.Module):
     outputs = self._blocks(x, visible, grid, 0, upto, deterministic)
     entering = outputs[-2] if attention_to else None
     if self.class_token:
-      outputs = tuple(x[:, 1:] for x in outputs)
+      outputs = tuple(x[:, self.prefix :] for x in outputs)
     if entering is not None:
       rope = positions.rope_of(self, visible, grid)
       return outputs, attended.scores(
@@ -266,9 +286,14 @@ class Vit(nn.Module):
       self.param('class_token', init, (1, self.width), jnp.float32)
     )
     row = positions.class_row(self, self.positions, self.width)
-    token = (token if row is None else token + row).astype(x.dtype)
-    shape = (x.shape[0], 1, self.width)
-    return jnp.concatenate([jnp.broadcast_to(token[None], shape), x], axis=1)
+    token = token if row is None else token + row
+    if self.registers:  # they have no position
+      shape = (self.registers, self.width)
+      registers = self.param('registers', init, shape, jnp.float32)
+      token = jnp.concatenate([token, jnp.asarray(registers)])
+    token = token.astype(x.dtype)[None]
+    shape = (x.shape[0], *token.shape[1:])
+    return jnp.concatenate([jnp.broadcast_to(token, shape), x], axis=1)
 
 
 def _join(

@@ -2,7 +2,6 @@
 
 from vssl_jax.weights.classifiers import Classifier
 from vssl_jax.weights.classifiers import load as load_classifier
-from vssl_jax.weights.convert import resize
 from vssl_jax.weights.export import export
 from vssl_jax.weights.modules import Encoder, from_fields, to_fields
 from vssl_jax.weights.published import (
@@ -26,6 +25,5 @@ __all__ = [
   'from_fields',
   'load_classifier',
   'load_published',
-  'resize',
   'to_fields',
 ]

@@ -6,10 +6,11 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vssl_jax import trees
+from vssl_jax.models import resizing
 from vssl_jax.weights import pairs, read
 
 
@@ -79,6 +80,7 @@ FORMS: dict[str, Form] = {
   'whole_conv': lambda x: x.transpose(2, 3, 4, 1, 0),
   'table': lambda x: x,
   'token': lambda x: x.reshape(1, -1),
+  'registers': lambda x: x[0],
   'class_row': lambda x: x[0, :1],
   'grid_rows': _grid_rows,
   # Flax keeps axes of their own for heads and for the pixels of a patch.
@@ -96,6 +98,7 @@ AXES = {
   'heads': 3,
   'head_bias': 2,
   'from_heads': 3,
+  'registers': 3,
   'class_row': 3,
   'grid_rows': 3,
 }
@@ -108,6 +111,7 @@ def to_ours(
   *,
   source: str = 'weights',
   layout: str = '',
+  resize: str = 'trilinear',
   allow_missing: Iterable[str] = (),
   allow_unused: Iterable[str] = (),
 ) -> tuple[dict[str, Any], Report]:
@@ -119,6 +123,7 @@ def to_ours(
     shapes: our tree, of shapes (`jax.eval_shape` of the module's init).
     source: for messages.
     layout: for the report.
+    resize: how position tables are made to fit, a name in `resizing.NAMES`.
     allow_missing: patterns of our names that may stay out; they are left out
       of the tree.
     allow_unused: patterns of their keys that need not be used.
@@ -127,28 +132,43 @@ def to_ours(
     float32 parameters and the report.
 
   Raises:
-    WeightsError: a leaf that nothing fills, a key that fills nothing, or a
-      shape that does not fit, each named.
+    WeightsError: a leaf that nothing fills, a key that fills nothing, a shape
+      that does not fit, or weights that are integers, NaN or Inf, each named.
   """
-  wanted, by_name = dict(trees.named_leaves(shapes)), {r.ours: r for r in rows}
+  wanted = dict(trees.named_leaves(shapes))
+  by_name = pairs.by_name(rows, tensors)
   leaves: dict[str, np.ndarray] = {}
-  used, resized, missing = set(), [], []
+  used, resized, missing, not_finite = set(), [], [], []
   for name, shape in wanted.items():
     row = by_name.get(name)
     if row is None or row.theirs not in tensors:
       missing.append(f'{name} ({row.theirs if row else "not in the table"})')
       continue
     used.add(row.theirs)
-    x = piece(np.asarray(tensors[row.theirs]), row, source)
+    stored = np.asarray(tensors[row.theirs])
+    if not jnp.issubdtype(stored.dtype, jnp.floating):  # bfloat16 is one
+      raise read.WeightsError(
+        f'{source}: {row.theirs} holds {stored.dtype}, wanted floating-point '
+        'weights; quantised weights have to be converted to floats before'
+      )
+    x = piece(stored, row, source)
     if x.shape != shape.shape and _is_table(name, x, shape.shape):
       resized.append(f'{name} {x.shape} -> {shape.shape}')
-      x = resize(x, shape.shape)
+      x = resizing.resize(x, shape.shape[:3], resize)
     if x.shape != shape.shape:
       raise read.WeightsError(
         f'{source}: {row.theirs} gives shape {x.shape} and {name} wants '
         f'{shape.shape}; the size or the patch of the encoder differs'
       )
-    leaves[name] = x.astype(np.float32)
+    with np.errstate(over='ignore'):  # float64 beyond float32 is Inf below
+      leaves[name] = x.astype(np.float32)
+    if not np.isfinite(leaves[name]).all():
+      not_finite.append(f'{row.theirs} ({name})')
+  if not_finite:
+    raise read.WeightsError(
+      f'{source}: found NaN or Inf in {len(not_finite)} tensors, wanted finite '
+      f'weights: {_some(not_finite)}. Download the file again, or take another'
+    )
   unused = sorted(set(tensors) - used)
   _refuse(source, 'no tensor for', missing, allow_missing, 'allow_missing')
   _refuse(source, 'no use for', unused, allow_unused, 'allow_unused')
@@ -188,15 +208,6 @@ def _is_table(name: str, x: np.ndarray, shape: tuple[int, ...]) -> bool:
   last = name.rsplit('/', maxsplit=1)[-1]
   table = last.startswith('positions') and x.ndim == 4
   return table and x.shape[-1] == shape[-1]
-
-
-def resize(table: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-  """Returns learned positions [t, h, w, D] of another grid, trilinear."""
-  return np.asarray(
-    jax.image.resize(
-      table.astype(np.float32), shape, 'trilinear', antialias=False
-    )
-  )
 
 
 def _refuse(

@@ -154,8 +154,10 @@ def _obstacle(
   if layout == 'hiera':
     return _differs(encoder, HIERA)
   wanted = dict(modules.FIELDS[layout], gelu=('exact', 'tanh'))
-  wanted |= {'class_token': False, 'layer_scale': False}
+  wanted |= {'class_token': False, 'layer_scale': False, 'mlp': 'gelu'}
   del wanted['init_family']
+  if layout == 'videomae':
+    wanted = {'positions': 'sinusoid_1d', **wanted}
   if layout == 'vjepa2':
     wanted['final_norm'] = True
   if encoder.patch[1] != encoder.patch[2] or video[1] != video[2]:

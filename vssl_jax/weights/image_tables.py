@@ -1,9 +1,10 @@
 """Names of published weights of image models and of ours.
 
 All are a ViT with a class token: MAE (arXiv 2111.06377), DINO (arXiv
-2104.14294) and DINOv2 (arXiv 2304.07193), as their authors released them and
-as `transformers` writes them. MAE and DINO have the same names; their position
-tables tell them apart, see `modules`.
+2104.14294) and DINOv2 (arXiv 2304.07193), with or without registers (arXiv
+2309.16588), as their authors released them and as `transformers` writes them.
+MAE and DINO have the same names; their position tables tell them apart, see
+`modules`. A ViT-g of DINOv2 has SwiGLU in place of the MLP.
 """
 
 from vssl_jax.weights import pairs
@@ -16,6 +17,7 @@ _BLOCK = (
   ('norm_2', 'norm2', 'norm'),
   *pairs.MLP,
 )
+_SWIGLU = (('mlp', 'mlp.w12', 'swiglu'), ('mlp/fc2', 'mlp.w3', 'dense'))
 _GAINS = (('gain_1', 'ls1.gamma', 'table'), ('gain_2', 'ls2.gamma', 'table'))
 _ATTENTION = (
   ('attn/q', 'attention.attention.query', 'dense'),
@@ -36,24 +38,33 @@ _TRANSFORMERS_DINOV2_BLOCK = (
   ('gain_1', 'layer_scale1.lambda1', 'table'),
   ('norm_2', 'norm2', 'norm'),
   *pairs.MLP,
+  ('mlp', 'mlp.weights_in', 'swiglu'),
+  ('mlp/fc2', 'mlp.weights_out', 'dense'),
   ('gain_2', 'layer_scale2.lambda1', 'table'),
 )
 _ENDS = (
   ('embed', 'patch_embed.proj', 'image_conv'),
   ('class_token', 'cls_token', 'token'),
+  ('registers', 'register_tokens', 'registers'),
   ('', 'pos_embed', 'class_table'),
   ('norm', 'norm', 'norm'),
 )
 _TRANSFORMERS_ENDS = (
   ('embed', 'embeddings.patch_embeddings.projection', 'image_conv'),
   ('class_token', 'embeddings.cls_token', 'token'),
+  ('registers', 'embeddings.register_tokens', 'registers'),
   ('', 'embeddings.position_embeddings', 'class_table'),
   ('norm', 'layernorm', 'norm'),
 )
 # DINO keeps the average, its teacher, beside the network that it trained.
 _GROUPS = ('teacher', 'model', 'student', '')
+_TRAINED = ('student',)
 _MARKS = ('cls_token', 'pos_embed', 'blocks.0.attn.qkv.bias')
-_PREFIX = ((r'^(module\.)?(backbone\.)?', ''),)
+_RENAMES = (
+  (r'^(module\.)?(backbone\.)?', ''),
+  # DINOv2 trains with its blocks in chunks: blocks.<chunk>.<block>.
+  (r'^blocks\.\d+\.(\d+)\.', r'blocks.\1.'),
+)
 _TRANSFORMERS_MARKS = (
   'embeddings.cls_token',
   'embeddings.position_embeddings',
@@ -62,20 +73,30 @@ _TRANSFORMERS_MARKS = (
 LAYOUTS = (
   pairs.Layout(
     'DINOv2 (original)',
-    {'encoder': pairs.Part(_ENDS, (*_BLOCK, *_GAINS), 'blocks.{i}', _GROUPS)},
+    {
+      'encoder': pairs.Part(
+        _ENDS,
+        (*_BLOCK, *_SWIGLU, *_GAINS),
+        'blocks.{i}',
+        _GROUPS,
+        _TRAINED,
+      )
+    },
     (*_MARKS, 'blocks.0.ls1.gamma'),
-    _PREFIX,
+    _RENAMES,
     (r'mask_token$', r'(dino_|ibot_)?head\.'),
     'image',
+    'bicubic_offset',
   ),
   pairs.Layout(
     'MAE or DINO (original)',
-    {'encoder': pairs.Part(_ENDS, _BLOCK, 'blocks.{i}', _GROUPS)},
+    {'encoder': pairs.Part(_ENDS, _BLOCK, 'blocks.{i}', _GROUPS, _TRAINED)},
     _MARKS,
-    _PREFIX,
+    _RENAMES,
     # MAE's decoder, DINO's head, and those of classifiers.
     (r'mask_token$', r'decoder_', r'head\.', r'fc_norm\.'),
     'image',
+    'bicubic_offset',
   ),
   pairs.Layout(
     'DINOv2 (transformers)',
@@ -85,9 +106,10 @@ LAYOUTS = (
       )
     },
     (*_TRANSFORMERS_MARKS, 'encoder.layer.0.layer_scale1.lambda1'),
-    ((r'^dinov2\.', ''),),
+    ((r'^dinov2(_with_registers)?\.', ''),),
     (r'embeddings\.mask_token$', r'classifier\.'),
     'image',
+    'bicubic',
   ),
   pairs.Layout(
     'MAE or DINO (transformers)',
@@ -100,5 +122,6 @@ LAYOUTS = (
     ((r'^vit\.', ''),),
     (r'embeddings\.mask_token$', r'decoder\.', r'pooler\.', r'classifier\.'),
     'image',
+    'bicubic',
   ),
 )

@@ -2,20 +2,21 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from vssl_jax.models import (
-  decoder,
-  framewise,
-  hiera,
-  positions,
-  predictor,
-  vit,
+from vssl_jax.models import decoder, framewise, hiera, predictor, vit
+from vssl_jax.weights import (
+  convert,
+  hiera_files,
+  hiera_tables,
+  pairs,
+  read,
+  video_positions,
 )
-from vssl_jax.weights import convert, hiera_files, hiera_tables, pairs, read
 from vssl_jax.weights import source as source_lib
 
 Encoder = vit.Vit | hiera.Hiera | framewise.Framewise
@@ -23,7 +24,7 @@ Encoder = vit.Vit | hiera.Hiera | framewise.Framewise
 HEADS = {
   'vjepa2': {1024: 16, 1280: 16, 1408: 22, 384: 12},
   'videomae': {384: 6, 768: 12, 1024: 16, 1280: 16, 192: 3, 512: 8, 640: 8},
-  'image': {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16},
+  'image': {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1536: 24},
 }
 FIELDS = {
   'vjepa2': {
@@ -33,7 +34,6 @@ FIELDS = {
     'init_family': 'vjepa',
   },
   'videomae': {
-    'positions': 'sinusoid_1d',
     'qkv_bias': 'qv',
     'init_family': 'videomae',
   },
@@ -49,8 +49,6 @@ FIELDS = {
   },
   'image': {'class_token': True, 'qkv_bias': 'full', 'init_family': 'mae'},
 }
-# Between a table as it is stored, perhaps in 16 bits, and its formula.
-SAME_TABLE = 1e-3
 # The released demos read 4DS here: after 10 blocks of 12, and after 52 of 56,
 # where the encoder ends and the blocks begin that served as its decoder.
 SCALING4D_TAP = 0.95
@@ -100,7 +98,7 @@ def build(found: source_lib.Found, part: str, num_heads: int | None) -> Any:
         f'{found.source}: weights of layout {source_lib.OURS} are encoders and '
         'need the config.json that was written beside them'
       )
-    return from_fields(found.config)
+    return _ours(found)
   if part not in found.layout.parts:
     raise read.WeightsError(
       f'{found.source}: {found.layout.name} has no {part}; wanted one of '
@@ -124,6 +122,8 @@ def build(found: source_lib.Found, part: str, num_heads: int | None) -> Any:
       fields['final_norm'] = norm or found.layout.family == 'vjepa2'
       if found.layout.family == 'image':
         return _image(found, table, fields)
+      if found.layout.family == 'videomae':
+        fields['positions'] = video_positions.of(found).kind
       return vit.Vit(**fields, patch=tuple(shapes[embed][2:]))
     last = next(r.theirs for r in table.rows(0) if r.ours == 'head/kernel')
     common['out_width'] = shapes[last][0]
@@ -138,6 +138,37 @@ def build(found: source_lib.Found, part: str, num_heads: int | None) -> Any:
     )
 
 
+def _ours(found: source_lib.Found) -> Encoder:
+  """Returns the encoder of a config of ours, held against the tensors.
+
+  Raises:
+    WeightsError: the config describes no network, or another one.
+  """
+  try:
+    encoder = from_fields(found.config)
+    network = getattr(encoder, 'image', encoder)
+    described = {'depth': network.depth, 'width': network.width}
+    if isinstance(network, vit.Vit):
+      described['patch'] = math.prod(network.patch) * len(network.mean)
+  except (TypeError, ValueError) as e:
+    raise read.WeightsError(
+      f'{found.source}: config.json describes no network: {str(e)[:200]}'
+    ) from e
+  tensors = found.groups['']
+  blocks = {n.split('/')[0] for n in tensors if n.startswith('block_')}
+  stored = {'depth': len(blocks), 'width': network.width}
+  if isinstance(network, vit.Vit):
+    stored['patch'], stored['width'] = tensors['embed/kernel'].shape
+  for field, value in described.items():
+    if value != stored[field]:
+      raise read.WeightsError(
+        f'{found.source}: {field} is {read.short(value)} by config.json and '
+        f'{stored[field]} by the tensors (a patch counts its values); one of '
+        'the two files is of another model'
+      )
+  return encoder
+
+
 def _image(
   found: source_lib.Found, table: pairs.Part, fields: Mapping[str, Any]
 ) -> framewise.Framewise:
@@ -146,8 +177,8 @@ def _image(
   MAE's positions are a formula, which fits every grid, and are recognised by
   their numbers; other tables were learned.
   """
-  rows = {r.ours: r for r in table.rows(1)}
   tensors = found.tensors('encoder')
+  rows = pairs.by_name(table.rows(1), tensors)
 
   def read_piece(ours: str) -> np.ndarray:
     stored = np.asarray(tensors[rows[ours].theirs][1], np.float32)
@@ -155,22 +186,29 @@ def _image(
 
   fixed = _is_formula(read_piece('positions'), read_piece('class_position'))
   kernel = tensors[rows['embed/kernel'].theirs][1].shape
+  _, registers = tensors.get(rows['registers'].theirs, ('', None))
+  resize = found.layout.resize
+  if fixed:
+    resize = 'trilinear'  # a formula fits every grid
+  elif registers is not None:
+    resize = 'bicubic_antialias'
   image = vit.Vit(
     **fields,
     patch=(1, *kernel[2:]),
     positions='sincos_2d' if fixed else 'learned',
+    registers=0 if registers is None else registers.shape[1],
     layer_scale='block_00/gain_1' in rows,
+    resize=resize,
   )
   return framewise.Framewise(image)
 
 
 def _is_formula(of_grid: np.ndarray, of_class: np.ndarray) -> bool:
   """Returns whether a table [1, h, w, D] and a class row are MAE's."""
-  width = of_grid.shape[3]
-  if width % 4 or np.abs(of_class).max() > SAME_TABLE:
+  if np.abs(of_class).max() > video_positions.SAME_TABLE:
     return False
-  formula = positions.sincos_2d(of_grid.shape[:3], width)
-  return bool(np.abs(of_grid.reshape(-1, width) - formula).max() < SAME_TABLE)
+  table = of_grid.reshape(-1, of_grid.shape[3])
+  return video_positions.is_formula(table, 'sincos_2d', of_grid.shape[:3])
 
 
 def _scaling4d(
@@ -225,8 +263,11 @@ def _common(
 ) -> dict[str, Any]:
   """Returns the fields that encoders and heads share."""
   config, family = found.config, found.layout.family
-  rows = {r.ours: r.theirs for r in table.rows(1)}
-  mlp, width = shapes[rows['block_00/mlp/fc1/kernel']]
+  rows = pairs.by_name(table.rows(1), shapes)
+  fc1 = rows['block_00/mlp/fc1/kernel']
+  mlp, width = shapes[fc1.theirs]
+  gate = rows.get('block_00/mlp/gate/kernel')
+  swiglu = gate is not None and gate.theirs in shapes
   if part == 'encoder':
     name = 'num_attention_heads'
   else:
@@ -249,7 +290,8 @@ def _common(
     'width': width,
     'depth': table.depth(shapes),
     'num_heads': heads,
-    'mlp_width': mlp,
+    'mlp_width': mlp // fc1.parts,
+    **({'mlp': 'swiglu'} if swiglu else {}),
     'gelu': 'exact' if activation == 'gelu' else 'tanh',
     'norm_eps': config.get('layer_norm_eps', 1e-6),
   }

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from vssl_jax.weights import read
+from vssl_jax.weights import archives, read
 
 # Weights hardly shrink: a file that unpacks to more than this many times its
 # size is a trap.
@@ -74,17 +74,19 @@ def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
   """
   path = pathlib.Path(path)
   try:
+    infos = archives.entries(path)
+    _check(path, infos)
     with zipfile.ZipFile(path) as archive:
-      _check(path, archive.infolist())
       return {
         info.filename.removesuffix('.npy'): _tensor(path, archive, info)
-        for info in archive.infolist()
+        for info in infos
       }
-  except read.WeightsError:
+  except (read.WeightsError, OSError):
     raise
   except Exception as e:  # a damaged header can fail in any way
     raise read.WeightsError(
-      f'{path}: no npz file, or a damaged one ({e}); download it again'
+      f'{path}: no npz file, or a damaged one ({str(e)[:200]}); download it '
+      'again'
     ) from e
 
 
@@ -96,12 +98,9 @@ def _check(path: pathlib.Path, infos: list[zipfile.ZipInfo]) -> None:
   known = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
   if any(i.compress_type not in known for i in infos):
     raise read.WeightsError(f'{path}: packed in a way that numpy never does')
-  if len({i.filename for i in infos}) != len(infos):
-    raise read.WeightsError(f'{path}: a name occurs twice')
   if any(i.file_size != i.compress_size for i in stored):
     raise read.WeightsError(f'{path}: an array has two sizes')
-  # Entries that lie over each other would count the same bytes again.
-  if sum(i.compress_size for i in infos) > size or unpacked > MAX_RATIO * size:
+  if unpacked > MAX_RATIO * size:
     raise read.WeightsError(
       f'{path}: {size} bytes that claim to unpack to {unpacked}; wanted at '
       f'most {MAX_RATIO} times as many. It is damaged or hostile'
@@ -114,7 +113,7 @@ def _tensor(
   """Returns an array by its header, checked against its size."""
   name = info.filename
   if not name.endswith('.npy'):
-    raise read.WeightsError(f'{path}: {name!r} is no array')
+    raise read.WeightsError(f'{path}: {read.short(name)} is no array')
   with archive.open(info) as file:
     version = np.lib.format.read_magic(file)
     reader = {
@@ -122,18 +121,26 @@ def _tensor(
       (2, 0): np.lib.format.read_array_header_2_0,
     }.get(version)
     if reader is None:
-      raise read.WeightsError(f'{path}: {name!r} has version {version}')
+      raise read.WeightsError(
+        f'{path}: {read.short(name)} has version {version}'
+      )
     shape, columns, dtype = reader(file)
     start = file.tell()
   if dtype.kind not in 'biuf':
     raise read.WeightsError(
-      f'{path}: {name!r} holds {dtype}, wanted numbers. Objects can run code; '
-      'if you trust the file, load it where it was made and save plain arrays'
+      f'{path}: {read.short(name)} holds {str(dtype)[:80]}, wanted numbers. '
+      'Objects can run code; if you trust the file, load it where it was made '
+      'and save plain arrays'
+    )
+  if len(shape) > read.MAX_AXES or not all(0 <= n < 2**63 for n in shape):
+    raise read.WeightsError(
+      f'{path}: {read.short(name)} has the shape {read.short(shape)}, wanted '
+      f'natural numbers, and at most {read.MAX_AXES} axes'
     )
   size = math.prod(shape) * dtype.itemsize
-  if size != info.file_size - start or any(n < 0 for n in shape):
+  if size != info.file_size - start:
     raise read.WeightsError(
-      f'{path}: {name!r} of shape {shape} and type {dtype} needs {size} bytes '
-      f'and has {info.file_size - start}'
+      f'{path}: {read.short(name)} of shape {shape} and type {dtype} needs '
+      f'{size} bytes and has {info.file_size - start}'
     )
   return Tensor(str(path), name, shape, dtype, start, 'F' if columns else 'C')

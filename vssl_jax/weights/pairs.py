@@ -10,6 +10,10 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from vssl_jax.weights import read
+
+MAX_BLOCKS = 512  # of which a ViT-e has 56
+
 
 class Row(NamedTuple):
   """One of our leaves and the tensor, or the part of one, that fills it.
@@ -37,19 +41,31 @@ class Part:
     layers: (ours, theirs, kind) outside the blocks.
     block: (ours, theirs, kind) inside a block.
     blocks: their name of block {i}.
-    groups: where in a `.pth` file it is, best first; '' for the top.
+    groups: where in a `.pth` file it is, best to evaluate first; '' for the
+      top.
+    trained: those to continue training from, which come before `groups` then.
   """
 
   layers: tuple[tuple[str, str, str], ...]
   block: tuple[tuple[str, str, str], ...]
   blocks: str
   groups: tuple[str, ...] = ('',)
+  trained: tuple[str, ...] = ()
 
   def depth(self, names: Iterable[str]) -> int:
-    """Returns how many blocks a file has, whatever its config says."""
+    """Returns how many blocks a file has, whatever its config says.
+
+    Raises:
+      WeightsError: more than any model has, as by a hostile name.
+    """
     pattern = re.escape(self.blocks).replace(r'\{i\}', r'(\d+)')
-    numbers = [int(m[1]) for n in names if (m := re.match(pattern, n))]
-    return max(numbers, default=-1) + 1
+    texts = {m[1] for n in names if (m := re.match(pattern, n))}
+    if any(len(text) > 4 or int(text) >= MAX_BLOCKS for text in texts):
+      raise read.WeightsError(
+        f'found a block {read.short(max(texts, key=len))}, wanted at most '
+        f'{MAX_BLOCKS} blocks'
+      )
+    return max(map(int, texts), default=-1) + 1
 
   def rows(self, depth: int, tokens: int = 1) -> tuple[Row, ...]:
     """Returns all pairs of tensors.
@@ -90,6 +106,19 @@ def _fused(form: str, leaf: str, suffix: str) -> Any:
   ]
 
 
+def _halves(ours: str, theirs: str, tokens: int) -> list[Row]:
+  """One linear layer for SwiGLU's gate and for what it gates."""
+  del tokens
+  return [
+    Row(f'{ours}/{layer}/{leaf}', f'{theirs}.{suffix}', form, part, 2)
+    for part, layer in enumerate(('gate', 'fc1'))
+    for leaf, suffix, form in (
+      ('kernel', 'weight', 'dense'),
+      ('bias', 'bias', 'same'),
+    )
+  ]
+
+
 KINDS = {
   'dense': _pair('kernel', 'dense'),
   'conv': _pair('kernel', 'conv'),
@@ -102,6 +131,8 @@ KINDS = {
   'bias': lambda ours, theirs, tokens: [Row(f'{ours}/bias', theirs)],
   'qkv': _fused('dense', 'kernel', 'weight'),
   'qkv_bias': _fused('same', 'bias', 'bias'),
+  'swiglu': _halves,
+  'registers': lambda ours, theirs, tokens: [Row(ours, theirs, 'registers')],
   'token': lambda ours, theirs, tokens: [Row(ours, theirs, 'token')],
   'stacked_tokens': lambda ours, theirs, tokens: [
     Row(f'{ours}_{n}', theirs, 'token', n, tokens) for n in range(tokens)
@@ -125,6 +156,19 @@ KINDS = {
 }
 
 
+def by_name(rows: Iterable[Row], names: Iterable[str]) -> dict[str, Row]:
+  """Returns our names and their rows; a row that the file has comes first.
+
+  Args:
+    rows: a table, which may have several rows for a leaf of ours where codes
+      name it differently.
+    names: of the file's tensors.
+  """
+  rows, names = list(rows), set(names)
+  there = {r.ours: r for r in rows if r.theirs in names}
+  return {r.ours: r for r in reversed(rows)} | there
+
+
 # Lines of a block, as most codes call these layers.
 MLP = (('mlp/fc1', 'mlp.fc1', 'dense'), ('mlp/fc2', 'mlp.fc2', 'dense'))
 
@@ -142,6 +186,8 @@ class Layout:
     others: patterns of names that belong to neither part; never an error.
     family: `vjepa2`, `videomae`, `scaling4d`, `image` or `hiera`, which
       decides the fields of the network.
+    resize: how the released code makes its learned positions fit another
+      grid, a name in `resizing.NAMES`.
   """
 
   name: str
@@ -150,3 +196,4 @@ class Layout:
   renames: tuple[tuple[str, str], ...]
   others: tuple[str, ...]
   family: str
+  resize: str = 'trilinear'

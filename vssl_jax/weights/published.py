@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vssl_jax import masking
 from vssl_jax.models import framewise, hiera, hiera_mae, layers, positions, vit
@@ -21,6 +22,7 @@ from vssl_jax.weights import (
   modules,
   pairs,
   read,
+  video_positions,
 )
 from vssl_jax.weights import source as source_lib
 
@@ -86,6 +88,7 @@ def load_published(
   source: str | os.PathLike[str],
   *,
   part: str = 'encoder',
+  trained: bool = False,
   num_heads: int | None = None,
   grid: layers.Grid | None = None,
   allow_missing: Iterable[str] = (),
@@ -99,6 +102,8 @@ def load_published(
       `.npz` file; a single `.safetensors`, `.npz`, `.pth` or `.pt` file; or a
       hub id.
     part: `encoder`, or `head` for the predictor or decoder beside it.
+    trained: of a file with a network and its average, take the network that
+      was trained, to continue from it, and not the average.
     num_heads: attention heads, for a file without a config whose width says
       nothing about them.
     grid: tokens (t, h, w) to resize learned positions to, of Hiera those of
@@ -117,10 +122,15 @@ def load_published(
     WeightsError: nothing there, an unknown layout, or keys that do not fit.
   """
   found = source_lib.open_source(source)
+  found = dataclasses.replace(found, trained=trained)
   module = modules.build(found, part, num_heads).clone(**fields)
   named = found.tensors(part)
   if found.layout and found.layout.family == hiera_tables.FAMILY:
     named = hiera_files.tensors(found, part)
+  family = found.layout.family if found.layout else ''
+  if family == 'videomae' and part == 'encoder':
+    video_positions.log(found)
+    named = _with_grid(found, named)
   shapes = _shapes(module, named, grid or _grid(found, part))
   rows, others = _rows(found, part, module, named)
   keys = {name: key for name, (key, _) in named.items()}
@@ -130,6 +140,7 @@ def load_published(
     shapes,
     source=found.source,
     layout=found.layout.name if found.layout else source_lib.OURS,
+    resize=getattr(getattr(module, 'image', module), 'resize', 'trilinear'),
     allow_missing=allow_missing,
     allow_unused=(*allow_unused, *others),
   )
@@ -157,11 +168,23 @@ def _rows(
         f'{re.escape(row.theirs)}$'
         for row in other.rows(other.depth(named), tokens)
       ]
-  image = getattr(module, 'image', None)
-  if isinstance(image, vit.Vit) and image.positions in positions.TABLES:
+  network = getattr(module, 'image', module)
+  if isinstance(network, vit.Vit) and network.positions in positions.TABLES:
     # Computed again, so that it fits every grid.
     others += [f'{r.theirs}$' for r in rows if r.ours == 'positions']
   return rows, tuple(others)
+
+
+def _with_grid(
+  found: source_lib.Found, named: Mapping[str, tuple[str, read.Tensor]]
+) -> dict[str, tuple[str, read.Tensor]]:
+  """Returns tensors whose learned positions [1, N, D] are [t, h, w, D]."""
+  position, named = video_positions.of(found), dict(named)
+  if position.kind == 'learned':
+    key, x = named[video_positions.STORED]
+    table = np.asarray(x).reshape(*position.grid, x.shape[2])
+    named[video_positions.STORED] = key, table
+  return named
 
 
 def _grid(found: source_lib.Found, part: str = 'encoder') -> layers.Grid | None:
@@ -171,6 +194,9 @@ def _grid(found: source_lib.Found, part: str = 'encoder') -> layers.Grid | None:
   if found.layout is not None and found.layout.family == hiera_tables.FAMILY:
     return hiera_files.grid(found, part)
   name = 'positions'
+  if found.layout is not None and found.layout.family == 'videomae':
+    position = video_positions.of(found)
+    return position.grid if part == 'encoder' else None
   if found.layout is not None:
     rows = found.layout.parts['encoder'].rows(0)
     name = {r.ours: r.theirs for r in rows}.get(name, '')

@@ -18,6 +18,9 @@ import numpy as np
 
 # A ViT-G has about 800 tensors and a header of 100 kB.
 MAX_HEADER = 8 * 2**20
+MAX_JSON = 8 * 2**20
+MAX_NESTED = 16  # objects and lists within each other, in a config
+MAX_AXES = 32
 
 DTYPES = {
   'F64': np.dtype('<f8'),
@@ -35,6 +38,55 @@ DTYPES = {
 
 class WeightsError(ValueError):
   """A weight file that is damaged, hostile, or does not fit."""
+
+
+def short(x: Any) -> str:
+  """Returns a text for messages, in bounded time whatever a file built."""
+  if isinstance(x, str):
+    return repr(x[:60]) + ('...' if len(x) > 60 else '')
+  if x is None or isinstance(x, bool | float):
+    return repr(x)
+  if isinstance(x, int):
+    return str(x) if abs(x) < 2**63 else 'a huge integer'
+  if isinstance(x, list | tuple) and len(x) <= MAX_AXES:
+    if all(isinstance(n, int) and abs(n) < 2**63 for n in x):
+      return str(x)
+  return f'a {type(x).__name__}'
+
+
+def json_object(path: pathlib.Path) -> dict[str, Any]:
+  """Reads a JSON object of a folder with weights.
+
+  Raises:
+    WeightsError: no object, too large, nested too deeply, or with numbers that
+      are not finite.
+  """
+  size = path.stat().st_size
+  if size > MAX_JSON:
+    raise WeightsError(f'{path}: {size} bytes, wanted at most {MAX_JSON}')
+
+  def refuse(name: str) -> None:
+    raise ValueError(f'{name} is no number')
+
+  try:
+    found = json.loads(path.read_bytes(), parse_constant=refuse)
+  except (ValueError, RecursionError) as e:
+    raise WeightsError(f'{path}: not valid JSON: {str(e)[:200]}') from e
+  if not isinstance(found, dict):
+    raise WeightsError(f'{path}: no JSON object')
+  level = list(found.values())
+  for _ in range(MAX_NESTED):
+    level = [
+      y
+      for x in level
+      if isinstance(x, dict | list)
+      for y in (x.values() if isinstance(x, dict) else x)
+    ]
+  if level:
+    raise WeightsError(
+      f'{path}: nested more than {MAX_NESTED} deep, wanted a config'
+    )
+  return found
 
 
 @runtime_checkable
@@ -70,7 +122,7 @@ def safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
   for key, (begin, end) in sorted(spans.items(), key=lambda x: x[1]):
     if begin != at:
       what = 'overlaps the tensor before it' if begin < at else 'leaves a gap'
-      raise WeightsError(f'{path}: tensor {key!r} at byte {begin} {what}')
+      raise WeightsError(f'{path}: tensor {short(key)} at byte {begin} {what}')
     at = end
   if at != size:
     raise WeightsError(
@@ -107,7 +159,9 @@ def _header(path: pathlib.Path) -> tuple[dict[str, Any], int]:
   try:
     header = json.loads(text, object_pairs_hook=_unique)
   except (ValueError, RecursionError) as e:
-    raise WeightsError(f'{path}: the header is not valid JSON: {e}') from e
+    raise WeightsError(
+      f'{path}: the header is not valid JSON: {str(e)[:200]}'
+    ) from e
   if not isinstance(header, dict):
     raise WeightsError(f'{path}: the header is no JSON object')
   return header, 8 + length
@@ -124,28 +178,38 @@ def _span(path: pathlib.Path, key: str, entry: Any) -> tuple[int, int]:
   """Returns the first and last byte of a tensor, checked against its shape."""
 
   def natural(x: Any) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and x >= 0
+    return type(x) is int and 0 <= x < 2**63
 
   try:
     dtype, shape = DTYPES[entry['dtype']], entry['shape']
     begin, end = entry['data_offsets']
   except (KeyError, TypeError, ValueError) as e:
     raise WeightsError(
-      f'{path}: tensor {key!r} is described by {str(entry)[:80]!r}; wanted '
-      f'shape, data_offsets and a dtype out of {sorted(DTYPES)}'
+      f'{path}: tensor {short(key)} is described by {_described(entry)}; '
+      f'wanted shape, data_offsets and a dtype out of {sorted(DTYPES)}'
     ) from e
   sizes = shape if isinstance(shape, list) else [None]
-  if not all(natural(n) for n in [*sizes, begin, end]) or len(sizes) > 32:
+  long = len(sizes) > MAX_AXES
+  if long or not all(natural(n) for n in [*sizes, begin, end]):
     raise WeightsError(
-      f'{path}: tensor {key!r} has shape {str(shape)[:80]} at bytes '
-      f'{begin} to {end}; wanted natural numbers'
+      f'{path}: tensor {short(key)} has shape {short(shape)} at bytes '
+      f'{short(begin)} to {short(end)}; wanted natural numbers, and at most '
+      f'{MAX_AXES} axes'
     )
   if end - begin != math.prod(shape) * dtype.itemsize:
     raise WeightsError(
-      f'{path}: tensor {key!r} of shape {shape} and type {entry["dtype"]} '
+      f'{path}: tensor {short(key)} of shape {shape} and type {entry["dtype"]} '
       f'needs {math.prod(shape) * dtype.itemsize} bytes and has {end - begin}'
     )
   return begin, end
+
+
+def _described(entry: Any) -> str:
+  """Returns the parts of a tensor's description for a message."""
+  if not isinstance(entry, dict):
+    return short(entry)
+  parts = [f'{short(k)}: {short(x)}' for k, x in list(entry.items())[:4]]
+  return '{' + ', '.join(parts) + '}'
 
 
 def write_safetensors(

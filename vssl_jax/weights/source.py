@@ -2,19 +2,27 @@
 
 import dataclasses
 import hashlib
-import json
 import os
 import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from vssl_jax.weights import npz, pairs, read, tables, unpickle
+from vssl_jax.weights import (
+  config_fields,
+  npz,
+  pairs,
+  read,
+  tables,
+  unpickle,
+)
 
 OURS = 'vssl_vit'  # model_type of the layout that fits every Vit
 CLASSIFIER = 'classifier/'  # begins the names of a classifier there
 HUB_ID = re.compile(r'^[\w-][\w.-]*/[\w-][\w.-]*$')
 HUB_FILES = ('*.json', '*.safetensors')
+# What a VideoMAE-style source may be followed by: `x.pth#mvd`.
+NAMED = ('videomae', 'mvd')
 WEIGHTS = ('.safetensors', '.npz', '.pth', '.pt')
 
 
@@ -27,12 +35,16 @@ class Found:
     config: of `config.json`; empty where there is none.
     groups: name -> key -> tensor; one group '' but for `.pth` files.
     layout: the table, or None for our own layout.
+    named: the layout that the user named behind a `#`, out of `NAMED`, or ''.
+    trained: whether the network that was trained comes before its average.
   """
 
   source: str
   config: Mapping[str, Any]
   groups: Mapping[str, Mapping[str, read.Tensor]]
   layout: pairs.Layout | None
+  named: str = ''
+  trained: bool = False
 
   def tensors(self, part: str) -> dict[str, tuple[str, read.Tensor]]:
     """Returns the table's name -> (their key, tensor) of one part."""
@@ -43,15 +55,24 @@ class Found:
         if not k.startswith(CLASSIFIER)
       }
     groups = self.layout.parts[part].groups
+    if self.trained:
+      groups = (*self.layout.parts[part].trained, *groups)
     group = next((g for g in groups if g in self.groups), None)
     if group is None:
       raise read.WeightsError(
         f'{self.source}: no {part}; found {sorted(self.groups)}, wanted one '
         f'of {groups}'
       )
-    return {
-      _renamed(k, self.layout): (k, x) for k, x in self.groups[group].items()
-    }
+    tensors = self.groups[group]
+    named = {_renamed(k, self.layout): (k, x) for k, x in tensors.items()}
+    if len(named) != len(tensors):
+      kept = {key for key, _ in named.values()}
+      double = next(k for k in tensors if k not in kept)
+      raise read.WeightsError(
+        f'{self.source}: {read.short(double)} and another key are the same '
+        f'name of the layout {self.layout.name}'
+      )
+    return named
 
 
 def _renamed(key: str, layout: pairs.Layout) -> str:
@@ -60,25 +81,47 @@ def _renamed(key: str, layout: pairs.Layout) -> str:
   return key
 
 
+def _place(source: str | os.PathLike[str]) -> tuple[pathlib.Path, str]:
+  """Returns the file or folder of a source, and the layout named behind it.
+
+  Raises:
+    WeightsError: it does not exist, or the layout is not one of `NAMED`.
+  """
+  text, named = str(source), ''
+  if text and pathlib.Path(text).exists():
+    return pathlib.Path(text), named
+  if '#' in text:
+    text, _, named = text.rpartition('#')
+    if named not in NAMED:
+      raise read.WeightsError(
+        f'{source}: no such file, and the layout behind # is {named!r}, wanted '
+        f'one of {NAMED}'
+      )
+  path = pathlib.Path(text)
+  return (path if text and path.exists() else _download(text)), named
+
+
 def open_source(source: str | os.PathLike[str]) -> Found:
   """Opens a folder, a file or a model on the hub.
 
   Args:
     source: a folder with `config.json` and safetensors files, or with one
       `.npz` file; a single `.safetensors`, `.npz`, `.pth` or `.pt` file; or a
-      hub id.
+      hub id. `#mvd` or `#videomae` may follow, for files of the names of
+      VideoMAE that do not tell which of the two they are of.
 
   Raises:
     WeightsError: it does not exist, or its layout is unknown.
   """
-  path = pathlib.Path(source)
-  if not str(source) or not path.exists():
-    path = _download(str(source))
+  path, named = _place(source)
   config: dict[str, Any] = {}
   if path.is_dir():
     for name in ('preprocessor_config.json', 'config.json'):
       if (path / name).exists():
-        config |= _json(path / name)
+        config |= read.json_object(path / name)
+    config_fields.check(str(path / 'config.json'), config)
+    # transformers writes null for what is not set.
+    config = {name: x for name, x in config.items() if x is not None}
     groups = {'': _folder(path)}
   elif path.suffix == '.safetensors':
     groups = {'': read.safetensors(path)}
@@ -86,7 +129,26 @@ def open_source(source: str | os.PathLike[str]) -> Found:
     groups = {'': npz.load(path)}
   else:
     groups = _groups(unpickle.load(path))
-  return Found(str(source), config, groups, _recognise(str(source), groups))
+  _check_tensors(str(source), groups)
+  layout = _recognise(str(source), groups)
+  if named and (layout is None or layout.family != 'videomae'):
+    raise read.WeightsError(
+      f'{source}: #{named} is for files of the names of VideoMAE, and this '
+      f'one is of the layout {layout.name if layout else OURS}; leave it out'
+    )
+  return Found(str(source), config, groups, layout, named)
+
+
+def _check_tensors(
+  source: str, groups: Mapping[str, Mapping[str, read.Tensor]]
+) -> None:
+  """Refuses tensors without numbers, whose other axes may be of any size."""
+  for group in groups.values():
+    for key, x in group.items():
+      if 0 in x.shape:
+        raise read.WeightsError(
+          f'{source}: {read.short(key)} is empty, of shape {tuple(x.shape)}'
+        )
 
 
 def fingerprint(source: str | os.PathLike[str]) -> str:
@@ -98,14 +160,12 @@ def fingerprint(source: str | os.PathLike[str]) -> str:
   Raises:
     WeightsError: it does not exist, or holds no such file.
   """
-  path = pathlib.Path(source)
-  if not path.exists():
-    path = _download(str(source))
+  path, named = _place(source)
   files = sorted(path.iterdir()) if path.is_dir() else [path]
   files = [f for f in files if f.suffix in ('.json', *WEIGHTS)]
   if all(f.suffix == '.json' for f in files):
     raise read.WeightsError(f'{source}: found no file of {WEIGHTS}')
-  digest = hashlib.sha256()
+  digest = hashlib.sha256(named.encode())
   for file in files:
     with file.open('rb') as f:
       digest.update(hashlib.file_digest(f, 'sha256').digest())
@@ -138,16 +198,6 @@ def _download(source: str) -> pathlib.Path:
     ) from e
 
 
-def _json(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    found = json.loads(path.read_text())
-  except (ValueError, RecursionError) as e:
-    raise read.WeightsError(f'{path}: not valid JSON: {e}') from e
-  if not isinstance(found, dict):
-    raise read.WeightsError(f'{path}: no JSON object')
-  return found
-
-
 def _folder(path: pathlib.Path) -> dict[str, read.Tensor]:
   """Returns the tensors of one file, or of the files of an index."""
   arrays = sorted(path.glob('*.npz'))
@@ -156,11 +206,13 @@ def _folder(path: pathlib.Path) -> dict[str, read.Tensor]:
   index = path / 'model.safetensors.index.json'
   names = ['model.safetensors']
   if index.exists():
-    names = sorted(set(_json(index).get('weight_map', {}).values()))
+    names = _indexed(index)
   tensors: dict[str, read.Tensor] = {}
   for name in names:
-    if not isinstance(name, str) or pathlib.Path(name).name != name:
-      raise read.WeightsError(f'{index}: {name!r} is not a file beside it')
+    if pathlib.Path(name).name != name:
+      raise read.WeightsError(
+        f'{index}: {read.short(name)} is not a file beside it'
+      )
     if not (path / name).exists():
       raise read.WeightsError(
         f'{path}: no {name}; found {sorted(p.name for p in path.iterdir())}. '
@@ -170,19 +222,42 @@ def _folder(path: pathlib.Path) -> dict[str, read.Tensor]:
   return tensors
 
 
+def _indexed(index: pathlib.Path) -> list[str]:
+  """Returns the files that an index names."""
+  files = read.json_object(index).get('weight_map')
+  if not isinstance(files, dict) or not files:
+    raise read.WeightsError(f'{index}: no weight_map, wanted key -> file')
+  names = {x if isinstance(x, str) else read.short(x) for x in files.values()}
+  return sorted(names)
+
+
 def _groups(payload: Any) -> dict[str, dict[str, read.Tensor]]:
-  """Returns every dict of tensors in a `.pth` file, by its name."""
+  """Returns the dicts of tensors in a `.pth` file that a layout may use."""
   if not isinstance(payload, dict):
     raise read.WeightsError('the .pth file holds no dict of tensors')
-  groups = {'': payload, **payload}
+  names = {
+    name
+    for layout in tables.LAYOUTS
+    for part in layout.parts.values()
+    for name in (*part.groups, *part.trained)
+  }
   found = {}
-  for name, group in groups.items():
+  for name in sorted(names):
+    group = payload.get(name) if name else payload
     if isinstance(group, dict):
       tensors = {
-        k: x for k, x in group.items() if isinstance(x, unpickle.Tensor)
+        k: x
+        for k, x in group.items()
+        if isinstance(k, str) and isinstance(x, unpickle.Tensor)
       }
       if tensors:
         found[name] = tensors
+  if not found:
+    keys = [read.short(k) for k in list(payload)[:5]]
+    raise read.WeightsError(
+      f'the .pth file has no tensors at its top, nor under one of '
+      f'{sorted(names - {""})}; found {", ".join(keys)}'
+    )
   return found
 
 
@@ -197,7 +272,7 @@ def _recognise(
       names = {_renamed(k, layout) for k in groups.get(group, {})}
       if names.issuperset(layout.marks):
         return layout
-  some = [k for group in groups.values() for k in group][:3]
+  some = [k[:80] for group in groups.values() for k in group][:3]
   raise read.WeightsError(
     f'{source}: the layout is unknown; keys look like {some}. Known are '
     f'{", ".join(layout.name for layout in tables.LAYOUTS)} and {OURS}'

@@ -81,6 +81,7 @@ ORIGINAL_VJEPA2 = {
     _ORIGINAL_VJEPA2_BLOCK,
     'blocks.{i}',
     ('target_encoder', 'encoder', ''),  # evaluation uses the average
+    ('encoder',),
   ),
   'head': pairs.Part(
     (
@@ -96,7 +97,11 @@ ORIGINAL_VJEPA2 = {
 }
 ORIGINAL_VIDEOMAE = {
   'encoder': pairs.Part(
-    (('embed', 'patch_embed.proj', 'conv'), ('norm', 'norm', 'norm')),
+    (
+      ('embed', 'patch_embed.proj', 'conv'),
+      ('positions', 'pos_embed', 'table'),  # if they were learned
+      ('norm', 'norm', 'norm'),
+    ),
     _ORIGINAL_VIDEOMAE_BLOCK,
     'blocks.{i}',
     ('model', 'module', ''),
@@ -168,6 +173,26 @@ LAYOUTS = (
     ((r'^(module\.)?(backbone\.)?', ''),),
     (),
     'vjepa2',
+  ),
+  # Of pre-training: a decoder and a mask token for each of two teachers. Files
+  # of MVD's fine-tuning have the names of VideoMAE's, see `video_positions`.
+  pairs.Layout(
+    'MVD (original)',
+    {'encoder': ORIGINAL_VIDEOMAE['encoder']},
+    (
+      'patch_embed.proj.weight',
+      'blocks.0.attn.q_bias',
+      'mask_token_img',
+      'mask_token_vid',
+    ),
+    ((r'^module\.', ''),),
+    (
+      r'mask_token_(img|vid)$',
+      r'pos_embed_(img|vid)$',
+      r'down_(img|vid)\.',
+      r'decoder_(img|vid)\.',
+    ),
+    'videomae',
   ),
   pairs.Layout(
     'VideoMAE (original)',

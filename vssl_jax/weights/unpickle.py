@@ -1,18 +1,19 @@
 """Reads `.pth` files of PyTorch without PyTorch and without running them.
 
 Such a file is a zip archive of raw tensor data and one pickle, and a pickle
-is a program: it can name any function and call it. The reader below resolves
-only the names in its own tables, to objects of this file. The few names of
-`INERT` (options that trainers saved) become empty objects; any other name is
-an error.
+is a program: it can name any function and call it. The reader below steps
+through the instructions itself. It builds containers, strings, numbers and
+`Tensor`s, calls the functions in its own tables and nothing else, and never
+formats, hashes or compares what a pickle built, which may be exponentially
+large. The few names of `INERT` (options that trainers saved) become empty
+objects; any other name is an error.
 """
 
 import dataclasses
-import io
 import math
 import os
 import pathlib
-import pickle
+import pickletools
 import zipfile
 from collections.abc import Callable
 from typing import Any
@@ -20,9 +21,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from vssl_jax.weights import read
+from vssl_jax.weights import archives, read
 
-MAX_PICKLE = 256 * 2**20
+# The training state of a ViT-g has 4,000 tensors: 1 MB and 200,000 steps.
+MAX_PICKLE = 16 * 2**20
+MAX_STEPS = 1_000_000
+# All tensors together, over the bytes of the file: some share their numbers.
+MAX_SHARED = 4
 
 STORAGES = {
   'DoubleStorage': np.dtype('<f8'),
@@ -44,109 +49,239 @@ INERT = {
   ('numpy._core.multiarray', 'scalar'),
   ('torch', 'device'),
 }
+# Instructions whose argument is the value that they push.
+CONSTANTS = {
+  'BINFLOAT', 'BININT', 'BININT1', 'BININT2', 'LONG1', 'LONG4',
+  'BINUNICODE', 'SHORT_BINUNICODE', 'BINUNICODE8', 'BINBYTES',
+  'SHORT_BINBYTES', 'BINBYTES8', 'BINSTRING', 'SHORT_BINSTRING', 'BYTEARRAY8',
+  'INT', 'LONG', 'FLOAT', 'STRING', 'UNICODE',
+}  # fmt: skip
+SINGLES = {'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False}
+TUPLES = {'EMPTY_TUPLE': 0, 'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Tensor:
   """A tensor inside an archive, read when numpy asks for it.
 
   Attributes:
-    path: the archive.
-    entry: name of the storage inside it.
+    storage: the raw data.
     dtype: of the numbers.
     offset: of the first number in the storage, counted in numbers.
     shape: sizes.
     strides: steps between neighbours along each axis, counted in numbers.
   """
 
-  path: str
-  entry: str
+  storage: archives.Stored
   dtype: np.dtype
   offset: int
   shape: tuple[int, ...]
   strides: tuple[int, ...]
 
+  @property
+  def nbytes(self) -> int:
+    """Size of the numbers in bytes."""
+    return math.prod(self.shape) * self.dtype.itemsize
+
   def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
     """Returns the numbers, always a copy."""
-    with zipfile.ZipFile(self.path) as archive:
-      flat = np.frombuffer(archive.read(self.entry), self.dtype)
-    size = self.dtype.itemsize
+    data, size = self.storage.data(), self.dtype.itemsize
+    flat = data[: len(data) // size * size].view(self.dtype)
     view = np.lib.stride_tricks.as_strided(
       flat[self.offset :], self.shape, [s * size for s in self.strides]
     )
     return np.array(view, dtype)
 
-  def __setstate__(self, state: Any) -> None:
-    """Refuses: a pickle could point the tensor at another file."""
-    raise read.WeightsError('the pickle tries to change a tensor')
-
 
 class Inert:
   """Takes the place of an object that nobody needs; does nothing."""
 
-  def __init__(self, *args: Any) -> None:
-    del args
 
-  def __setstate__(self, state: Any) -> None:
-    del state
-
-
-class _Dict(dict):
-  """Stands for OrderedDict; takes the attributes that modules leave on it."""
-
-  def __setstate__(self, state: Any) -> None:
-    del state
-
-
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Kind:
-  """A type of storage that a pickle may name and cannot change."""
+  """A type of storage that a pickle may name."""
 
-  __slots__ = ('dtype',)
-
-  def __init__(self, dtype: np.dtype) -> None:
-    self.dtype = dtype
-
-  def __setstate__(self, state: Any) -> None:
-    raise read.WeightsError('the pickle tries to change a type')
+  dtype: np.dtype
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Call:
-  """A function that a pickle may call and cannot change."""
+  """A function that a pickle may call."""
 
-  __slots__ = ('_function',)
-
-  def __init__(self, function: Callable[..., Any]) -> None:
-    self._function = function
-
-  def __call__(self, *args: Any) -> Any:
-    return self._function(*args)
-
-  def __setstate__(self, state: Any) -> None:
-    raise read.WeightsError('the pickle tries to change a function')
+  function: Callable[..., Any]
 
 
-class _Storage(tuple):
-  """(dtype, entry, length) of the raw data of a tensor."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Storage:
+  """Raw data of tensors.
 
-  __slots__ = ()
+  Attributes:
+    data: bytes in the archive.
+    dtype: of its numbers.
+    length: count of its numbers.
+  """
+
+  data: archives.Stored
+  dtype: np.dtype
+  length: int
 
 
-class _Unpickler(pickle.Unpickler):
-  """Resolves the names of tensors and nothing else."""
+class _Machine:
+  """Steps through the pickle of one file."""
 
-  def __init__(self, path: str, archive: zipfile.ZipFile, root: str) -> None:
-    data = archive.read(root + 'data.pkl')
-    super().__init__(io.BytesIO(data))
-    self._path, self._root = path, root
-    self._sizes = {i.filename: i.file_size for i in archive.infolist()}
+  def __init__(self, path: str, storages: dict[str, archives.Stored]) -> None:
+    self._path, self._storages = path, storages
+    self._stack: list[Any] = []
+    self._below: list[list[Any]] = []  # stacks before each mark
+    self._memo: dict[int, Any] = {}
+    self._steps = 0
+    self.tensors: list[Tensor] = []
     self._names = {
-      ('collections', 'OrderedDict'): _Dict,
+      ('collections', 'OrderedDict'): _Call(self._dict),
       ('torch._utils', '_rebuild_tensor_v2'): _Call(self._tensor),
       ('torch._utils', '_rebuild_parameter'): _Call(lambda data, *rest: data),
-      ('torch', 'Size'): _Call(tuple),
+      ('torch', 'Size'): _Call(self._size),
     }
 
-  def find_class(self, module: str, name: str) -> Any:
+  def run(self, data: bytes) -> Any:
+    """Returns what a pickle builds."""
+    for opcode, argument, _ in pickletools.genops(data):
+      self._spend(1)
+      if opcode.name == 'STOP':
+        return self._stack.pop()
+      self._step(opcode.name, argument)
+    raise self._error('the pickle has no end')
+
+  def _spend(self, steps: int) -> None:
+    self._steps += steps
+    if self._steps > MAX_STEPS:
+      raise self._error(
+        f'a pickle of more than {MAX_STEPS} steps, wanted the names and shapes '
+        'of some thousand tensors'
+      )
+
+  def _step(self, name: str, argument: Any) -> None:
+    """Runs one instruction."""
+    stack = self._stack
+    if name in CONSTANTS:
+      stack.append(argument)
+    elif name in SINGLES:
+      stack.append(SINGLES[name])
+    elif name in TUPLES:
+      count = TUPLES[name]
+      items = tuple(stack[len(stack) - count :])
+      if len(items) != count:
+        raise IndexError('stack')
+      del stack[len(stack) - count :]
+      stack.append(items)
+    elif name in ('BINGET', 'LONG_BINGET', 'GET'):
+      stack.append(self._memo[argument])
+    elif name in ('BINPUT', 'LONG_BINPUT', 'PUT'):
+      self._memo[argument] = stack[-1]
+    elif name == 'MEMOIZE':
+      self._memo[len(self._memo)] = stack[-1]
+    else:
+      instruction = getattr(self, f'_do_{name.lower()}', None)
+      if instruction is None:
+        raise self._error(
+          f'the pickle has the instruction {name}, which torch.save does not '
+          'write'
+        )
+      instruction(argument)
+
+  def _do_proto(self, argument: Any) -> None:
+    pass
+
+  _do_frame = _do_proto
+
+  def _do_mark(self, _: Any) -> None:
+    self._below.append(self._stack)
+    self._stack = []
+
+  def _above_mark(self) -> list[Any]:
+    """Returns what was pushed since the last mark, and removes both."""
+    items, self._stack = self._stack, self._below.pop()
+    self._spend(len(items))
+    return items
+
+  def _do_pop(self, _: Any) -> None:
+    self._stack.pop()
+
+  def _do_pop_mark(self, _: Any) -> None:
+    self._above_mark()
+
+  def _do_dup(self, _: Any) -> None:
+    self._stack.append(self._stack[-1])
+
+  def _do_tuple(self, _: Any) -> None:
+    items = tuple(self._above_mark())
+    self._stack.append(items)
+
+  def _do_list(self, _: Any) -> None:
+    items = self._above_mark()
+    self._stack.append(items)
+
+  # Members of sets are not hashed.
+  _do_frozenset = _do_list
+
+  def _do_empty_list(self, _: Any) -> None:
+    self._stack.append([])
+
+  _do_empty_set = _do_empty_list
+
+  def _do_append(self, _: Any) -> None:
+    item = self._stack.pop()
+    self._top(list).append(item)
+
+  def _do_appends(self, _: Any) -> None:
+    items = self._above_mark()
+    self._top(list).extend(items)
+
+  _do_additems = _do_appends
+
+  def _do_empty_dict(self, _: Any) -> None:
+    self._stack.append({})
+
+  def _do_dict(self, _: Any) -> None:
+    items = self._above_mark()
+    self._stack.append({})
+    self._set(items)
+
+  def _do_setitem(self, _: Any) -> None:
+    value, key = self._stack.pop(), self._stack.pop()
+    self._set([key, value])
+
+  def _do_setitems(self, _: Any) -> None:
+    self._set(self._above_mark())
+
+  def _set(self, items: list[Any]) -> None:
+    top = self._top(dict)
+    for key, value in zip(items[::2], items[1::2], strict=True):
+      top[key if _is_plain(key) else Inert()] = value
+
+  def _top(self, kind: type) -> Any:
+    top = self._stack[-1]
+    if isinstance(top, Inert):  # options that nobody needs
+      return kind()
+    if not isinstance(top, kind):
+      raise TypeError(f'{type(top).__name__} is no {kind.__name__}')
+    return top
+
+  def _do_global(self, argument: Any) -> None:
+    module, _, name = argument.partition(' ')
+    self._stack.append(self._resolve(module, name))
+
+  def _do_inst(self, argument: Any) -> None:
+    self._do_global(argument)
+    raise self._error('the pickle makes an object, which torch.save does not')
+
+  def _do_stack_global(self, _: Any) -> None:
+    name, module = self._stack.pop(), self._stack.pop()
+    if not isinstance(name, str) or not isinstance(module, str):
+      raise TypeError('a name is no text')
+    self._stack.append(self._resolve(module, name))
+
+  def _resolve(self, module: str, name: str) -> Any:
     """Returns what stands for a name in the pickle."""
     if (module, name) in self._names:
       return self._names[module, name]
@@ -154,49 +289,108 @@ class _Unpickler(pickle.Unpickler):
       return _Kind(STORAGES[name])
     if (module, name) in INERT:
       return Inert
-    raise read.WeightsError(
-      f'{self._path}: the pickle asks for {module}.{name}, which is not on '
-      'the list of harmless names; it may be an attempt to run code. If you '
-      'trust the file, load it where it was made and save its state_dict as '
+    raise self._error(
+      f'the pickle asks for {module[:60]}.{name[:60]}, which is not on the '
+      'list of harmless names; it may be an attempt to run code. If you trust '
+      'the file, load it where it was made and save its state_dict as '
       'safetensors'
     )
 
-  def persistent_load(self, pid: Any) -> _Storage:
-    """Returns the place of a storage; checks that the file holds it."""
-    try:
-      word, kind, key, _, length = pid
-      entry, dtype = f'{self._root}data/{key}', kind.dtype
-      if word != 'storage' or not isinstance(kind, _Kind) or length < 0:
-        raise ValueError
-      if self._sizes.get(entry, -1) < length * dtype.itemsize:
-        raise ValueError
-    except (TypeError, ValueError, AttributeError) as e:
-      raise read.WeightsError(
-        f'{self._path}: the pickle describes data that the file does not hold '
-        f'({str(pid)[:120]})'
-      ) from e
-    return _Storage((dtype, entry, length))
+  def _do_reduce(self, _: Any) -> None:
+    arguments, function = self._stack.pop(), self._stack.pop()
+    if not isinstance(arguments, tuple):
+      raise TypeError('arguments are no tuple')
+    if function is Inert:
+      self._stack.append(Inert())
+    elif isinstance(function, _Call):
+      self._stack.append(function.function(*arguments))
+    else:
+      raise self._error('the pickle calls what is no function')
+
+  _do_newobj = _do_reduce
+
+  def _do_build(self, _: Any) -> None:
+    self._stack.pop()
+    top = self._stack[-1]
+    # Attributes that modules leave on their state, and options.
+    if not isinstance(top, dict | Inert):
+      names = {Tensor: 'a tensor', _Kind: 'a type', _Call: 'a function'}
+      what = names.get(type(top), 'an object')
+      raise self._error(f'the pickle tries to change {what}')
+
+  def _do_binpersid(self, _: Any) -> None:
+    """Replaces the description of a storage by its place in the file."""
+    described = self._stack.pop()
+    key = length = None
+    if isinstance(described, tuple) and len(described) == 5:
+      word, kind, key, _, length = described
+      data = self._storages.get(key) if isinstance(key, str) else None
+      is_storage = isinstance(word, str) and word == 'storage'
+      if is_storage and isinstance(kind, _Kind) and data and _is_size(length):
+        if data.size >= length * kind.dtype.itemsize:
+          self._stack.append(_Storage(data, kind.dtype, length))
+          return
+    raise self._error(
+      'the pickle describes data that the file does not hold (storage '
+      f'{read.short(key)} of {read.short(length)} numbers)'
+    )
+
+  def _dict(self, *arguments: Any) -> dict[Any, Any]:
+    """Returns an OrderedDict, empty or of a list of pairs."""
+    items: list[Any] = []
+    for pairs in arguments:
+      if not isinstance(pairs, list | tuple):
+        raise TypeError('an OrderedDict of no list')
+      self._spend(len(pairs))
+      items += pairs
+    found: dict[Any, Any] = {}
+    for pair in items:
+      if not isinstance(pair, list | tuple) or len(pair) != 2:
+        raise TypeError('an OrderedDict of no pairs')
+      found[pair[0] if _is_plain(pair[0]) else Inert()] = pair[1]
+    return found
+
+  def _size(self, sizes: Any = ()) -> tuple[int, ...]:
+    """Returns a torch.Size."""
+    is_list = isinstance(sizes, list | tuple) and len(sizes) <= read.MAX_AXES
+    if not is_list or not all(_is_size(n) for n in sizes):
+      raise self._error(
+        f'a shape that is none, of at most {read.MAX_AXES} axes'
+      )
+    return tuple(sizes)
 
   def _tensor(self, storage: Any, offset: Any, shape: Any, strides: Any,
               *rest: Any) -> Tensor:  # fmt: skip
     del rest  # gradients and hooks
-    numbers = (offset, *shape, *strides)
-    if not isinstance(storage, _Storage) or len(shape) != len(strides):
-      raise read.WeightsError(f'{self._path}: malformed tensor')
-    dtype, entry, length = storage
+    if not isinstance(storage, _Storage) or not _is_size(offset):
+      raise self._error('malformed tensor')
+    shape, strides = self._size(shape), self._size(strides)
+    if len(shape) != len(strides):
+      raise self._error('malformed tensor')
     last = offset + sum(
       (n - 1) * s for n, s in zip(shape, strides, strict=True)
     )
     # No more numbers than are stored: a stride of 0 could ask for any amount.
     size = math.prod(shape)
-    inside = (last < length and size <= length) or not size
-    if not all(isinstance(n, int) and n >= 0 for n in numbers) or not inside:
-      raise read.WeightsError(
-        f'{self._path}: a tensor of shape {shape} reaches outside its data'
-      )
-    return Tensor(
-      self._path, entry, dtype, offset, tuple(shape), tuple(strides)
-    )
+    if size and (last >= storage.length or size > storage.length):
+      raise self._error(f'a tensor of shape {shape} reaches outside its data')
+    tensor = Tensor(storage.data, storage.dtype, offset, shape, strides)
+    self.tensors.append(tensor)
+    return tensor
+
+  def _error(self, what: str) -> read.WeightsError:
+    return read.WeightsError(f'{self._path}: {what}')
+
+
+def _is_size(x: Any) -> bool:
+  return type(x) is int and 0 <= x < 2**63
+
+
+def _is_plain(key: Any) -> bool:
+  """Returns whether a key is hashed in no time and without collisions."""
+  if type(key) is int:
+    return abs(key) < 2**60
+  return key is None or isinstance(key, str | bytes | bool)
 
 
 def load(path: str | os.PathLike[str]) -> Any:
@@ -211,38 +405,70 @@ def load(path: str | os.PathLike[str]) -> Any:
   """
   path = str(pathlib.Path(path))
   try:
-    with zipfile.ZipFile(path) as archive:
-      root = _root(path, archive)
-      return _Unpickler(path, archive, root).load()
+    infos = archives.entries(path)
+    data, storages = _parts(path, infos)
+    machine = _Machine(path, storages)
+    payload = machine.run(data)
+    _check_shared(path, machine.tensors, infos)
   except zipfile.BadZipFile as e:
     raise read.WeightsError(
       f'{path}: not the zip format of torch.save ({e}). Files from before '
       'PyTorch 1.6 must be saved again by torch, or as safetensors'
     ) from e
-  except read.WeightsError:
+  except (read.WeightsError, OSError):
     raise
   except Exception as e:  # a damaged pickle can fail in any way
-    raise read.WeightsError(f'{path}: damaged pickle: {e!r}') from e
+    raise read.WeightsError(
+      f'{path}: damaged pickle ({type(e).__name__}: {str(e)[:200]})'
+    ) from e
+  return payload
 
 
-def _root(path: str, archive: zipfile.ZipFile) -> str:
-  """Returns the folder inside the archive, checked."""
-  infos = archive.infolist()
+def _parts(
+  path: str, infos: list[zipfile.ZipInfo]
+) -> tuple[bytes, dict[str, archives.Stored]]:
+  """Returns the pickle and the raw data of an archive, by key."""
   pickles = [i for i in infos if i.filename.endswith('/data.pkl')]
-  if len(pickles) != 1 or len({i.filename for i in infos}) != len(infos):
+  if len(pickles) != 1:
     raise read.WeightsError(f'{path}: {len(pickles)} pickles, wanted one')
   if any(i.compress_type != zipfile.ZIP_STORED for i in infos):
     raise read.WeightsError(
       f'{path}: compressed entries, which torch.save does not write; they '
       'could unpack to any size'
     )
+  if any(i.file_size != i.compress_size for i in infos):
+    raise read.WeightsError(f'{path}: an entry has two sizes')
   if pickles[0].file_size > MAX_PICKLE:
     raise read.WeightsError(
       f'{path}: a pickle of {pickles[0].file_size} bytes, wanted at most '
       f'{MAX_PICKLE}'
     )
   root = pickles[0].filename.removesuffix('data.pkl')
-  orders = [i for i in infos if i.filename == root + 'byteorder']
-  if orders and archive.read(orders[0]) != b'little':
-    raise read.WeightsError(f'{path}: byte order is not little-endian')
-  return root
+  for info in infos:
+    if info.filename == root + 'byteorder':
+      order = archives.Stored(path, info)
+      if order.size > 16 or order.data().tobytes() != b'little':
+        raise read.WeightsError(f'{path}: byte order is not little-endian')
+  start = f'{root}data/'
+  storages = {
+    i.filename.removeprefix(start): archives.Stored(path, i)
+    for i in infos
+    if i.filename.startswith(start)
+  }
+  return archives.Stored(path, pickles[0]).data().tobytes(), storages
+
+
+def _check_shared(
+  path: str, tensors: list[Tensor], infos: list[zipfile.ZipInfo]
+) -> None:
+  """Refuses tensors that share their numbers so often that memory runs out."""
+  distinct = {
+    (id(t.storage), t.offset, t.shape, t.strides, t.dtype.str): t.nbytes
+    for t in tensors
+  }
+  claimed, size = sum(distinct.values()), sum(i.file_size for i in infos)
+  if claimed > MAX_SHARED * size:
+    raise read.WeightsError(
+      f'{path}: tensors of {claimed} bytes in a file of {size}, wanted at most '
+      f'{MAX_SHARED} times as many; it is damaged or hostile'
+    )

@@ -1,0 +1,117 @@
+"""Checks the fields of `config.json` that networks are built with.
+
+Other fields are not looked at. Sizes come from tensors where there are any, so
+these are what a file of weights can lie about at no cost.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vssl_jax.weights import read
+
+LARGEST = 2**16  # of every size: channels, heads, frames, pixels
+LONGEST = 64  # of every list and text
+POOLED = 8  # stages of Hiera
+
+
+def _is_count(x: Any, least: int = 1) -> bool:
+  return type(x) is int and least <= x <= LARGEST
+
+
+def _is_size(x: Any) -> bool:
+  return _is_count(x, 0)
+
+
+def _is_number(x: Any) -> bool:
+  return type(x) in (int, float) and math.isfinite(x) and abs(x) < 1e9
+
+
+def _is_text(x: Any) -> bool:
+  return isinstance(x, str) and len(x) <= LONGEST
+
+
+def _is_list(member: Callable[[Any], bool]) -> Callable[[Any], bool]:
+  return lambda x: (
+    isinstance(x, list) and len(x) <= LONGEST and all(map(member, x))
+  )
+
+
+def _is_side(x: Any) -> bool:
+  """A side of images, or as an image processor writes it."""
+  return _is_count(x) or (isinstance(x, dict) and _is_count(x.get('height')))
+
+
+def _is_field(x: Any) -> bool:
+  """A field of a network of ours, as `modules.to_fields` writes it."""
+  plain = x is None or isinstance(x, bool | float) or _is_text(x)
+  return plain or _is_size(x) or _is_list(_is_number)(x)
+
+
+KNOWN: dict[str, tuple[Callable[[Any], bool], str]] = {
+  **dict.fromkeys(
+    (
+      'num_attention_heads',
+      'pred_num_attention_heads',
+      'decoder_num_attention_heads',
+      'num_heads',
+      'frames_per_clip',
+      'num_frames',
+    ),
+    (_is_count, f'a number from 1 to {LARGEST}'),
+  ),
+  **dict.fromkeys(
+    ('crop_size', 'image_size'),
+    (_is_side, f'a number from 1 to {LARGEST}, or a height and a width'),
+  ),
+  'hidden_act': (_is_text, 'a name'),
+  'layer_norm_eps': (
+    lambda x: _is_number(x) and 0 < x < 1,
+    'a number between 0 and 1',
+  ),
+  **dict.fromkeys(
+    ('image_mean', 'image_std'), (_is_list(_is_number), 'a list of numbers')
+  ),
+  'video': (
+    lambda x: _is_list(_is_count)(x) and len(x) == 4,
+    'frames, height, width and channels',
+  ),
+  'q_pool': (
+    lambda x: type(x) is int and 0 <= x <= POOLED,
+    f'a number from 0 to {POOLED}',
+  ),
+  **dict.fromkeys(
+    ('patch_stride', 'input_size'), (_is_list(_is_count), 'a list of sizes')
+  ),
+  'patch_padding': (_is_list(_is_size), 'a list of sizes'),
+}
+OURS = ('vit', 'hiera', 'framewise')  # objects of fields
+
+
+def check(path: str, config: Mapping[str, Any]) -> None:
+  """Checks the fields of a config.
+
+  Args:
+    path: of the file, for the message.
+    config: what is in it.
+
+  Raises:
+    WeightsError: a field of another kind or size, by name.
+  """
+  for name, (is_right, wanted) in KNOWN.items():
+    if config.get(name) is not None and not is_right(config[name]):
+      raise read.WeightsError(
+        f'{path}: {name} is {read.short(config[name])}, wanted {wanted}'
+      )
+  for name in OURS:
+    fields = config.get(name, {})
+    if not isinstance(fields, dict):
+      raise read.WeightsError(
+        f'{path}: {name} is {read.short(fields)}, wanted names and values'
+      )
+    for field, value in fields.items():
+      if not _is_field(value):
+        raise read.WeightsError(
+          f'{path}: {name}.{read.short(field)[1:-1]} is {read.short(value)}, '
+          f'wanted a size from 0 to {LARGEST}, or a number, a name or a list'
+        )

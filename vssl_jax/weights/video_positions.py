@@ -1,0 +1,122 @@
+"""Which positions a VideoMAE-style file was trained with.
+
+VideoMAE and MVD have encoders of the same names and shapes, and add different
+tables to their tokens. Fine-tuned files do not hold the table, so the user
+names the layout behind the source: `mvd_ssv2.pth#mvd`. Pre-training files of
+MVD hold it, as do those of VideoMAE with learned positions.
+"""
+
+import logging
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from vssl_jax.models import layers, positions
+from vssl_jax.weights import read
+from vssl_jax.weights import source as source_lib
+
+STORED = 'pos_embed'
+# Between a table as it is stored, perhaps in 16 bits, and its formula.
+SAME_TABLE = 1e-3
+FORMULAS = {'videomae': 'sinusoid_1d', 'mvd': 'sincos_3d_mvd'}
+TIMES = 8  # time steps of published models: 16 frames, 2 a token
+
+
+class Positions(NamedTuple):
+  """The positions of an encoder, and how they are known.
+
+  Attributes:
+    kind: `sinusoid_1d`, `sincos_3d_mvd` or `learned`.
+    grid: tokens (t, h, w) of a stored table, else None.
+    evidence: for the log; empty where the file does not tell.
+  """
+
+  kind: str
+  grid: layers.Grid | None
+  evidence: str
+
+
+def of(found: source_lib.Found) -> Positions:
+  """Returns the positions of a file of the family `videomae`.
+
+  Raises:
+    WeightsError: a stored table contradicts the named layout, or has no grid.
+  """
+  named = FORMULAS.get(found.named, '')
+  _, stored = found.tensors('encoder').get(STORED, ('', None))
+  if stored is None:
+    if named:
+      return Positions(named, None, f'as #{found.named} says')
+    if found.layout is not None and '(transformers)' in found.layout.name:
+      return Positions('sinusoid_1d', None, 'transformers has no other')
+    return Positions('sinusoid_1d', None, '')
+  position = _of_table(found, stored)
+  if named and position.kind != named:
+    raise read.WeightsError(
+      f'{found.source}: #{found.named} means positions {named}, and the '
+      f'{STORED} in the file is {position.kind}; leave #{found.named} out'
+    )
+  return position
+
+
+def _of_table(found: source_lib.Found, stored: read.Tensor) -> Positions:
+  """Returns which formula a stored table is, or that it was learned."""
+  table = np.asarray(stored, np.float32)
+  grids = list(_grids(table.shape))
+  if not grids:
+    raise read.WeightsError(
+      f'{found.source}: {STORED} has shape {table.shape}, wanted '
+      '[1, t * side * side, D]'
+    )
+  for kind in FORMULAS.values():
+    for grid in grids:
+      if is_formula(table[0], kind, grid):
+        evidence = f'{STORED} in the file equals its formula'
+        return Positions(kind, grid, evidence)
+  evidence = f'{STORED} in the file is no known formula; grid {grids[0]}'
+  return Positions('learned', grids[0], evidence)
+
+
+def _grids(shape: tuple[int, ...]) -> Iterator[layers.Grid]:
+  """Yields the grids that a table [1, N, D] may have, the likeliest first."""
+  if len(shape) != 3 or shape[0] != 1:
+    return
+  for t in sorted(range(1, 65), key=lambda t: (t != TIMES, t)):
+    side = math.isqrt(shape[1] // t)
+    if side and t * side * side == shape[1]:
+      yield t, side, side
+
+
+def is_formula(table: np.ndarray, kind: str, grid: layers.Grid) -> bool:
+  """Returns whether a table [N, D] is that of a formula on a grid.
+
+  Args:
+    table: float32.
+    kind: a name in `positions.TABLES`.
+    grid: tokens (t, h, w).
+  """
+  try:
+    formula = positions.TABLES[kind](grid, table.shape[1])
+  except ValueError:  # the formula has no table of this width
+    return False
+  return bool(np.abs(table - formula).max() < SAME_TABLE)
+
+
+def log(found: source_lib.Found) -> None:
+  """Logs the positions of a VideoMAE-style file, as a warning if assumed."""
+  position = of(found)
+  logger = logging.getLogger(__name__)
+  if position.evidence:
+    logger.info(
+      '%s: positions %s (%s)',
+      found.source, position.kind, position.evidence,
+    )  # fmt: skip
+  else:
+    logger.warning(
+      '%s: positions %s assumed, those of VideoMAE. The file does not tell '
+      'them, and files of MVD have the same names: for one of MVD write '
+      '%s#mvd, else %s#videomae',
+      found.source, position.kind, found.source, found.source,
+    )  # fmt: skip

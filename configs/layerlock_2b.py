@@ -39,6 +39,7 @@ def get_config(variant='G'):
   c.batch_size = 2048 if big else 1024
   c.data.frames, c.data.stride, c.data.size = 16, 4, (224, 224)
   c.data.crop_scale, c.data.flip = (0.3, 1.0), True
+  c.data.mean, c.data.std = (0.0,), (1.0,)  # pixels stay in [0, 1], as in 4DS
   m = c.method
   m.encoder.size = size
   m.total = 480_000 if big else 100_000
@@ -66,5 +67,5 @@ def get_config(variant='G'):
   elif knob == 'vjepa':
     m.base, m.masks = 'vjepa', 'short_long'
     m.vit.update(dict(positions='rope_3d', gelu='exact'))
-    m.vit.mean, m.vit.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    c.data.mean = c.data.std = ()  # ImageNet's
   return c

@@ -24,6 +24,7 @@ def get_config(variant=''):
   c.batch_size = 256
   c.data.frames, c.data.stride, c.data.size = 16, 4, (112, 112)
   c.data.crop_scale = (0.3, 1.0)
+  c.data.mean, c.data.std = (0.0,), (1.0,)  # pixels stay in [0, 1], as in 4DS
   c.data.workers = 4
   m = c.method
   m.encoder.size, m.total, m.vit.remat = 'B', 30_000, 'dots'

@@ -87,7 +87,11 @@ def test_an_mae_of_as_many_flops(page, over_mae):
 def _built(spec):
   _, c = config_lib.load(f'configs/{spec}')
   clip = options.spec(c.data).shape
-  return c, clip, methods.build(c.method, clip, _outside)
+  return (
+    c,
+    clip,
+    methods.build(c.method, clip, _outside, options.colours_of(c.data)),
+  )
 
 
 def _outside(source):

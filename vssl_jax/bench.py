@@ -105,7 +105,9 @@ def bench(
 
 def _spans(config: ml_collections.ConfigDict, phase: str) -> list[run_lib.Span]:
   video = options.spec(config.data.to_dict()).shape
-  method = methods.build(config.method, video, encoders.module_of)
+  method = methods.build(
+    config.method, video, encoders.module_of, options.colours_of(config.data)
+  )
   spans = list(run_lib.spans(method))
   names = [s.phase.name for s in spans]
   if phase and phase not in names:
@@ -176,7 +178,9 @@ def measure(
 ) -> dict[str, Any]:
   """Returns the figures of one phase at one batch size."""
   video = options.spec(config.data.to_dict()).shape
-  method = methods.build(config.method, video, encoders.module_of)
+  method = methods.build(
+    config.method, video, encoders.module_of, options.colours_of(config.data)
+  )
   peak_before = _device_peak()
   prepared = timing.prepare(config, method, span, size, video, mesh)
   memory = _memory(prepared.compiled)

@@ -126,7 +126,7 @@ def _layerlock(c: ml_collections.ConfigDict) -> None:
   """
   m = c.method
   m.vit.update(dict(patch=(2, 8, 8), init='videomae', dtype='float32'))
-  m.vit.update(dict(mean=(0.5,) * 3, std=(0.25,) * 3))
+  c.data.update(dict(mean=(0.5,), std=(0.25,)))
   m.encoder.update(
     dict(size='Ti', width=64, depth=6, num_heads=4, mlp_width=256)
   )

@@ -23,17 +23,21 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Float
 
+from vssl_jax import colours, methods, sharding, trees, weights
 from vssl_jax import config as config_lib
-from vssl_jax import methods, sharding, trees, weights
+from vssl_jax.data import options
 from vssl_jax.methods import base
 from vssl_jax.models import compare, framewise, hiera, layers, resizing
 from vssl_jax.train import checkpoint, manifests
 
 DTYPES = ('float32', 'bfloat16')
+# How far floats may lie outside of [0, 1], for resampling and rounding.
+SLACK = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +104,9 @@ class Encoder:
         that encode, and the final norm if there is one.
 
     Raises:
-      ValueError: the clip does not divide into patches.
+      ValueError: another shape, type or range of values.
     """
-    video = video[None] if video.ndim == 4 else video
-    layers.grid_of(video.shape, self.module.patch)
+    video = _checked(video, self.module)
     return _apply(self.module, depth, self.params, video)
 
   def lower(
@@ -123,11 +126,15 @@ class Encoder:
 
     Args:
       video: (T, H, W, C).
+
+    Raises:
+      ValueError: clips that do not divide into patches, or have other channels.
     """
     t, h, w = layers.grid_of((1, *video), self.module.patch)
     if isinstance(self.module, framewise.Framewise):
       t = 1
     network = getattr(self.module, 'image', self.module)
+    colours.check(video[3], network.mean, self.name)
     if isinstance(network, hiera.Hiera):
       h, w = (n * 2**network.q_pool for n in (h, w))
     wanted = {
@@ -179,6 +186,44 @@ class Encoder:
       self.params,
       jax.ShapeDtypeStruct(video, np.uint8),
     )
+
+
+def _checked(
+  video: np.ndarray | Array, module: nn.Module
+) -> np.ndarray | Array:
+  """Returns clips [B, T, H, W, C] that a network can read.
+
+  Args:
+    video: what a user gives.
+    module: the network.
+
+  Raises:
+    ValueError: in one sentence, what was found and what is wanted.
+  """
+  channels = len(getattr(module, 'image', module).mean)
+  wanted = (
+    f'wanted uint8 (0 to 255) or floats in [0, 1], [B, T, H, W, {channels}] or '
+    f'one clip [T, H, W, {channels}]'
+  )
+  shape = tuple(getattr(video, 'shape', ()))
+  if not isinstance(video, np.ndarray | jax.Array):
+    raise ValueError(f'video: found a {type(video).__name__}, {wanted}')
+  kind = f'video: found {video.dtype} of shape {shape}'
+  if len(shape) not in (4, 5) or shape[-1] != channels or not video.size:
+    raise ValueError(f'{kind}, {wanted}; channels come last')
+  floats = jnp.issubdtype(video.dtype, jnp.floating)
+  if not floats and video.dtype != np.uint8:
+    raise ValueError(f'{kind}, {wanted}')
+  if floats and not isinstance(video, jax.core.Tracer):
+    low, high = float(video.min()), float(video.max())
+    if not -SLACK <= low <= high <= 1 + SLACK:  # NaN fails too
+      raise ValueError(
+        f'{kind} with values from {low:.4g} to {high:.4g}, {wanted}; divide '
+        'values up to 255 by 255, and leave mean and deviation to the encoder'
+      )
+  video = video[None] if video.ndim == 4 else video
+  layers.grid_of(video.shape, module.patch)
+  return video
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -294,7 +339,8 @@ def method_of(record: Mapping[str, Any]) -> base.Method:
       return weights.from_fields(known[source])
     return module_of(source)
 
-  return methods.build(config.method, tuple(record['video']), resolve)
+  pixels = options.colours_of(config.data)
+  return methods.build(config.method, tuple(record['video']), resolve, pixels)
 
 
 def find(source: str) -> Source:

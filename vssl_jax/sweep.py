@@ -72,7 +72,9 @@ def entries(config: ml_collections.ConfigDict, label: str = '') -> list[Entry]:
     label: put before the phases' names.
   """
   video = options.spec(config.data.to_dict()).shape
-  method = methods.build(config.method, video, encoders.module_of)
+  method = methods.build(
+    config.method, video, encoders.module_of, options.colours_of(config.data)
+  )
   return [
     Entry(f'{label}{span.phase.name}', config, method, span, video)
     for span in run_lib.spans(method)

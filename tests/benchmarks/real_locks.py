@@ -60,7 +60,7 @@ def config(name, seed, data, workdir):
   c.health.every = 0.05
   m = c.method
   m.vit.update(dict(patch=(2, 16, 16), dtype='float32', init='videomae'))
-  m.vit.update(dict(mean=(0.5,) * 3, std=(0.25,) * 3))
+  c.data.update(dict(mean=(0.5,), std=(0.25,)))
   m.encoder.update(
     dict(size='Ti', width=96, depth=12, num_heads=4, mlp_width=384)
   )
@@ -72,6 +72,7 @@ def config(name, seed, data, workdir):
 def run_cell(name, seed, data, shards):
   """Trains one cell, probes it and reads depth from it."""
   from vssl_jax import encoders, methods
+  from vssl_jax.data import options
   from vssl_jax.show import drift
   from vssl_jax.train import metrics, provenance, trainer
 
@@ -81,7 +82,7 @@ def run_cell(name, seed, data, shards):
     assert trainer.train(c) == 0
     trained = time.time()
     clip = (real_video.FRAMES, real_video.SIZE, real_video.SIZE, 3)
-    method = methods.build(c.method, clip, None)
+    method = methods.build(c.method, clip, None, options.colours_of(c.data))
     flops = sum(
       method.cost(p, clip).total * p.steps * c.batch_size
       for p in method.phases()

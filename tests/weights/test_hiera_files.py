@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tests.weights import pth
-from vssl_jax import encoders, masking, trees, weights
-from vssl_jax.models import framewise, hiera, hiera_mae, layers, unrolled
+from vssl_jax import colours, encoders, masking, trees, weights
+from vssl_jax.models import framewise, hiera, hiera_mae, unrolled
 from vssl_jax.weights import hiera_files, read
 
 DEPTHS = (1, 1, 2, 1)
@@ -197,8 +197,8 @@ def test_models_of_images(tmp_path, kind):
   module, params, report = weights.load_published(file, num_heads=1)
   assert isinstance(module, framewise.Framewise)
   assert module.image.kernel == (1, 7, 7)
-  assert module.image.mean == layers.IMAGENET_MEAN
-  assert module.image.std == layers.IMAGENET_STD
+  assert module.image.mean == colours.IMAGENET_MEAN
+  assert module.image.std == colours.IMAGENET_STD
   assert module.patch == ((2, 16, 16) if kind == 'mae' else (2, 32, 32))
   table = tensors['pos_embed'].reshape(1, 16, 16, 8)
   np.testing.assert_array_equal(params['positions'], table)
@@ -286,9 +286,9 @@ def test_what_we_write_we_read(file, tmp_path):
 
 @pytest.mark.parametrize('q_pool', [2, 3])
 def test_what_we_write_for_the_authors_code(file, mae, tmp_path, q_pool):
-  colours = dict(mean=(0.3, 0.4, 0.5), std=(0.2, 0.25, 0.3))
+  pixels = dict(mean=(0.3, 0.4, 0.5), std=(0.2, 0.25, 0.3))
   module, params, _ = weights.load_published(
-    file, num_heads=1, q_pool=q_pool, **colours
+    file, num_heads=1, q_pool=q_pool, **pixels
   )
   folder = tmp_path / 'theirs'
   assert weights.export(module, params, folder, video=CLIP, layout='hiera')

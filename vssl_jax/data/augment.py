@@ -17,14 +17,12 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageEnhance, ImageOps
 
+from vssl_jax import colours
+
 TOP = 10.0  # the highest level
 CHANCE = 0.5  # of each operation that is drawn
 GREY = 128  # fills what an operation uncovers
 STREAM = 0x52414E44  # chance of its own: nothing else moves when this is on
-# The erased box is noise of deviation 1 after normalisation with ImageNet's
-# mean and deviation, in 0..255.
-MEAN = tuple(255 * x for x in (0.485, 0.456, 0.406))
-STD = tuple(255 * x for x in (0.229, 0.224, 0.225))
 ERASED_AREA = (0.02, 1 / 3)  # of the picture
 ERASED_ASPECT = (0.3, 1 / 0.3)  # height / width
 
@@ -183,13 +181,19 @@ def erase(
   video: UInt8[np.ndarray, 'T H W C'],
   probability: float,
   rng: np.random.Generator,
+  mean: Sequence[int | float] = (),
+  std: Sequence[int | float] = (),
 ) -> None:
   """Fills one box with noise, the same box in all frames, in place.
+
+  After the clip is normalised the noise has mean 0 and deviation 1.
 
   Args:
     video: a clip.
     probability: that anything is erased.
     rng: source of chance.
+    mean: of `colours.of`.
+    std: likewise.
   """
   if rng.random() >= probability:
     return
@@ -205,8 +209,9 @@ def erase(
     return
   top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
   noise = rng.standard_normal((frames, h, w, channels), np.float32)
-  noise *= np.asarray(STD[:channels], np.float32)
-  noise += np.asarray(MEAN[:channels], np.float32)
+  mean, std = colours.of(channels, mean, std)
+  noise *= np.asarray([255 * x for x in std], np.float32)
+  noise += np.asarray([255 * x for x in mean], np.float32)
   box = video[:, top : top + h, left : left + w]
   box[...] = np.clip(np.rint(noise), 0, 255).astype(np.uint8)
 
@@ -216,6 +221,8 @@ def clips(
   auto_augment: str,
   erasing: float,
   entropy: Sequence[int],
+  mean: Sequence[int | float] = (),
+  std: Sequence[int | float] = (),
 ) -> None:
   """Augments clips of one video in place, each in a way of its own.
 
@@ -224,6 +231,8 @@ def clips(
     auto_augment: see `parse`.
     erasing: probability of an erased box.
     entropy: seeds; they decide everything.
+    mean: of `colours.of`, for the box.
+    std: likewise.
   """
   policy = parse(auto_augment)
   for number, clip in enumerate(video):
@@ -231,4 +240,4 @@ def clips(
     if policy is not None:
       rand_augment(clip, policy, rng)
     if erasing:
-      erase(clip, erasing, rng)
+      erase(clip, erasing, rng, mean, std)

@@ -9,6 +9,7 @@ import numpy as np
 from av import filter as av_filter
 from av.video.reformatter import Interpolation
 
+from vssl_jax import colours
 from vssl_jax.data import augment, decode, headers, transforms
 
 CROPS = ('random_resized', 'multi_scale', 'centre')
@@ -40,6 +41,8 @@ class Spec:
   height: int = 224
   width: int = 224
   channels: int = 3
+  mean: tuple[transforms.Number, ...] = ()
+  std: tuple[transforms.Number, ...] = ()
   sampling: str = 'window'
   crop: str = 'random_resized'
   crop_scale: tuple[transforms.Number, transforms.Number] = (0.3, 1.0)
@@ -70,6 +73,7 @@ class Spec:
         raise ValueError(
           f'data.{name} is {getattr(self, name)!r}; wanted one of {allowed}'
         )
+    colours.of(self.channels, self.mean, self.std)
     if self.fps and self.stride != 1:
       raise ValueError(
         f'data.fps is {self.fps} and data.stride is {self.stride}: frames are '

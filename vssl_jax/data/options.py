@@ -6,7 +6,7 @@ from typing import Any
 
 import ml_collections
 
-from vssl_jax import ranges
+from vssl_jax import colours, ranges
 from vssl_jax.data import augment, loading, scenes, sources
 from vssl_jax.data import clip as clip_lib
 
@@ -70,6 +70,11 @@ KEYS = ranges.Section(
   # height, width in pixels
   size=((224, 224), ranges.Tuple(ranges.Whole(0, 2**14), lengths=(1, 2))),
   channels=(3, ranges.Choice((0, 1, 3))),  # 1: grey
+  # Of pixels in [0, 1], a number per channel or one for all, for all encoders
+  # of the run; one that comes from elsewhere keeps its own. (): ImageNet's; of
+  # grey (0.449,) and (0.226,), the means of its three channels.
+  mean=((), ranges.Tuple(ranges.Real(-1e3, 1e3))),
+  std=((), ranges.Tuple(ranges.Real(high=1e3, above=0))),
   # 'window': T neighbours anywhere; 'middle': those in the middle, always;
   # 'linspace': as 'window', but over all stride * T frames (the code of
   # VideoMAE and MVD: 0, 4, 8, 12, 17, ... 63 with stride 4);
@@ -159,9 +164,35 @@ def spec(config: Options, **overrides: Any) -> clip_lib.Spec:
     )
   size = (size[0], size[-1])
   values.update(height=size[0], width=size[1])
-  for name in ('crop_scale', 'crop_aspect', 'depth_range'):
+  for name in ('crop_scale', 'crop_aspect', 'depth_range', 'mean', 'std'):
     values[name] = tuple(values[name])
   return clip_lib.Spec(**{**values, **overrides})
+
+
+def colours_of(config: Options) -> colours.Colours:
+  """Returns mean and deviation of the pixels that `config.data` describes."""
+  return colours.of(config['channels'], config['mean'], config['std'])
+
+
+def check_colours(config: Options, encoder: Any) -> None:
+  """Raises where `config.data` names other colours than an encoder has.
+
+  Args:
+    config: `config.data`.
+    encoder: the network of an encoder that comes with its own.
+
+  Raises:
+    ValueError: data.channels, data.mean or data.std differs from it.
+  """
+  network = getattr(encoder, 'image', encoder)
+  colours.check(config['channels'], network.mean, 'config.encoder')
+  for name, given in colours_of(config)._asdict().items():
+    own = tuple(getattr(network, name))
+    if config[name] and given != own:
+      raise ValueError(
+        f'data.{name}: found {given}, and config.encoder has its own, {own}; '
+        f'set --config.data.{name}=() or leave it out'
+      )
 
 
 def unfixed(config: Options) -> dict[str, tuple[Any, Any]]:

@@ -23,7 +23,9 @@ def read(
     return rgbd.read(media, spec, entropy, out)
   clips = clip_lib.read(media, spec, entropy, out)
   if not spec.testing:
-    augment.clips(out, spec.auto_augment, spec.erase, entropy)
+    augment.clips(
+      out, spec.auto_augment, spec.erase, entropy, spec.mean, spec.std
+    )
   return clips
 
 

@@ -169,9 +169,10 @@ def set_encoder(c: ml_collections.ConfigDict, module: Any) -> None:
   """Writes an encoder's shape into a config.
 
   Raises:
-    ValueError: it is no ViT and no Hiera of ours.
+    ValueError: it is no ViT and no Hiera of ours, or has other colours.
   """
   _check(module, 'config.encoder')
+  options.check_colours(c.data, module)
   fields = {
     f.name: getattr(module, f.name)
     for f in dataclasses.fields(module)

@@ -219,6 +219,7 @@ def make(
     )
   encoder = encoder or encoders.load(config.encoder)
   config = clips.follow(config, encoder.clip)
+  options.check_colours(config.data, encoder.module)
   encoder = encoder.at(options.spec(config.data).shape)
   mesh = sharding.make_mesh(data=-1, fsdp=1)
   params = jax.device_put(encoder.params, sharding.replicated(mesh))

@@ -9,7 +9,7 @@ from typing import Any
 
 import ml_collections
 
-from vssl_jax import ranges
+from vssl_jax import colours, ranges
 from vssl_jax.methods import (
   base,
   kdhiera_config,
@@ -46,6 +46,7 @@ def build(
   config: ml_collections.ConfigDict,
   video: tuple[int, ...],
   resolve: Callable[[str], Any],
+  pixels: colours.Colours | None = None,
 ) -> base.Method:
   """Builds the method that `config.method` describes.
 
@@ -54,12 +55,20 @@ def build(
     video: (T, H, W, C) of a clip.
     resolve: source of an outside teacher (run folder, published model) ->
       its module.
+    pixels: mean and deviation of the clips; None for the defaults of so many
+      channels.
 
   Raises:
     ValueError: a knob or a plan that cannot run.
   """
-  method = _find(config.name).build(config, video, resolve)
-  base.check(method.phases())
+  pixels = pixels or colours.of(video[-1])
+  method = _find(config.name).build(config, video, resolve, pixels)
+  for phase in base.check(method.phases()):
+    for name, teacher in phase.teachers.items():
+      if teacher.source.startswith('@'):  # it has the colours of this run
+        continue
+      mean = getattr(teacher.module, 'image', teacher.module).mean
+      colours.check(video[-1], mean, f'teacher {name!r} ({teacher.source})')
   return method
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import flax.linen as nn
 import ml_collections
 
-from vssl_jax import losses, ranges, unit_masks
+from vssl_jax import colours, losses, ranges, unit_masks
 from vssl_jax.methods import base, chain, kdhiera, knobs, pixel_phase
 from vssl_jax.methods import teachers as teachers_lib
 from vssl_jax.models import attended, framewise, hiera, hiera_mae, stage_heads
@@ -92,6 +92,7 @@ def build(
   config: ml_collections.ConfigDict,
   video: tuple[int, ...],
   resolve: Callable[[str], nn.Module],
+  pixels: colours.Colours,
 ) -> base.Method:
   """Builds the method from its section of the config.
 
@@ -99,6 +100,7 @@ def build(
     config: `config.method`.
     video: (T, H, W, C) of a clip.
     resolve: source of an outside teacher -> its module.
+    pixels: mean and deviation of the clips.
 
   Raises:
     ValueError: a value outside of its range, a teacher without a source, or
@@ -115,9 +117,9 @@ def build(
       "method.targets='pixels'"
     )
   names = dict.fromkeys((*distilled, *filter(None, (asked,))))
-  own, modules = teachers_lib.find(config, tuple(names), video, resolve)
+  own, modules = teachers_lib.find(config, tuple(names), video, resolve, pixels)
   _check_scores(config, asked, modules)
-  encoder = make_encoder(config)
+  encoder = _encoder(config, pixels)
   pairs = {n: _pairs(config, n, modules[n].depth) for n in distilled}
   if config.targets == kdhiera.PIXELS:
     pairs = {kdhiera.PIXELS: (kdhiera.Pair('patch', 0, 1.0),)}
@@ -149,11 +151,14 @@ def build(
   return chain.of(pixel_phase.Pixels(own), distil)
 
 
-def make_encoder(config: ml_collections.ConfigDict) -> hiera.Hiera:
+def _encoder(
+  config: ml_collections.ConfigDict, pixels: colours.Colours
+) -> hiera.Hiera:
   """Returns the student: it leaves 2 x 2 tokens of a unit."""
   return hiera.make(
     knobs.shape(config.encoder, hiera.SIZES),
     **config.hiera,
+    **pixels._asdict(),
     q_pool=2,
     drop_path=config.drop_path,
   )

@@ -37,8 +37,6 @@ NETWORK = {
   'dtype': DTYPE,
   'remat': ranges.Choice(('none', *blocks.REMAT)),
   'attention': ranges.Choice(attention.NAMES),
-  'mean': ranges.Tuple(ranges.Real(-1e3, 1e3)),
-  'std': ranges.Tuple(ranges.Real(high=1e3, above=0)),
 }
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from vssl_jax import losses, mask_specs, ranges, sharding
+from vssl_jax import colours, losses, mask_specs, ranges, sharding
 from vssl_jax.methods import (
   base,
   knobs,
@@ -46,8 +46,6 @@ KEYS = ranges.Section(  # our defaults, ViT-L
     dtype='bfloat16',
     remat='none',
     attention='auto',
-    mean=(0.0, 0.0, 0.0),  # pixels stay in [0, 1], as in 4DS
-    std=(1.0, 1.0, 1.0),
   ),
   # the last blocks, which decode and are never locked
   decoder_blocks=(4, knobs.BLOCKS),
@@ -104,6 +102,7 @@ def build(
   config: ml_collections.ConfigDict,
   video: tuple[int, ...],
   resolve: Callable[[str], nn.Module],
+  pixels: colours.Colours,
 ) -> base.Method:
   """Builds the method from its section of the config.
 
@@ -111,13 +110,14 @@ def build(
     config: `config.method`.
     video: (T, H, W, C) of a clip.
     resolve: not used; no module comes from outside.
+    pixels: mean and deviation of the clips.
 
   Raises:
     ValueError: a value outside of its range, or a schedule that does not fit.
   """
   del resolve
   KEYS.check(config, 'method')
-  encoder = _encoder(config)
+  encoder = _encoder(config, pixels)
   make = _vjepa if config.base == 'vjepa' else _mae
   return make(config, encoder, _schedule(config, encoder), video)
 
@@ -129,7 +129,7 @@ def mae_steps(config: ml_collections.ConfigDict, video: tuple[int, ...]) -> int:
     config: `config.method` of the run with locks, pixels first.
     video: (T, H, W, C) of a clip.
   """
-  encoder = _encoder(config)
+  encoder = _encoder(config, colours.of(video[-1]))
   method = _mae(config, encoder, _schedule(config, encoder), video)
   costs = [(p.steps, method.cost(p, video).total) for p in method.plan]
   return round(sum(n * flops for n, flops in costs) / costs[0][1])
@@ -165,11 +165,15 @@ def decide(
   return {'schedule': repr(found)}
 
 
-def _encoder(config: ml_collections.ConfigDict) -> vit.Vit:
+def _encoder(
+  config: ml_collections.ConfigDict,
+  pixels: colours.Colours = colours.DEFAULTS[3],
+) -> vit.Vit:
   alone = config.base == 'vjepa'
   return salt_config.make_encoder(
     config.encoder,
     config.vit,
+    **pixels._asdict(),
     final_norm=alone,
     decoder_blocks=0 if alone else config.decoder_blocks,
   )

@@ -7,7 +7,7 @@ from typing import Any
 import flax.linen as nn
 import ml_collections
 
-from vssl_jax import losses, mask_specs, ranges
+from vssl_jax import colours, losses, mask_specs, ranges
 from vssl_jax.methods import (
   base,
   chain,
@@ -99,6 +99,7 @@ def build(
   config: ml_collections.ConfigDict,
   video: tuple[int, ...],
   resolve: Callable[[str], nn.Module],
+  pixels: colours.Colours,
 ) -> base.Method:
   """Builds the method from its section of the config.
 
@@ -106,6 +107,7 @@ def build(
     config: `config.method`.
     video: (T, H, W, C) of a clip.
     resolve: source of an outside teacher -> its module.
+    pixels: mean and deviation of the clips.
 
   Raises:
     ValueError: a value outside of its range, a teacher without a source, or
@@ -113,8 +115,10 @@ def build(
   """
   KEYS.check(config, 'method')
   _check(config)
-  own, modules = teachers_lib.find(config, config.teachers, video, resolve)
-  student = _student(config, modules)
+  own, modules = teachers_lib.find(
+    config, config.teachers, video, resolve, pixels
+  )
+  student = _student(config, modules, pixels)
   # Fields of the method and keys of its config have the same names.
   taken = set(pmd.Pmd.__dataclass_fields__) & set(config)
   distil = pmd.Pmd(
@@ -138,11 +142,14 @@ def _check(config: ml_collections.ConfigDict) -> None:
 
 
 def _student(
-  config: ml_collections.ConfigDict, teachers: Mapping[str, Any]
+  config: ml_collections.ConfigDict,
+  teachers: Mapping[str, Any],
+  pixels: colours.Colours,
 ) -> student_lib.Student:
   encoder = salt_config.make_encoder(
     config.encoder,
     config.vit,
+    **pixels._asdict(),
     positions='sincos_3d_mvd',
     drop_path=config.drop_path,
   )

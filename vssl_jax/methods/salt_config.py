@@ -7,7 +7,7 @@ from typing import Any
 import flax.linen as nn
 import ml_collections
 
-from vssl_jax import losses, mask_specs, ranges
+from vssl_jax import colours, losses, mask_specs, ranges
 from vssl_jax.methods import base, chain, knobs, pixel_phase, salt
 from vssl_jax.models import decoder as decoder_lib
 from vssl_jax.models import layers, vit
@@ -103,6 +103,7 @@ def build(
   config: ml_collections.ConfigDict,
   video: tuple[int, ...],
   resolve: Callable[[str], nn.Module],
+  pixels: colours.Colours,
 ) -> base.Method:
   """Builds the method from its section of the config.
 
@@ -110,6 +111,7 @@ def build(
     config: `config.method`.
     video: (T, H, W, C) of a clip.
     resolve: source of an outside teacher -> its module.
+    pixels: mean and deviation of the clips.
 
   Raises:
     ValueError: a value outside of its range, or a phase without a section.
@@ -123,7 +125,7 @@ def build(
         'config.method such as pixel_teacher, latent_student, latent_student_2'
       )
     section = config[name]
-    encoder = make_encoder(section.encoder, config.vit)
+    encoder = make_encoder(section.encoder, config.vit, **pixels._asdict())
     masks = mask_specs.parse(section.masks, select=section.mask_select)
     grid = layers.grid_of((1, *video), encoder.patch)
     for spec in masks:

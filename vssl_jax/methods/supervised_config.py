@@ -5,7 +5,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import ml_collections
 
-from vssl_jax import mixing, ranges
+from vssl_jax import colours, mixing, ranges
 from vssl_jax.methods import knobs, salt_config, supervised
 from vssl_jax.models import classifier, hiera
 
@@ -61,6 +61,7 @@ def build(
   config: ml_collections.ConfigDict,
   video: tuple[int, ...],
   resolve: Callable[[str], nn.Module],
+  pixels: colours.Colours,
 ) -> supervised.Supervised:
   """Builds the method from its section of the config.
 
@@ -68,6 +69,8 @@ def build(
     config: `config.method`.
     video: (T, H, W, C) of a clip.
     resolve: not used; the section says all of the encoder's fields.
+    pixels: mean and deviation of the clips, where the encoder starts at
+      random; one that starts from weights keeps its own.
 
   Raises:
     ValueError: a value outside of its range, or the number of classes or steps
@@ -81,7 +84,7 @@ def build(
         f'method.{name}: found {config[name]}, wanted at least 1; the job '
         "'finetune' finds it out, from --config.finetune.train"
       )
-  encoder = _encoder(config)
+  encoder = _encoder(config, pixels)
   fields = ('mixup', 'cutmix', 'probability', 'switch', 'smoothing')
   return supervised.Supervised(
     supervised.Labels(
@@ -101,7 +104,9 @@ def build(
   )
 
 
-def _encoder(config: ml_collections.ConfigDict) -> nn.Module:
+def _encoder(
+  config: ml_collections.ConfigDict, pixels: colours.Colours
+) -> nn.Module:
   """Returns the encoder, without a final norm: the head has its own."""
   fields = dict(
     remat=config.remat,
@@ -110,7 +115,8 @@ def _encoder(config: ml_collections.ConfigDict) -> nn.Module:
     final_norm=False,
   )
   if config.family == 'vit':
-    return salt_config.make_encoder(config.encoder, config.vit, **fields)
-  shape = dict(config.hiera)
+    shape = pixels._asdict() | dict(config.vit)
+    return salt_config.make_encoder(config.encoder, shape, **fields)
+  shape = pixels._asdict() | dict(config.hiera)
   size = shape.pop('size', {})  # of weights: all fields are there
   return hiera.make(size, q_pool=config.q_pool, **fields, **shape)

@@ -10,7 +10,7 @@ from typing import Any
 import flax.linen as nn
 import ml_collections
 
-from vssl_jax import flops, losses, mask_specs, ranges
+from vssl_jax import colours, flops, losses, mask_specs, ranges
 from vssl_jax.methods import base, knobs, pixel_phase, salt_config
 from vssl_jax.models import decoder as decoder_lib
 from vssl_jax.models import framewise, hiera, layers, vit
@@ -78,6 +78,7 @@ def find(
   names: Iterable[str],
   video: tuple[int, ...],
   resolve: Callable[[str], nn.Module],
+  pixels: colours.Colours,
 ) -> tuple[tuple[pixel_phase.PixelTeacher, ...], dict[str, nn.Module]]:
   """Returns the phases that make teachers, and all teachers' networks.
 
@@ -86,6 +87,7 @@ def find(
     names: of the teachers.
     video: (T, H, W, C) of a clip.
     resolve: source of an outside teacher -> its module.
+    pixels: mean and deviation of the clips.
 
   Raises:
     ValueError: a teacher without a source.
@@ -94,7 +96,7 @@ def find(
   for name in names:
     source, phase = config[name].teacher, f'{name}_teacher'
     if source == f'@{phase}':
-      own.append(MAKERS[name](phase, config, video))
+      own.append(MAKERS[name](phase, config, video, pixels))
       modules[name] = own[-1].encoder
     elif not source or source.startswith('@'):
       raise ValueError(
@@ -187,7 +189,10 @@ def _fitted(module: nn.Module, patch: layers.Grid) -> nn.Module:
 
 
 def image_teacher(
-  name: str, config: ml_collections.ConfigDict, video: tuple[int, ...]
+  name: str,
+  config: ml_collections.ConfigDict,
+  video: tuple[int, ...],
+  pixels: colours.Colours,
 ) -> pixel_phase.PixelTeacher:
   """Returns MAE's phase, on the first frame of every tubelet.
 
@@ -195,10 +200,11 @@ def image_teacher(
     name: of the phase and of its section.
     config: `config.method`.
     video: (T, H, W, C) of a clip.
+    pixels: mean and deviation of the clips.
   """
   section, shared = config[name], dict(config.vit)
   every, py, px = shared['patch']
-  shared |= dict(patch=(1, py, px), qkv_bias='full')
+  shared |= dict(patch=(1, py, px), qkv_bias='full', **pixels._asdict())
   encoder = salt_config.make_encoder(
     section.encoder, shared, positions='sincos_2d'
   )
@@ -214,12 +220,18 @@ def image_teacher(
 
 
 def video_teacher(
-  name: str, config: ml_collections.ConfigDict, video: tuple[int, ...]
+  name: str,
+  config: ml_collections.ConfigDict,
+  video: tuple[int, ...],
+  pixels: colours.Colours,
 ) -> pixel_phase.PixelTeacher:
   """Returns VideoMAE's phase; arguments as in `image_teacher`."""
   section = config[name]
   encoder = salt_config.make_encoder(
-    section.encoder, config.vit, positions='sinusoid_1d'
+    section.encoder,
+    config.vit,
+    **pixels._asdict(),
+    positions='sinusoid_1d',
   )
   pt, py, px = encoder.patch
   values = pt * py * px * video[-1]

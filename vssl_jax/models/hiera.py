@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
-from vssl_jax import losses, sharding
+from vssl_jax import colours, losses, sharding
 from vssl_jax.models import (
   blocks,
   hiera_block,
@@ -95,8 +95,8 @@ class Hiera(nn.Module):
   dtype: str = 'bfloat16'
   remat: str = 'none'
   attention: str = 'auto'
-  mean: tuple[float, ...] = layers.IMAGENET_MEAN
-  std: tuple[float, ...] = layers.IMAGENET_STD
+  mean: tuple[float, ...] = colours.IMAGENET_MEAN
+  std: tuple[float, ...] = colours.IMAGENET_STD
 
   @property
   def patch(self) -> layers.Grid:
@@ -232,6 +232,7 @@ class Hiera(nn.Module):
   ) -> Float[Array, 'B K n D']:
     """Returns the tokens of the first stage, those of a unit together."""
     batch, dtype = video.shape[0], jnp.dtype(self.dtype)
+    colours.check(video.shape[-1], self.mean, 'Hiera')
     x = layers.normalise(layers.to_unit(video), self.mean, self.std)
     x, padding = x.astype(dtype), self.padding
     if units is not None:

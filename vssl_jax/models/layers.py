@@ -19,10 +19,8 @@ from jaxtyping import Array, Float, Num
 from vssl_jax import sharding
 from vssl_jax.models import float8
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
 # Matrix products of layers: in the type of the activations, or in 8 bits.
 PRODUCTS = {'same': sharding.dot_general, 'float8': float8.dot_general}
-IMAGENET_STD = (0.229, 0.224, 0.225)
 DTYPES = ('float32', 'bfloat16')  # of activations and matrix products
 INIT_FAMILIES = ('vjepa', 'videomae', 'mae', '4ds', 'hiera')
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
-from vssl_jax import masking, sharding
+from vssl_jax import colours, masking, sharding
 from vssl_jax.models import attended, blocks, layers, positions, sizes
 
 # width, depth, heads, MLP width. S to G: SALT (arXiv 2509.24317); M and e:
@@ -97,8 +97,8 @@ class Vit(nn.Module):
   mlp: str = 'gelu'
   resize: str = 'trilinear'
   products: str = 'same'
-  mean: tuple[float, ...] = layers.IMAGENET_MEAN
-  std: tuple[float, ...] = layers.IMAGENET_STD
+  mean: tuple[float, ...] = colours.IMAGENET_MEAN
+  std: tuple[float, ...] = colours.IMAGENET_STD
 
   @property
   def block_spec(self) -> blocks.Spec:
@@ -173,7 +173,7 @@ class Vit(nn.Module):
     Raises:
       ValueError: blocks that decode and a final norm or a class token, or too
         many of them; a class token and positions that turn; registers without
-        a class token.
+        a class token; clips of other channels than it has means.
     """
     if self.decoder_blocks and self.final_norm:
       raise ValueError(
@@ -196,6 +196,7 @@ class Vit(nn.Module):
         f'{self.depth} blocks there are'
       )
     grid = layers.grid_of(video.shape, self.patch)
+    colours.check(video.shape[-1], self.mean, 'ViT')
     x = self._embed(layers.patchify(video, self.patch), visible, grid)
     if self.class_token:
       x = self._with_class_token(x)

@@ -67,7 +67,9 @@ def describe(config: ml_collections.ConfigDict, detail: str = 'shapes') -> str:
   # Before anything asks for devices: a slice that is not there has none.
   mesh = _mesh(config, detail)
   video = options.spec(config.data.to_dict()).shape
-  method = methods.build(config.method, video, encoders.module_of)
+  method = methods.build(
+    config.method, video, encoders.module_of, options.colours_of(config.data)
+  )
   begin.check_sources(config, method.phases())
   examples, note = _examples(config)
   spans = run_lib.spans(method)

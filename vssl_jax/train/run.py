@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 
 from vssl_jax import config as config_lib
 from vssl_jax import encoders, methods, sharding
-from vssl_jax.data import pipeline
+from vssl_jax.data import options, pipeline
 from vssl_jax.methods import base
 from vssl_jax.models import float8
 from vssl_jax.train import (
@@ -134,7 +134,10 @@ def open_run(config: ml_collections.ConfigDict, read_only: bool = False) -> Run:
     folder=None if read_only else str(workdir),
   )
   method = methods.build(
-    config.method, tuple(clips.shapes['video']), encoders.module_of
+    config.method,
+    tuple(clips.shapes['video']),
+    encoders.module_of,
+    options.colours_of(config.data),
   )
   phases = method.phases()
   check_units(phases, jax.devices()[0])

@@ -62,12 +62,18 @@ def clip_shape(source: str | os.PathLike[str]) -> tuple[int, int, int, int]:
   if grid is not None:
     module = modules.build(found, 'encoder', None)
     t, h, w = _pixels(grid, module)
-    return 16 if isinstance(module, framewise.Framewise) else t, h, w, 3
+    channels = len(getattr(module, 'image', module).mean)
+    return 16 if isinstance(module, framewise.Framewise) else t, h, w, channels
   frames = config.get('frames_per_clip', config.get('num_frames', 16))
   side = config.get('crop_size', config.get('image_size', 224))
   if isinstance(side, dict):  # of an image processor
     side = side['height']
-  return frames, side, side, 3
+  return (
+    frames,
+    side,
+    side,
+    config.get('num_channels', config.get('in_chans', 3)),
+  )
 
 
 def clip_timing(source: str | os.PathLike[str]) -> tuple[int, float]:

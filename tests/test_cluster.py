@@ -51,6 +51,26 @@ def _pair(how, program=PROGRAM):
   ]
 
 
+def test_ctrl_c_outside_of_training_is_one_line():
+  program = """
+import os, signal, time
+from vssl_jax import cluster
+
+def main():
+  os.kill(os.getpid(), signal.SIGINT)
+  time.sleep(60)
+
+cluster.end(main, (0,))
+"""
+  ended = subprocess.run(
+    [sys.executable, '-c', program], capture_output=True, text=True, check=False
+  )
+  assert ended.returncode == 130
+  assert ended.stderr == (
+    'error: interrupted by Ctrl-C; the same command starts again\n'
+  )
+
+
 @pytest.mark.parametrize(
   'how, wanted',
   [

@@ -21,9 +21,29 @@ def run(tmp_path_factory):
   synthetic.write(
     folder / 'clips', clips={'train': 40, 'test': 20}, size=32, frames=8
   )
-  config = conftest.tiny_config(folder / 'clips' / 'train', folder / 'run')
+  workdir = folder / 'a [run]* of me@home\\'  # all of it legal in a name
+  config = conftest.tiny_config(folder / 'clips' / 'train', workdir)
   assert trainer.train(config) == 0
-  return folder / 'run'
+  return workdir
+
+
+def test_a_folder_with_an_at_is_told_from_a_phase(tmp_path):
+  for name in ('run', 'me@home/run', 'run@phase'):
+    (tmp_path / name).mkdir(parents=True)
+    (tmp_path / name / 'run.json').touch()
+  for source, wanted in {
+    'run': ('run', ''),
+    'run@one': ('run', 'one'),
+    'run@one/average': ('run', 'one/average'),
+    'me@home/run': ('me@home/run', ''),
+    'me@home/run@one/average': ('me@home/run', 'one/average'),
+    'run@phase': ('run@phase', ''),
+    'run@phase@one': ('run@phase', 'one'),
+  }.items():
+    folder, part = encoders.split(f'{tmp_path}/{source}')
+    assert (folder, part) == (tmp_path / wanted[0], wanted[1])
+    assert encoders.is_run(f'{tmp_path}/{source}')
+  assert not encoders.is_run(f'{tmp_path}/me@home')
 
 
 def _video(*shape):
@@ -151,7 +171,7 @@ def kept(tmp_path):
     folder.mkdir()
     (folder / 'part').write_text(name)
     files = manifests.hash_files(folder)
-    tree = {'step': step, 'phase': phase, 'files': files}
+    tree = {'step': step, 'phase': phase, 'files': files, 'leaves': {}}
     manifests.write_atomic(manifests.path_of(folder), tree)
   return tmp_path
 

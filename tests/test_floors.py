@@ -9,7 +9,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FLOORS = (
-  {'trees', 'rngs', 'ranges', 'colours', 'sharding', 'cluster'},
+  {'trees', 'rngs', 'ranges', 'colours', 'jsonl', 'sharding', 'cluster'},
   {
     'masking',
     'mask_specs',

@@ -5,12 +5,14 @@ because a library could: a wrong guess would wait minutes for nobody.
 """
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
 
 import jax
 
+INTERRUPTED = 128 + signal.SIGINT
 ADDRESS = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 
 
@@ -93,15 +95,21 @@ def end(
     orderly: statuses with which all processes end together.
     busy: whether threads are at work that nobody waits for.
   """
+  interrupted = False
   try:
     status = main()
-  except (Exception, KeyboardInterrupt) as error:
+  except KeyboardInterrupt:
+    # A run that trains saves, and does not come here.
+    say('interrupted by Ctrl-C; the same command starts again')
+    status, interrupted = INTERRUPTED, True
+  except Exception as error:
     if not (jax.distributed.is_initialized() or busy()):
       raise
     traceback.print_exc()
     say(f'{type(error).__name__}: {error}')
-    status = 130 if isinstance(error, KeyboardInterrupt) else 1
-  alone = status not in orderly and jax.distributed.is_initialized()
+    status = 1
+  alone = interrupted or status not in orderly
+  alone = alone and jax.distributed.is_initialized()
   if alone or busy():
     if not alone and jax.distributed.is_initialized():
       # Those who are a moment later must not find the first process gone.

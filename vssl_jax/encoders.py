@@ -14,7 +14,6 @@ names of VideoMAE may be followed by the layout that decides their positions:
 
 import dataclasses
 import functools
-import json
 import logging
 import os
 import pathlib
@@ -261,7 +260,20 @@ class Source:
 
 def is_run(source: str) -> bool:
   """Returns whether a source names a run folder of ours."""
-  return (pathlib.Path(source.partition('@')[0]) / 'run.json').exists()
+  return (split(source)[0] / manifests.RUN).exists()
+
+
+def split(source: str) -> tuple[pathlib.Path, str]:
+  """Splits a source into a run folder and what follows its `@`, or ''.
+
+  A folder may have an `@` in its path: the longest one that holds a run counts.
+  """
+  pieces = source.split('@')
+  for count in range(len(pieces), 0, -1):
+    folder = pathlib.Path('@'.join(pieces[:count]))
+    if (folder / manifests.RUN).exists():
+      return folder, '@'.join(pieces[count:])
+  return pathlib.Path(pieces[0]), '@'.join(pieces[1:])
 
 
 def parts(folder: str | pathlib.Path) -> tuple[str, ...]:
@@ -295,7 +307,7 @@ def _opened(
   folder: pathlib.Path,
 ) -> tuple[dict[str, Any], tuple[base.Phase, ...]]:
   """Returns the record and the phases of a run."""
-  record = json.loads((folder / 'run.json').read_text())
+  record = manifests.load_record(folder)
   return record, method_of(record).phases()
 
 
@@ -308,8 +320,7 @@ def _clip_of_run(record: Mapping[str, Any]) -> Clip:
 def clip_of(source: str) -> Clip:
   """Returns the clips that an encoder was trained on, without its weights."""
   if is_run(source):
-    folder = pathlib.Path(source.partition('@')[0])
-    return _clip_of_run(json.loads((folder / 'run.json').read_text()))
+    return _clip_of_run(manifests.load_record(split(source)[0]))
   return Clip(weights.clip_shape(source), *weights.clip_timing(source))
 
 
@@ -349,8 +360,7 @@ def find(source: str) -> Source:
   Raises:
     ValueError: the phase or average does not exist, or nothing is saved yet.
   """
-  folder_text, _, part = source.partition('@')
-  folder = pathlib.Path(folder_text)
+  folder, part = split(source)
   record, phases = _opened(folder)
   names = [p.name for p in phases]
   wanted, _, average = part.partition('/')

@@ -36,7 +36,15 @@ from vssl_jax.evals import (
 )
 from vssl_jax.evals import run as evaluation
 from vssl_jax.show import drift, masks
-from vssl_jax.train import plan, precompile, replay, rewind, suggest, trainer
+from vssl_jax.train import (
+  plan,
+  precompile,
+  replay,
+  rewind,
+  suggest,
+  trainer,
+  workdir,
+)
 
 
 def _train(config: ml_collections.ConfigDict, **kwargs: Any) -> int:
@@ -107,23 +115,26 @@ def main(argv: Sequence[str] | None = None) -> int:
       return 0
     cluster.join(os.environ)
     job = _job(config, args)
-  except (FileNotFoundError, ValueError) as error:
+  except (OSError, ValueError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
   if jax.process_index() == 0:
     base = config_lib.default(config.method.name)
     print(config_lib.describe(config, base), flush=True)
   try:
-    return job(config)
+    # A replay can look at a run that goes on.
+    with workdir.hold(config.workdir, read_only=args.replay is not None):
+      return job(config)
+  except OSError as error:
+    cluster.say(workdir.describe(error))
   except trainer.EXPECTED as error:
     cluster.say(error)
-    return 1
   except (MemoryError, jax.errors.JaxRuntimeError) as error:
     if not memory.is_exhausted(error):
       raise
     reason = str(error).strip().partition('\n')[0]
     cluster.say(f'out of memory ({reason}); wanted {SMALLER[config.job]}')
-    return 1
+  return 1
 
 
 def resolve(
@@ -256,8 +267,10 @@ def _keep_compiled_programs() -> None:
 
 def run() -> None:
   """Runs `main` as a program."""
+  workdir.quiet_libraries()
   # What is still compiled for a phase that will not come is not waited for.
-  cluster.end(main, (0, trainer.PREEMPTED), precompile.busy)
+  orderly = 0, trainer.PREEMPTED, trainer.INTERRUPTED
+  cluster.end(main, orderly, precompile.busy)
 
 
 if __name__ == '__main__':

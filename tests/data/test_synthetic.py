@@ -252,9 +252,20 @@ def test_an_unfinished_folder_is_made_again(tmp_path):
   stray.write_bytes(b'half')
   (tmp_path / rows_of(tmp_path)[3]['path']).write_bytes(b'half')
   (tmp_path / 'labels.csv').unlink()
+  with pytest.raises(ValueError, match=r'holds train/right/stray\.mp4, which'):
+    synthetic.write(tmp_path, **make)
+  stray.rename(tmp_path.with_name('mine.mp4'))  # never removed for the user
   synthetic.write(tmp_path, **make)
   assert digest(tmp_path) == before
-  assert not stray.exists()
+
+
+def test_a_recipe_that_is_corrupt_is_named(tmp_path):
+  make = {'clips': 10, 'size': 16, 'frames': 4}
+  synthetic.write(tmp_path, **make)
+  for content in ('', '{"version": ', '\0\0'):
+    (tmp_path / 'recipe.json').write_text(content)
+    with pytest.raises(ValueError, match=r'recipe\.json is corrupt'):
+      synthetic.write(tmp_path, **make)
 
 
 def test_a_finished_folder_is_left_alone(tmp_path):

@@ -1,8 +1,11 @@
 import json
+import pathlib
 
 import numpy as np
 
-from vssl_jax.evals import report
+from vssl_jax import config as config_lib
+from vssl_jax.evals import finetune, report
+from vssl_jax.train import manifests
 
 REPORT = {
   'encoder': 'runs/x',
@@ -104,7 +107,7 @@ def test_a_report_replaces_only_one_of_the_same_measurement(tmp_path):
   ]
   again = other | {'chance': 0.2, 'seconds': 3.0}
   assert report.write(again, tmp_path) == second
-  assert json.loads((tmp_path / 'report.json').read_text()) == REPORT
+  assert manifests.load(tmp_path / 'report.json') == REPORT
   (tmp_path / 'report-3.json').write_text('{"encoder": ')  # damaged
   changes = ({'clip': [4, 32, 32, 3]}, {'test': {'source': 'c'}})
   for number, change in enumerate(changes, start=4):
@@ -114,4 +117,16 @@ def test_a_report_replaces_only_one_of_the_same_measurement(tmp_path):
 
 def test_the_file_is_json(tmp_path):
   report.write(REPORT, tmp_path / 'new')
-  assert json.loads((tmp_path / 'new/report.json').read_text()) == REPORT
+  content = json.loads((tmp_path / 'new/report.json').read_text())
+  assert content | REPORT == content
+
+
+def test_a_corrupt_report_is_not_taken_for_a_result(tmp_path, caplog):
+  config = config_lib.fine_tuning()
+  config.workdir = str(tmp_path)
+  found = {'finetune': config_lib.to_json(config)['finetune'], 'accuracy': 0.5}
+  path = pathlib.Path(report.write(found, tmp_path))
+  assert finetune._tested(config) == found
+  path.write_text(path.read_text().replace('0.5', '0.7'))
+  assert finetune._tested(config) is None
+  assert f'{path} is corrupt' in caplog.text

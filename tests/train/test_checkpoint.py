@@ -2,6 +2,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -216,6 +217,93 @@ def test_a_damaged_manifest_is_found(tmp_path):
   assert saver.newest().step == 1
 
 
+def test_every_flip_in_a_manifest_is_found_or_harmless(tmp_path):
+  saver = checkpoint.Checkpoints(tmp_path, keep=2)
+  for i in (1, 2):
+    saver.save(_tree(i), i, 'one', extra={'left_out': [(1, 2)]})
+  saver.finish()
+  path = tmp_path / 'checkpoints' / '00000002.json'
+  written, whole = path.read_bytes(), manifests.load(path)
+  own, rng = json.loads(written)['sum'], random.Random(0)
+  harmless = found = 0
+  for place in range(len(written)):
+    data = bytearray(written)
+    data[place] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+    try:
+      loaded = manifests.load(path)
+      # Without its name, the sum is a key that nobody reads.
+      assert {k: v for k, v in loaded.items() if v != own} == whole
+      harmless += 1
+    except manifests.CorruptError:
+      found += 1
+  assert found > 500 and harmless < 30
+  for data in (b'', written[:-1], b'\0' * len(written), b'[' * 100_000):
+    path.write_bytes(data)
+    with pytest.raises(manifests.CorruptError, match=r'00000002\.json is corr'):
+      manifests.load(path)
+
+
+def test_a_manifest_that_is_corrupt_or_of_another_step_is_set_aside(tmp_path):
+  rng, folder = random.Random(0), tmp_path / 'checkpoints'
+  saver = checkpoint.Checkpoints(tmp_path, keep=2)
+  saver.save(_tree(1), 1, 'one')
+  saver.finish()
+  for kind in ('flip', 'leaf', 'empty', 'copy', 'no leaves'):
+    saver.save(_tree(2), 2, 'one')
+    saver.finish()
+    path = folder / '00000002.json'
+    text = path.read_text()
+    if kind == 'flip':
+      place = rng.randrange(text.index('"leaves"'), len(text) - 40)
+      data = bytearray(text.encode())
+      data[place] ^= 2
+      path.write_bytes(data)
+    elif kind == 'leaf':
+      path.write_text(text.replace('"dtype"', '"dtypd"', 1))
+    elif kind == 'empty':
+      path.write_text('')
+    elif kind == 'copy':
+      shutil.copy(folder / '00000001.json', path)
+      shutil.rmtree(folder / '00000002')
+      shutil.copytree(folder / '00000001', folder / '00000002')
+    else:
+      manifests.write_atomic(path, {'step': 2, 'phase': 'one'})
+    assert saver.newest().step == 1, kind
+    assert (folder / '00000002.json.rotten').exists()
+
+
+def test_what_others_put_into_the_folders_harms_nothing_and_stays(tmp_path):
+  saver = checkpoint.Checkpoints(tmp_path)
+  for i in (1, 2):
+    saver.save(_tree(i), i, 'one')
+  saver.save_params({'params': _tree()['params']}, 2, 'first')
+  foreign = [
+    'checkpoints/notes.json',
+    'checkpoints/x.partial/file',
+    'checkpoints/backup/file',
+    'checkpoints/00000002.old/file',
+    'checkpoints/.nfs0000000000000001',
+    'checkpoints/00000002/.nfs0000000000000002',
+    'checkpoints/00000002/.DS_Store',
+    'checkpoints/y.partial',
+    'params/notes.json',
+    'params/mine/file',
+    'params/list.json',
+  ]
+  for name in foreign:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text('[]' if 'list' in name else '{"step": 1}')
+  saver = checkpoint.Checkpoints(tmp_path)
+  assert saver.newest().step == 2
+  assert saver.params_of('first').step == 2
+  assert [s.step for s in manifests.listing(tmp_path)] == [1, 2, 2]
+  assert all((tmp_path / name).exists() for name in foreign)
+  saver.save(_tree(3), 3, 'one')
+  saver.finish()
+  assert saver.newest().step == 3
+
+
 def test_only_damaged_checkpoints_are_an_error(tmp_path):
   saver = checkpoint.Checkpoints(tmp_path)
   saver.save(_tree(1), 1, 'one')
@@ -231,9 +319,9 @@ def test_values_that_rot_past_the_file_hashes_are_found(tmp_path):
   saver.save(_tree(1), 1, 'one')
   saver.finish()
   path = tmp_path / 'checkpoints' / '00000001.json'
-  manifest = json.loads(path.read_text())
+  manifest = manifests.load(path)
   manifest['leaves']['params/encoder/kernel']['sum'][0] ^= 1
-  path.write_text(json.dumps(manifest))
+  manifests.write_atomic(path, manifest)
   with pytest.raises(checkpoint.RottenError, match='params/encoder/kernel'):
     checkpoint.restore(saver.newest(), _target(_tree()))
 
@@ -261,6 +349,44 @@ def test_bit_sum_against_numpy():
   assert int(manifests.bit_sum(jnp.asarray(x))[0]) == want
 
 
+def _reads_back(folder):
+  for value in (1, 2):
+    saver = checkpoint.Checkpoints(folder, keep=1)
+    tree = {'w': jnp.full(3, value)}
+    saver.save(tree, value, 'one')
+    saver.save_params(tree, value, 'one')
+    saver.finish()
+    for saved in (saver.newest(), saver.params_of('one')):
+      assert not manifests.damage(saved)
+      back = checkpoint.restore(saved, _target(tree))
+      np.testing.assert_array_equal(back['w'], value)
+
+
+def test_paths_with_odd_letters_read_back(tmp_path):
+  # What is a pattern to a library would match the neighbour, too.
+  for name in (
+    'run1',
+    'run*',
+    'run[12]',
+    'a\\b',
+    'gs:/x',
+    'ü\n\udcff',
+    '@?#%41',
+  ):
+    _reads_back(tmp_path / name)
+  long = tmp_path
+  while len(str(long)) < 3600:
+    long /= 'l' * 200
+  _reads_back(long)
+
+
+@pytest.mark.slow
+def test_every_printable_letter_of_a_path_reads_back(tmp_path):
+  for letter in map(chr, range(1, 127)):
+    if letter != '/':
+      _reads_back(tmp_path / f'a{letter}b')
+
+
 def test_a_config_that_does_not_fit_names_the_keys(tmp_path):
   saver = checkpoint.Checkpoints(tmp_path)
   saver.save(_tree(1), 1, 'one')
@@ -283,6 +409,16 @@ def test_a_save_that_fails_is_an_error(tmp_path):
   with pytest.raises(checkpoint.CheckpointError, match='free disk space'):
     saver.save(_tree(1), 1, 'one')
     saver.finish()
+
+
+def test_a_folder_that_was_removed_is_named_and_not_made_again(tmp_path):
+  saver = checkpoint.Checkpoints(tmp_path / 'run')
+  saver.save(_tree(1), 1, 'one')
+  saver.finish()
+  (tmp_path / 'run').rename(tmp_path / 'moved')
+  with pytest.raises(checkpoint.CheckpointError, match='run/checkpoints was r'):
+    saver.save(_tree(2), 2, 'one')
+  assert not (tmp_path / 'run').exists()
 
 
 SAVER = """

@@ -7,7 +7,7 @@ import pytest
 
 from tests.train import conftest
 from vssl_jax.data import pipeline, sources
-from vssl_jax.train import data_changes, trainer
+from vssl_jax.train import data_changes, manifests, trainer
 from vssl_jax.train import run as run_lib
 
 
@@ -93,7 +93,7 @@ def test_a_lost_list_of_videos_costs_only_the_names(resumed):
     trainer.train(config)
   # Runs of before there were sizes in the hash.
   old = record(workdir) | {'data_fingerprint': '0123456789abcdef'}
-  (workdir / 'run.json').write_text(json.dumps(old))
+  manifests.write_atomic(workdir / 'run.json', old)
   assert trainer.train(config) == 0
 
 

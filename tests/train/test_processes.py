@@ -45,6 +45,7 @@ def _start(folder, config, *flags, devices=1, **env):
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
+    process_group=0,
   )
 
 
@@ -79,40 +80,71 @@ def _losses(workdir):
   return {x['step']: x['loss'] for x in lines if 'loss' in x}
 
 
+def _one_phase(clips, workdir):
+  """Readers and a worker, whom a signal to the group reaches too."""
+  config = conftest.tiny_config(clips, workdir)
+  config.method.phases = ('pixel_teacher',)
+  config.method.pixel_teacher.steps = 60
+  config.checkpoint.every = 1000
+  config.data.update(dict(isolate=True, workers=1))
+  return config
+
+
+@pytest.fixture(scope='module')
+def whole(clips, tmp_path_factory):
+  folder = tmp_path_factory.mktemp('whole')
+  config = _one_phase(clips, folder / 'run')
+  _finish(_start(folder / 'a', config))
+  return _sums(config.workdir)
+
+
 @pytest.mark.slow
-def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(clips, tmp_path):
-  """One process; the signal comes while steps are taken (R2)."""
-  whole = conftest.tiny_config(clips, tmp_path / 'whole')
-  cut = conftest.tiny_config(clips, tmp_path / 'cut')
-  for config in (whole, cut):
-    config.method.phases = ('pixel_teacher',)
-    config.method.pixel_teacher.steps = 60
-    config.checkpoint.every = 1000
-  _finish(_start(tmp_path / 'a', whole))
+@pytest.mark.parametrize(
+  ('number', 'status', 'line'),
+  [
+    (signal.SIGTERM, trainer.PREEMPTED, 'SIGTERM: saved step '),
+    (signal.SIGINT, trainer.INTERRUPTED, 'Ctrl-C: saved step '),
+  ],
+)
+def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(
+  clips, tmp_path, whole, number, status, line
+):
+  """The signal comes while steps are taken (R2); see also a second start."""
+  cut = _one_phase(clips, tmp_path / 'cut')
   process = _start(tmp_path / 'b', cut)
   _wait_for(cut.workdir, random.Random(0).randrange(5, 30))
-  process.send_signal(signal.SIGTERM)
+  if number == signal.SIGINT:
+    process.send_signal(signal.SIGSTOP)
+    second = _start(tmp_path / 'b', cut)  # the same command: refused
+    refused = second.communicate(timeout=600)[0]
+    process.send_signal(signal.SIGCONT)
+    assert second.returncode == 1
+    last = refused.splitlines()[-1]
+    assert last.startswith(f'error: {cut.workdir}: process {process.pid} on ')
+  os.killpg(process.pid, number)
   output = process.communicate(timeout=600)[0]
-  assert process.returncode == trainer.PREEMPTED, output[-3000:]
-  assert 'SIGTERM: saved step' in output
+  assert process.returncode == status, output[-3000:]
+  assert output.splitlines()[-1].startswith(line)
+  assert 'Traceback' not in output
   step, _ = _sums(cut.workdir)
   # At most the steps in flight are lost; here none.
   assert max(_losses(cut.workdir)) == step < 60
   _finish(_start(tmp_path / 'b', cut))
-  assert _sums(cut.workdir) == _sums(whole.workdir)
+  assert _sums(cut.workdir) == whole
 
 
 @pytest.mark.slow
-def test_a_second_sigterm_ends_it_at_once(clips, tmp_path):
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_it_at_once(clips, tmp_path, number):
   config = conftest.tiny_config(clips, tmp_path / 'run')
   config.method.pixel_teacher.steps = 5000
   config.checkpoint.every = 1
   process = _start(tmp_path / 'a', config)
   _wait_for(config.workdir, 10)
-  process.send_signal(signal.SIGTERM)
-  process.send_signal(signal.SIGTERM)
+  process.send_signal(number)
+  process.send_signal(number)
   process.communicate(timeout=600)
-  assert process.returncode in (-signal.SIGTERM, trainer.PREEMPTED)
+  assert process.returncode in (-number, 128 + number)
   saver = checkpoint.Checkpoints(config.workdir)
   assert saver.newest().step >= 9
 

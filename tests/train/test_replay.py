@@ -120,12 +120,12 @@ def test_the_same_bits_come_again_and_nothing_is_written(
 
 def test_a_flipped_bit_of_a_record_is_found(run, capsys):
   path = _path(run, 'probes', '00000003.json')
-  record = json.loads(path.read_text())
+  record = manifests.load(path)
   record['after']['opt/inner_states/train/inner_state/0/count'] = [0, 1]
   name = next(n for n in record['after'] if n.endswith('layer_1/kernel'))
   record['after'][name][1] ^= 1 << 7
   record['machine']['jaxlib'] = '0.0.1'
-  path.write_text(json.dumps(record))
+  manifests.write_atomic(path, record)
   assert replay.replay(run, 3) == 1
   said = capsys.readouterr().out
   assert said.count('arrays equal') == 2

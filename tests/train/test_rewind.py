@@ -219,8 +219,7 @@ def test_a_record_of_another_past_is_refused(mended, tmp_path):
   config.workdir = str(tmp_path / 'run')
   shutil.copytree(mended.workdir, config.workdir)
   path = pathlib.Path(config.workdir) / 'run.json'
-  record = json.loads(path.read_text())
-  path.write_text(json.dumps(record | {'left_out': []}))
+  manifests.write_atomic(path, manifests.load(path) | {'left_out': []})
   with pytest.raises(run_lib.TrainingError, match=r'00000012 left out .*7, 9'):
     trainer.train(config)
   path.unlink()  # the checkpoint knows too

@@ -233,9 +233,9 @@ def test_the_cache_may_be_moved_and_neither_begun_nor_left(
   assert not ASKED
   without = _again(told, tmp_path / 'without')
   record = pathlib.Path(without.workdir) / 'run.json'
-  before = json.loads(record.read_text())
+  before = manifests.load(record)
   before['config']['cache_targets'] = ''
-  record.write_text(json.dumps(before))
+  manifests.write_atomic(record, before)
   with pytest.raises(TrainingError, match=r"cache_targets='', found '/"):
     _train(without)
 
@@ -341,6 +341,46 @@ def test_substitutes_are_asked_about_and_never_kept(config):
   np.testing.assert_array_equal(got, rows['a'][[2, 0]])
   again.write(np.array([0]), {'a': rows['a'][:1]})
   assert again.count == 2
+
+
+def test_rows_that_are_not_those_written_are_computed_again(tmp_path, caplog):
+  key = {
+    'examples': 4,
+    'targets': {
+      'a': {'shape': [2], 'dtype': 'bfloat16'},
+      'b': {'shape': [], 'dtype': 'int32'},
+    },
+  }
+  rows = {
+    'a': np.arange(8, dtype=jnp.bfloat16).reshape(4, 2),
+    'b': np.arange(4, dtype=np.int32),
+  }
+  path, index = tmp_path / 'kept', np.arange(4)
+  for name in ('a.bin', 'b.bin', target_store.SUMS, target_store.FILLED):
+    store = target_store.Store(path, key)
+    store.write(index[:3], {n: x[:3] for n, x in rows.items()})
+    store.close()
+    size = (path / name).stat().st_size
+    data = bytearray((path / name).read_bytes())
+    data[size // 4 if name != target_store.FILLED else 3] ^= 1
+    (path / name).write_bytes(data)
+    wrong = 3 if name == target_store.FILLED else 1
+    store = target_store.Store(path, key)
+    assert store.has(index).tolist() == [i < 3 and i != wrong for i in range(4)]
+    assert f'the targets of example {wrong} are not those' in caplog.text
+    store.write(index[:3], {n: x[:3] for n, x in rows.items()})
+    store.close()
+    store = target_store.Store(path, key, read_only=True)
+    assert store.has(index[:3]).all()
+    np.testing.assert_array_equal(store.read(index[:3])['a'], rows['a'][:3])
+    caplog.clear()
+  manifest = path / target_store.MANIFEST
+  manifest.write_text(manifest.read_text().replace('"examples"', '"exampled"'))
+  with pytest.raises(ValueError, match=r'manifest\.json is corrupt'):
+    target_store.Store(path, key, read_only=True)
+  store = target_store.Store(path, key)
+  assert 'manifest.json is corrupt' in caplog.text and store.count == 0
+  store.close()
 
 
 def test_files_of_another_size_are_refused(tmp_path):

@@ -132,9 +132,9 @@ def test_rotten_values_give_way_to_the_state_before(finished, tmp_path):
       shutil.rmtree(saved.path)
       saved.path.with_suffix('.json').unlink()
   path = copy / 'checkpoints' / '00000004.json'
-  manifest = json.loads(path.read_text())
+  manifest = manifests.load(path)
   manifest['leaves']['params/encoder/embed/kernel']['sum'][1] ^= 1
-  path.write_text(json.dumps(manifest))
+  manifests.write_atomic(path, manifest)
   config = config.copy_and_resolve_references()
   config.workdir = str(copy)
   assert trainer.train(config) == 0
@@ -164,14 +164,14 @@ def test_a_key_newer_than_the_run_may_have_its_default(
   config, workdir = finished
   copy = tmp_path / 'run'
   shutil.copytree(workdir, copy)
-  record = json.loads((copy / 'run.json').read_text())
+  record = manifests.load_record(copy)
   del record['config']['optim']['layer_decay']
-  (copy / 'run.json').write_text(json.dumps(record))
+  manifests.write_atomic(copy / 'run.json', record)
   config = config.copy_and_resolve_references()
   config.workdir = str(copy)
   assert trainer.train(config) == 0
   assert "at their defaults: ['optim.layer_decay']" in capsys.readouterr().out
-  (copy / 'run.json').write_text(json.dumps(record))
+  manifests.write_atomic(copy / 'run.json', record)
   config.optim.layer_decay = 0.5
   with pytest.raises(run_lib.TrainingError, match="layer_decay: was 'absent'"):
     trainer.train(config)
@@ -236,10 +236,49 @@ def test_the_clock_accounts_for_all_time():
   assert shares['time/step'] > shares['time/data']
 
 
-def test_the_last_logged_step_survives_half_a_line(tmp_path):
-  assert metrics.last_step(tmp_path) == 0
-  (tmp_path / 'metrics.jsonl').write_text('{"step": 5}\n{"step": 7}\n{"st')
-  assert metrics.last_step(tmp_path) == 7
+def test_the_last_logged_step_survives_odd_lines(tmp_path):
+  assert metrics.last_step(tmp_path, 9) == 0
+  path = tmp_path / 'metrics.jsonl'
+  path.write_bytes(
+    b'{"step": 5}\n[]\n\0\0\n\xff\xfe\n{"step": "8"}\n{"step": true}\n'
+    b'{"step": 7}\n{"step": 999999}\n{"step": -1}\n{"st'
+  )
+  assert metrics.last_step(tmp_path, 9) == 7
+  logger = metrics.Logger(tmp_path, tensorboard=False)
+  logger.write(8, {'loss': 1})
+  logger.close()
+  assert metrics.last_step(tmp_path, 9) == 8  # not the rest of half a line
+
+
+@pytest.mark.parametrize('content', [b'', b'\0' * 900, b'flip', None])
+def test_a_run_goes_on_with_bad_records_and_says_so(
+  finished, tmp_path, content, capsys
+):
+  config, workdir = finished
+  copy = tmp_path / 'run'
+  shutil.copytree(workdir, copy)
+  record = copy / 'run.json'
+  before = manifests.load(record)
+  if content == b'flip':
+    content = record.read_bytes().replace(b'"lr": 0.01', b'"lr": 0.03')
+  record.unlink() if content is None else record.write_bytes(content)
+  for name in ('bad_files.jsonl', 'skipped_0.jsonl'):
+    (copy / name).write_text('{"index": 3}\n{"index": "x"}\n{"ind')
+  config = config.copy_and_resolve_references()
+  config.workdir, lr = str(copy), config.optim.lr
+  config.optim.lr = 0.03
+  with pytest.raises(run_lib.TrainingError, match=r'optim.lr: was 0.01'):
+    trainer.train(config)
+  config.optim.lr = lr
+  assert trainer.train(config) == 0
+  said = capsys.readouterr().out
+  assert ('run.json is corrupt' in said) == (content is not None)
+  assert (copy / 'run.json.rotten').exists() == (content is not None)
+  after = manifests.load(record)
+  for key in ('config', 'video', 'data_fingerprint', 'rewinds', 'outside'):
+    if key != 'config':
+      assert after[key] == before[key]
+  assert after['config']['optim'] == before['config']['optim']
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The inside of a child process of `contain`: limits, then questions."""
 
 import contextlib
+import ctypes
 import json
 import mmap
 import os
@@ -15,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from vssl_jax.data import decode
+
+_PR_SET_PDEATHSIG = 1
 
 Answer = Callable[[dict[str, Any], bytes, np.ndarray], dict[str, Any]]
 
@@ -31,13 +34,16 @@ def run(answer: Answer) -> None:
     answer: maps (request, content, shared uint8 memory) to JSON.
   """
   given = settings()
+  end_with(given['parent'])
   memory = np.frombuffer(mmap.mmap(given['memory'], 0), np.uint8)
   requests = os.fdopen(given['request'], 'rb')
   limit(given['memory_limit_mb'])
   # The parent kills a child that is late. Should the parent be gone, the
   # alarm does, whatever the decoder is busy with.
   signal.signal(signal.SIGALRM, signal.SIG_DFL)
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+  # A signal to all processes of a job: the parent decides, and kills.
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
   _reply(given['reply'], {})
   while head := requests.read(4):
     request = json.loads(requests.read(struct.unpack('<I', head)[0]))
@@ -46,6 +52,20 @@ def run(answer: Answer) -> None:
     reply = attempt(answer, request, content, memory)
     signal.alarm(0)
     _reply(given['reply'], reply)
+
+
+def end_with(parent: int) -> None:
+  """Ends this process when its parent ends, at once on Linux.
+
+  Elsewhere a child ends when it next reads from its pipe.
+
+  Args:
+    parent: number of the process that started this one.
+  """
+  with contextlib.suppress(OSError, AttributeError):
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+  if os.getppid() != parent:
+    os._exit(1)
 
 
 def attempt(

@@ -18,12 +18,14 @@ import sys
 import tempfile
 import threading
 import time
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+from absl import logging
 
 from vssl_jax.data import decode
 
+SHARED_MEMORY = '/dev/shm'
 START_S = 60.0  # a child that does not come up in this time never will
 
 
@@ -116,8 +118,7 @@ class _Child:
   """One child process and the memory that it writes into."""
 
   def __init__(self, code: str, settings: dict[str, Any], shared: int) -> None:
-    with tempfile.TemporaryFile(dir=_memory_folder()) as file:
-      file.truncate(max(shared, 1))
+    with _memory(max(shared, 1)) as file:
       self._map = mmap.mmap(file.fileno(), 0)
       self.memory = np.frombuffer(self._map, np.uint8)
       request, self._request = os.pipe()
@@ -127,6 +128,7 @@ class _Child:
         'memory': file.fileno(),
         'request': request,
         'reply': reply,
+        'parent': os.getpid(),
       }
       paths = os.pathsep.join(filter(None, sys.path))
       self.process = subprocess.Popen(
@@ -135,6 +137,7 @@ class _Child:
         stdout=subprocess.DEVNULL,
         pass_fds=(file.fileno(), request, reply),
         env={**os.environ, 'PYTHONPATH': paths},
+        process_group=0,  # Ctrl-C is for the parent
       )
     os.close(request)
     os.close(reply)
@@ -195,9 +198,50 @@ class _Child:
     self._map.close()
 
 
-def _memory_folder() -> str | None:
-  """A folder in memory where there is one."""
-  return '/dev/shm' if os.access('/dev/shm', os.W_OK) else None
+def _memory(size: int) -> BinaryIO:
+  """Opens a file without a name, in memory where there is room for it.
+
+  Its room is taken at once: later, a file system without room would end the
+  child with SIGBUS, as if the video it reads were to blame.
+
+  Args:
+    size: bytes.
+
+  Raises:
+    OSError: no folder has room.
+  """
+  if os.access(SHARED_MEMORY, os.W_OK):
+    try:
+      return _allocated(SHARED_MEMORY, size)
+    except OSError as error:
+      space = os.statvfs(SHARED_MEMORY)
+      logging.log_first_n(
+        logging.WARNING,
+        '%s has %.1f MiB free of %.1f, and a reader of videos wants %.1f (%s): '
+        'clips go through files in %s, which is slower. Give it more (docker '
+        'run --shm-size=8g; in Kubernetes an emptyDir with medium Memory)',
+        1,
+        SHARED_MEMORY,
+        space.f_bavail * space.f_frsize / 2**20,
+        space.f_blocks * space.f_frsize / 2**20,
+        size / 2**20,
+        error.strerror,
+        tempfile.gettempdir(),
+      )
+  return _allocated(tempfile.gettempdir(), size)
+
+
+def _allocated(folder: str, size: int) -> BinaryIO:
+  file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 # the caller closes
+  try:
+    if hasattr(os, 'posix_fallocate'):
+      os.posix_fallocate(file.fileno(), 0, size)
+    else:
+      file.truncate(size)
+  except OSError:
+    file.close()
+    raise
+  return file
 
 
 def _send(pipe: int, header: dict, content: bytes = b'') -> None:

@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 
+from vssl_jax import jsonl
 from vssl_jax.data import loading
 
 WAIT_ALARM = 0.05  # fraction of the time
@@ -82,7 +83,7 @@ class Ledger:
     if not self._path or not failures:
       return
     os.makedirs(os.path.dirname(self._path) or '.', exist_ok=True)
-    with open(self._path, 'a', encoding='utf-8') as file:
+    with jsonl.append_to(self._path) as file:
       for failure in failures.values():
         entry = {k: v for k, v in failure.items() if k != 'wanted'}
         file.write(json.dumps(entry) + '\n')
@@ -157,7 +158,5 @@ class Ledger:
 
 def _listed(path: str | None) -> set[int]:
   """Numbers that a list of unreadable videos holds already."""
-  if not path or not os.path.isfile(path):
-    return set()
-  with open(path, encoding='utf-8') as file:
-    return {json.loads(line)['index'] for line in file if line.strip()}
+  entries = jsonl.read(path) if path else []
+  return {x['index'] for x in entries if isinstance(x.get('index'), int)}

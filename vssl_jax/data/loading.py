@@ -18,6 +18,7 @@ import numpy as np
 from vssl_jax.data import clip as clip_lib
 from vssl_jax.data import decode, reader, rgbd, sources
 from vssl_jax.data import item as item_lib
+from vssl_jax.data import workers as workers_lib
 
 NOTES = '_notes'  # key of the report that travels with a batch
 PADDING = -1
@@ -92,6 +93,10 @@ class Loader:
           self.policy.processes, thread_name_prefix='clips'
         )
       return self._threads
+
+  def batch_nbytes(self, videos: int) -> int:
+    """Returns the size of the pictures in a batch of videos."""
+    return videos * self.spec.clips * int(np.prod(self.spec.stored))
 
   def close(self) -> None:
     """Ends threads and child processes, at once."""
@@ -234,12 +239,23 @@ def stream(
     grain.ReadOptions(num_threads=1, prefetch_buffer_size=max(prefetch, 1))
   )
   if workers:
+    workers_lib.remove_abandoned()
+    workers_lib.check_space(loader.batch_nbytes(len(tickets[0])), workers)
     batches = batches.mp_prefetch(
       grain.MultiprocessingOptions(
         num_workers=workers, per_worker_buffer_size=max(prefetch, 1)
-      )
+      ),
+      worker_init_fn=workers_lib.initializer(),
     )
   return iter(batches)
+
+
+def take(iterator: grain.DatasetIterator) -> dict[str, np.ndarray]:
+  """Returns the next batch; an error names the cause where it is known."""
+  try:
+    return next(iterator)
+  except RuntimeError as error:
+    raise workers_lib.explain(error) from error
 
 
 def own(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

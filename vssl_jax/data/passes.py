@@ -81,7 +81,7 @@ class Pass:
     try:
       for number in range(index, self.num_batches * count, count):
         start = time.perf_counter()
-        batch = next(iterator)
+        batch = loading.take(iterator)
         self._ledger.take(batch, time.perf_counter() - start)
         yield self._finish(loading.own(batch), number)
     finally:

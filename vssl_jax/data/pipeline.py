@@ -98,7 +98,7 @@ class Clips:
     try:
       while True:
         start = time.perf_counter()
-        batch = next(iterator)
+        batch = loading.take(iterator)
         self._ledger.take(batch, time.perf_counter() - start)
         yield loading.own(batch)
     finally:  # also when the caller stops half-way

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import os
 import pathlib
-import shutil
+import re
 import zlib
 from collections.abc import Mapping
 
@@ -207,7 +207,7 @@ def write(
   logging.info('Writing %s generated clips into %s.', splits, folder)
   for split, count in splits.items():
     for motion in MOTIONS[:count]:
-      (folder / split / motion).mkdir(parents=True)
+      (folder / split / motion).mkdir(parents=True, exist_ok=True)
     for index in range(count):
       motion = MOTIONS[index % len(MOTIONS)]
       name = f'{split}/{motion}/{index:06d}.mp4'
@@ -318,8 +318,23 @@ def _shape(
   return cover, shade.astype(np.float32)
 
 
+def _read(note: pathlib.Path) -> dict[str, object]:
+  try:
+    recipe = json.loads(note.read_bytes())
+    return recipe if isinstance(recipe, dict) else {}
+  except ValueError as error:
+    raise ValueError(
+      f'{note} is corrupt ({error}): remove {note.parent} to have its clips '
+      'generated again'
+    ) from error
+
+
+# Files of a folder, relative to it.
+_OWN = re.compile(r'recipe\.json|labels\.unfinished|[^/]+/[^/]+/\d{6}\.mp4')
+
+
 def _finished(folder: pathlib.Path, recipe: Mapping[str, object]) -> bool:
-  """Whether the folder holds exactly this; clears what was left half done."""
+  """Returns whether the folder holds all of this already."""
   note = folder / 'recipe.json'
   if not note.exists():
     if folder.exists() and any(folder.iterdir()):
@@ -327,7 +342,7 @@ def _finished(folder: pathlib.Path, recipe: Mapping[str, object]) -> bool:
         f'{folder} holds files that were not generated here: choose another '
         'folder, or empty it.'
       )
-  elif (found := json.loads(note.read_text())) != recipe:
+  elif (found := _read(note)) != recipe:
     keys = sorted(
       key
       for key in found.keys() | recipe.keys()
@@ -342,8 +357,14 @@ def _finished(folder: pathlib.Path, recipe: Mapping[str, object]) -> bool:
     )
   elif (folder / 'labels.csv').exists():
     return True
-  else:
-    shutil.rmtree(folder)
+  # What was left half done is written over.
+  for path in folder.rglob('*') if folder.exists() else ():
+    name = str(path.relative_to(folder))
+    if path.is_file() and not _OWN.fullmatch(name):
+      raise ValueError(
+        f'{folder} is to be completed and holds {name}, which was not '
+        'generated here: move it away, or choose another folder.'
+      )
   folder.mkdir(parents=True, exist_ok=True)
   note.write_text(json.dumps(recipe, indent=2))
   return False

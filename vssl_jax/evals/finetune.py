@@ -16,13 +16,13 @@ Source of the recipe: the released code of VideoMAE (arXiv 2203.12602) and MVD
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import time
 from typing import Any
 
 import jax
 import ml_collections
+from absl import logging
 
 from vssl_jax import config as config_lib
 from vssl_jax import encoders, sharding
@@ -38,7 +38,7 @@ from vssl_jax.evals import (
   validation,
 )
 from vssl_jax.evals import job as job_lib
-from vssl_jax.train import checkpoint, provenance, trainer
+from vssl_jax.train import checkpoint, manifests, provenance, trainer
 from vssl_jax.train import plan as plan_lib
 
 
@@ -146,10 +146,13 @@ def _tested(config: ml_collections.ConfigDict) -> dict[str, Any] | None:
   """Returns the report of this run, if it was tested before."""
   wanted = config_lib.to_json(config)['finetune']
   for path in sorted(pathlib.Path(config.workdir).glob('report*.json')):
-    with contextlib.suppress(ValueError):
-      found = json.loads(path.read_text())
-      if isinstance(found, dict) and found.get('finetune') == wanted:
-        return found
+    try:
+      found = manifests.load(path)
+    except manifests.CorruptError as error:
+      logging.warning('%s: the videos are tested again', error)
+      continue
+    if found.get('finetune') == wanted:
+      return found
   return None
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from vssl_jax.evals import clips, lists, statistics
+from vssl_jax.train import manifests
 
 NOTES = {
   'selected': 'head chosen on held-out training clips',
@@ -69,11 +70,10 @@ def place(
     if not path.exists():
       return path
     try:
-      found = json.loads(path.read_text())
-    except ValueError:  # damaged, and perhaps of use to somebody
+      if _identity(manifests.load(path)) == wanted:
+        return path
+    except manifests.CorruptError:  # perhaps of use to somebody
       continue
-    if isinstance(found, dict) and _identity(found) == wanted:
-      return path
   raise AssertionError('there is always a next number')
 
 
@@ -89,7 +89,7 @@ def write(report: Mapping[str, Any], folder: str | pathlib.Path) -> str:
   """Writes a report to its `place` and returns the path."""
   path = place(report, folder)
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(report, indent=2) + '\n')
+  manifests.write_atomic(path, report, indent=2)
   return str(path)
 
 

@@ -1,7 +1,6 @@
 """A run opened for pictures: its clips, its method and what it saved."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Iterable
 from typing import Any
@@ -42,7 +41,7 @@ def method_of(
   folder: pathlib.Path,
 ) -> tuple[dict[str, Any], ml_collections.ConfigDict, base.Method]:
   """Returns what `run.json` says of a run, its config and its method."""
-  record = json.loads((folder / 'run.json').read_text())
+  record = manifests.load_record(folder)
   config = config_lib.from_json(record['config'])
   return record, config, encoders.method_of(record)
 

@@ -35,7 +35,8 @@ def state(
   if inside:
     with run.clock('checkpoint'):
       state = _restore(run, saved, target)
-    lost = metrics.last_step(run.workdir) - int(state.step)
+    last = metrics.last_step(run.workdir, shapes.span.total)
+    lost = last - int(state.step)
     run.logger.say(f'resumed {saved.path.name} ({max(lost, 0)} steps lost)')
     run.logger.write(
       int(state.step), {'lost_steps': max(lost, 0)}, event='resumed'

@@ -14,11 +14,13 @@ bits of each leaf, computed on the device at save and again after restore, on
 whatever mesh.
 """
 
+import contextlib
 import os
 import pathlib
+import re
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -31,6 +33,10 @@ from jaxtyping import Array
 from vssl_jax import trees
 from vssl_jax.train import manifests
 
+# Paths that Orbax and TensorStore take as they are. Brackets and stars are
+# patterns to them, a backslash is a slash.
+_PLAIN = re.compile(r'(?!//)[\w/ .,=+@-]{,2000}')
+_OWN_FILES = '/proc/self/fd'  # Linux: open files of this process, by number
 BEST = 'best'  # name of the parameters that did best in validation
 
 
@@ -71,6 +77,8 @@ class Checkpoints:
       for folder in (self.folder, self.params_folder):
         folder.mkdir(parents=True, exist_ok=True)
         manifests.remove_leftovers(folder)
+        with _plain(folder):
+          pass
     _barrier('checkpoint folders')
 
   def save(
@@ -125,14 +133,21 @@ class Checkpoints:
 
   def _failed(self, error: BaseException) -> CheckpointError:
     return CheckpointError(
-      f'saving under {self.folder} failed: {error!r}. If another process ended '
-      'before, its message says why; else free disk space, or mend the file '
-      'system. Start again: the run resumes from the newest whole checkpoint'
+      f'saving under {self.folder} failed: {_short(error)}. If another process '
+      'ended before, its message says why; else free disk space, or mend the '
+      'file system. Start again: the run resumes from the newest whole '
+      'checkpoint'
     )
 
   def _start(
     self, path: pathlib.Path, tree: Any, manifest: dict[str, Any]
   ) -> None:
+    if not path.parent.exists():  # Orbax would make it again, alone
+      raise CheckpointError(
+        f'{path.parent} was removed or moved while the run went on. Put the '
+        'folder back and start again: the run resumes from its newest '
+        'checkpoint'
+      )
     leaves = dict(trees.named_leaves(tree))
     sums = jax.device_get(manifests.bit_sums(leaves))
     manifest['leaves'] = {
@@ -147,17 +162,25 @@ class Checkpoints:
       if jax.process_index() == 0:
         # Writing again over an old or unreadable one of the same name.
         manifests.path_of(path).unlink(missing_ok=True)
-      self._saver.save(path, trees.nest(leaves), force=True)
+      place = contextlib.ExitStack()
+      plain = place.enter_context(_plain(path.parent)) / path.name
+      self._saver.save(plain, trees.nest(leaves), force=True)
     except Exception as error:
       raise self._failed(error) from error
     self._committer = threading.Thread(
-      target=self._commit, args=(path, manifest), daemon=True
+      target=self._commit, args=(path, manifest, place), daemon=True
     )
     self._committer.start()
 
-  def _commit(self, path: pathlib.Path, manifest: dict[str, Any]) -> None:
+  def _commit(
+    self,
+    path: pathlib.Path,
+    manifest: dict[str, Any],
+    place: contextlib.ExitStack,
+  ) -> None:
     try:
-      self._saver.wait_until_finished()
+      with place:
+        self._saver.wait_until_finished()
       if jax.process_index() == 0:
         manifest['files'] = manifests.hash_files(path)
         manifests.write_atomic(manifests.path_of(path), manifest)
@@ -172,13 +195,16 @@ class Checkpoints:
       if self._keep_every and saved.step % self._keep_every == 0:
         continue
       manifests.path_of(saved.path).unlink()
-      shutil.rmtree(saved.path)
+      # What another process has open may not go yet; the next start removes
+      # the rest.
+      shutil.rmtree(saved.path, ignore_errors=True)
 
   def whole(self) -> list[manifests.Saved]:
     """Returns the whole states, newest first."""
-    found = sorted(self.folder.glob('*.json'), reverse=True)
+    paths = [p for p in manifests.paths_in(self.folder) if p.stem.isdigit()]
     return [
-      manifests.Saved(p.with_suffix(''), manifests.read(p)) for p in found
+      manifests.Saved(p.with_suffix(''), manifests.read(p))
+      for p in reversed(paths)
     ]
 
   def newest(self, limit: int | None = None) -> manifests.Saved | None:
@@ -270,6 +296,12 @@ class Checkpoints:
     return manifests.Saved(manifest.with_suffix(''), manifests.read(manifest))
 
 
+def _short(error: BaseException) -> str:
+  """Returns an error in a line; those of TensorStore hold whole specs."""
+  text = ' '.join(str(error).split())
+  return f'{type(error).__name__}: {text[:300]}'
+
+
 def restore(saved: manifests.Saved, target: Any, subtree: str = '') -> Any:
   """Reads a checkpoint, or a part of it, into the shardings of `target`.
 
@@ -309,9 +341,9 @@ def read_leaves(
   """
   target = trees.nest(wanted)
   try:
-    with ocp.PyTreeCheckpointer() as reader:
+    with ocp.PyTreeCheckpointer() as reader, _plain(saved.path) as path:
       read = reader.restore(
-        saved.path,
+        path,
         args=ocp.args.PyTreeRestore(
           item=target,
           restore_args=ocp.checkpoint_utils.construct_restore_args(target),
@@ -320,7 +352,7 @@ def read_leaves(
       )
   except Exception as error:
     raise CheckpointError(
-      f'checkpoint {saved.path} cannot be read: {error}'
+      f'checkpoint {saved.path} cannot be read: {_short(error)}'
     ) from error
   leaves = dict(trees.named_leaves(read))
   sums = jax.device_get(manifests.bit_sums(leaves))
@@ -335,6 +367,29 @@ def read_leaves(
       'were saved'
     )
   return leaves
+
+
+@contextlib.contextmanager
+def _plain(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Opens a folder and yields a path to it without special letters.
+
+  Raises:
+    CheckpointError: this system has no such path.
+  """
+  if _PLAIN.fullmatch(str(folder)):
+    yield folder
+    return
+  if not os.path.isdir(_OWN_FILES):
+    raise CheckpointError(
+      f'{folder}: checkpoints cannot be saved below this path on this system; '
+      'give a --config.workdir of letters, digits and any of " /.,=+@_-", '
+      'below 2,000 letters'
+    )
+  number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+  try:
+    yield pathlib.Path(_OWN_FILES, str(number))
+  finally:
+    os.close(number)
 
 
 def _barrier(name: str) -> None:

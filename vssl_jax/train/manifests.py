@@ -1,13 +1,15 @@
 """Manifests: what makes a checkpoint whole, and how rot in it is found.
 
 A manifest lists every file with its size and hash, and every leaf with its
-shape, dtype and a sum over its bits.
+shape, dtype and a sum over its bits. It ends with a sum of its own, as every
+JSON file does that a later start reads.
 """
 
 import dataclasses
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +21,17 @@ from absl import logging
 from jaxtyping import Array, UInt32
 
 from vssl_jax import trees
+
+SUM = 'sum'  # key of the hash over the rest of a JSON file
+RUN = 'run.json'  # in a run's folder
+# Parts of every manifest.
+REQUIRED = ('step', 'phase', 'leaves', 'files')
+# What a save of a whole state leaves when it is killed, and Orbax's own.
+_UNFINISHED = re.compile(r'\d{8}|.+\.orbax-checkpoint-tmp.*')
+
+
+class CorruptError(ValueError):
+  """A file does not hold what was written into it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,14 +90,32 @@ def listing(
     folders: where in it to look.
   """
   root = pathlib.Path(workdir).absolute()
-  manifests = [p for f in folders for p in root.glob(f'{f}/*.json')]
-  return [Saved(p.with_suffix(''), read(p)) for p in manifests]
+  return [
+    Saved(p.with_suffix(''), read(p))
+    for f in folders
+    for p in paths_in(root / f)
+  ]
+
+
+def paths_in(folder: pathlib.Path) -> list[pathlib.Path]:
+  """Returns the manifests in a folder, by name; other JSON files are not."""
+  return [
+    path
+    for path in sorted(folder.glob('*.json'))
+    if path.stem.isdigit() or path.with_suffix('').is_dir()
+  ]
 
 
 def damage(saved: Saved) -> str:
   """Returns what is wrong with the files of a checkpoint, or ''."""
-  files = saved.manifest.get('files', {})
-  present = _list_files(saved.path)
+  if 'corrupt' in saved.manifest:
+    return saved.manifest['corrupt']
+  files = saved.manifest['files']
+  present = [
+    name
+    for name in _list_files(saved.path)
+    if name in files or not pathlib.Path(name).name.startswith('.')
+  ]
   for name in sorted(set(files) - set(present)):
     return f'{name} is missing'
   for name in sorted(set(present) - set(files)):
@@ -135,41 +166,105 @@ def path_of(path: pathlib.Path) -> pathlib.Path:
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
-  """Reads a manifest; an unreadable one lists no files."""
+  """Reads a checkpoint's manifest; `damage` returns why one is unusable."""
+  step = int(path.stem) if path.stem.isdigit() else None
   try:
-    return json.loads(path.read_text())
-  except (OSError, ValueError) as error:
-    # Unreadable is damaged: `damage` finds files that no manifest lists.
-    logging.error('manifest %s cannot be read: %s', path, error)
-    step = int(path.stem) if path.stem.isdigit() else -1
-    return {'step': step, 'phase': '', 'files': {}, 'leaves': {}}
+    manifest = load(path)
+    missing = [key for key in REQUIRED if key not in manifest]
+    if missing:
+      raise CorruptError(f'{path.name} lacks {missing}')
+    if step not in (None, manifest['step']):
+      raise CorruptError(f'{path.name} is of step {manifest["step"]}')
+    return manifest
+  except (OSError, CorruptError) as error:
+    logging.error('manifest %s cannot be used: %s', path, error)
+    step = -1 if step is None else step
+    return {'step': step, 'phase': '', 'leaves': {}, 'corrupt': str(error)}
+
+
+def load(path: pathlib.Path) -> dict[str, Any]:
+  """Reads a JSON object and verifies the sum that `write_atomic` gave it.
+
+  A file without a sum was written by an earlier version, and is not verified.
+
+  Raises:
+    CorruptError: the file does not hold what was written.
+    OSError: there is no file, or it cannot be read.
+  """
+  try:
+    tree = json.loads(path.read_bytes())
+  except (ValueError, RecursionError) as error:
+    raise CorruptError(f'{path} is corrupt: {error}') from error
+  if not isinstance(tree, dict):
+    raise CorruptError(f'{path} is corrupt: it holds no JSON object')
+  found = tree.pop(SUM, None)
+  if found not in (None, _digest(tree)):
+    raise CorruptError(f'{path} is corrupt: its sum is not that of its content')
+  return tree
+
+
+def load_record(folder: pathlib.Path) -> dict[str, Any]:
+  """Reads the `run.json` of a run's folder.
+
+  Raises:
+    CorruptError: it does not hold what was written.
+    OSError: there is none, or it cannot be read.
+  """
+  try:
+    return load(folder / RUN)
+  except CorruptError as error:
+    raise CorruptError(
+      f'{error}. The command that trained the run writes the file again, from '
+      'its newest checkpoint'
+    ) from error
 
 
 def write_atomic(
-  path: pathlib.Path, tree: Any, indent: int | None = None
+  path: pathlib.Path, tree: Mapping[str, Any], indent: int | None = None
 ) -> None:
-  """Writes JSON so that the file is there whole or not at all."""
+  """Writes a JSON object with its sum; the file is there whole or not at all.
+
+  Args:
+    path: of the file.
+    tree: the object, without the key `sum`.
+    indent: spaces per level; None for one line.
+  """
+  tree = json.loads(json.dumps(tree))
   partial = path.with_suffix('.partial')
   with partial.open('w') as f:
-    json.dump(tree, f, indent=indent)
+    json.dump(tree | {SUM: _digest(tree)}, f, indent=indent)
     f.flush()
     os.fsync(f.fileno())
   partial.replace(path)
 
 
+def _digest(tree: Mapping[str, Any]) -> str:
+  """Returns a hash of a JSON object; the order of its keys does not count."""
+  text = json.dumps(tree, sort_keys=True)
+  return xxhash.xxh3_64(text.encode()).hexdigest()
+
+
 def remove_leftovers(folder: pathlib.Path) -> None:
-  """Removes what a killed process left: anything without a manifest."""
+  """Removes what a killed save left; files of others are not touched."""
   for path in folder.iterdir():
-    if path.suffix == '.partial':
+    if path.is_file() and re.fullmatch(r'\d{8}\.partial', path.name):
       path.unlink()
-    elif path.is_dir() and path.suffix != '.rotten':
+    elif path.is_dir() and _UNFINISHED.fullmatch(path.name):
       if not path_of(path).exists():
         logging.warning('removing the unfinished checkpoint %s', path)
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _list_files(folder: pathlib.Path) -> list[str]:
-  return [str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file()]
+  """Returns the files below a folder, by path relative to it.
+
+  `.nfs...` is what NFS makes of a removed file that a process has open.
+  """
+  return [
+    str(p.relative_to(folder))
+    for p in folder.rglob('*')
+    if p.is_file() and not p.name.startswith('.nfs')
+  ]
 
 
 def hash_files(folder: pathlib.Path) -> dict[str, tuple[int, str]]:

@@ -14,6 +14,8 @@ from typing import Any, TextIO
 
 import jax
 
+from vssl_jax import jsonl
+
 FILE = 'metrics.jsonl'  # in a run's folder
 # Dense bf16 peaks per device in TFLOP/s, from the vendors' data sheets.
 PEAK_TFLOPS = {
@@ -101,7 +103,7 @@ class Logger:
     self._speaks = jax.process_index() == 0
     if workdir is None or not self._speaks:
       return
-    self._file = (workdir / FILE).open('a')
+    self._file = jsonl.append_to(workdir / FILE)
     if tensorboard:
       with contextlib.suppress(ImportError):
         import tensorboardX
@@ -135,27 +137,29 @@ class Logger:
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
-  """Returns the whole lines of a metrics file; none where there is no file.
+  """Returns the lines of a metrics file; none where there is no file.
 
-  A run that was killed, or is running, may leave half a line. Steps that a
-  rewind took back are left out.
+  Steps that a rewind took back are left out.
   """
-  out = []
-  text = path.read_text(errors='replace') if path.exists() else ''
-  for line in text.splitlines():
-    with contextlib.suppress(ValueError):
-      found = json.loads(line)
-      if isinstance(found, dict) and isinstance(found.get('step'), int):
-        if found.get('event') == 'rewound':
-          out = [x for x in out if x['step'] <= found['step']]
-        out.append(found)
-  return out
+  lines = []
+  for line in jsonl.read(path):
+    if type(line.get('step')) is int:
+      if line.get('event') == 'rewound':
+        lines = [x for x in lines if x['step'] <= line['step']]
+      lines.append(line)
+  return lines
 
 
-def last_step(workdir: pathlib.Path) -> int:
-  """Returns the last step that an earlier start logged; 0 if none."""
-  lines = read(workdir / FILE)
-  return lines[-1]['step'] if lines else 0
+def last_step(workdir: pathlib.Path, total: int) -> int:
+  """Returns the last step that an earlier start logged; 0 if none.
+
+  Args:
+    workdir: the run's folder.
+    total: steps of the whole run; lines of steps that it does not have are
+      ignored.
+  """
+  steps = [x['step'] for x in read(workdir / FILE) if 0 <= x['step'] <= total]
+  return steps[-1] if steps else 0
 
 
 def progress_line(

@@ -8,12 +8,12 @@ The sums are of `manifests.bit_sums`: computed on the device, the same on any
 mesh. `replay` takes such a step again.
 """
 
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+from absl import logging
 
 from vssl_jax import sharding, trees
 from vssl_jax.train import manifests, provenance
@@ -25,10 +25,21 @@ def folder_of(workdir: pathlib.Path) -> pathlib.Path:
   return workdir / 'probes'
 
 
+def paths(workdir: pathlib.Path) -> list[pathlib.Path]:
+  """Returns the files of the records of a run, by step."""
+  files = sorted(folder_of(workdir).glob('*.json'))
+  return [path for path in files if path.stem.isdigit()]
+
+
 def listing(workdir: pathlib.Path) -> list[dict[str, Any]]:
-  """Returns the records of a run, by step."""
-  paths = sorted(folder_of(workdir).glob('*.json'))
-  return [json.loads(path.read_text()) for path in paths]
+  """Returns the records of a run, by step; those that are intact."""
+  records = []
+  for path in paths(workdir):
+    try:
+      records.append(manifests.load(path))
+    except manifests.CorruptError as error:
+      logging.warning('passing over a recorded step: %s', error)
+  return records
 
 
 def sums(tree: Any) -> dict[str, list[int]]:
@@ -87,11 +98,11 @@ class Probes:
     folder = folder_of(self._run.workdir)
     folder.mkdir(exist_ok=True)
     manifests.write_atomic(folder / f'{record["step"]:08d}.json', record)
-    self._prune(folder)
+    self._prune()
 
-  def _prune(self, folder: pathlib.Path) -> None:
+  def _prune(self) -> None:
     """Removes records from before the oldest state that is kept."""
     kept = [s.step for s in self._run.checkpoints.whole()]
-    for path in folder.glob('*.json'):
+    for path in paths(self._run.workdir):
       if kept and int(path.stem) <= min(kept):
         path.unlink()

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from vssl_jax import jsonl
 from vssl_jax.train import metrics, step
 from vssl_jax.train.run import Run, Span, TrainingError, spans
 
@@ -77,7 +78,7 @@ class Recorder:
       'index': np.asarray(local['index']).tolist(),
     }
     path = run.workdir / f'skipped_{jax.process_index()}.jsonl'
-    with path.open('a') as f:
+    with jsonl.append_to(path) as f:
       f.write(json.dumps(record) + '\n')
     run.logger.say(
       f'step {step_index + 1}: loss {record["loss"]}, no update (batch in '

@@ -3,7 +3,6 @@
 Reads only, so it can be done while the run goes on, on another machine too.
 """
 
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -72,7 +71,7 @@ def _as_it_was(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   path = pathlib.Path(config.workdir) / 'run.json'
   if not path.exists():
     raise TrainingError(f'--replay: {config.workdir} holds no run')
-  own = config_lib.from_json(json.loads(path.read_text())['config'])
+  own = config_lib.from_json(manifests.load_record(path.parent)['config'])
   for key in config.checkpoint.may_change:
     *parents, last = key.split('.')
     there, here = own, config

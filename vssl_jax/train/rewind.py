@@ -57,7 +57,9 @@ def rewind(run: Run, asked: Rewind) -> manifests.Saved:
       f'the rewind to before step {asked.step} was done at an earlier start'
     )
     return newest
-  came_to = max(metrics.last_step(run.workdir), newest.step if newest else 0)
+  total = run_lib.spans(run.method)[-1].total
+  logged = metrics.last_step(run.workdir, total)
+  came_to = max(logged, newest.step if newest else 0)
   if asked.step > came_to:
     raise TrainingError(
       f'--rewind={asked.step}: {run.workdir} has come to step {came_to} only'
@@ -87,7 +89,7 @@ def rewind(run: Run, asked: Rewind) -> manifests.Saved:
 def _move_probes(run: Run, step: int, place: pathlib.Path) -> None:
   """Moves what was recorded of later steps: they will take other batches."""
   if jax.process_index() == 0:
-    for path in probes.folder_of(run.workdir).glob('*.json'):
+    for path in probes.paths(run.workdir):
       if int(path.stem) > step:
         (place / 'probes').mkdir(parents=True, exist_ok=True)
         path.rename(place / 'probes' / path.name)

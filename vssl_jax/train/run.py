@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import pathlib
 import signal
 from collections.abc import Mapping, Sequence
@@ -59,13 +58,14 @@ class Run:
   clock: metrics.Clock
   panel: health.Panel
   kept_phases: tuple[str, ...]  # whose parameters are saved at their end
+  read_only: bool = False
   watchers: Sequence[Watcher] = ()
   left_out: order.Ranges = ()  # batches that no step takes
   rewinds: list[dict[str, int]] = dataclasses.field(default_factory=list)
   # How the videos changed between starts, where data.allow_change let it.
   data_changes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-  asked: bool = False  # this process got a SIGTERM
-  preempted: bool = False  # all processes agreed to save and stop
+  signal: int = 0  # that asked this process to save and stop; 0: none
+  stopped_by: int = 0  # the signal that all processes agreed to stop on
 
   @property
   def video(self) -> tuple[int, ...]:
@@ -161,6 +161,7 @@ def open_run(config: ml_collections.ConfigDict, read_only: bool = False) -> Run:
     clock=clock,
     panel=health.Panel(config.health, clips, sum(p.steps for p in phases)),
     kept_phases=keeping.phases(config.checkpoint.keep_phases, phases),
+    read_only=read_only,
   )
 
 
@@ -216,15 +217,31 @@ def check_same_run(run: Run, saved: manifests.Saved | None) -> None:
   Raises:
     TrainingError: it is another run, or took other batches so far.
   """
-  path = run.workdir / 'run.json'
   if saved is not None:
-    before = json.loads(path.read_text()) if path.exists() else saved.manifest
+    before = _record(run) or saved.manifest
     _check_config(run, before)
     run.left_out = order.from_json(before.get('left_out', ()))
     run.rewinds = before.get('rewinds', [])
     run.data_changes = before.get('data_changes', [])
     _check_data(run, before, saved.step)
     _check_batches(run, saved)
+
+
+def _record(run: Run) -> dict[str, Any] | None:
+  """Returns the record of an earlier start; a corrupt one is set aside."""
+  path = run.workdir / manifests.RUN
+  try:
+    return manifests.load(path)
+  except FileNotFoundError:
+    return None
+  except manifests.CorruptError as error:
+    run.logger.say(
+      f'{error}. The newest checkpoint says what the run is; the file is set '
+      f'aside as {path.name}.rotten and written again'
+    )
+    if not run.read_only and jax.process_index() == 0:
+      path.replace(path.with_name(f'{path.name}.rotten'))
+    return None
 
 
 def check_may_resume(run: Run, saved: manifests.Saved | None) -> None:
@@ -331,7 +348,7 @@ def write_record(run: Run) -> None:
   }
   if jax.process_index() == 0:
     data_changes.store(run.workdir, run.clips)
-    manifests.write_atomic(run.workdir / 'run.json', record, indent=1)
+    manifests.write_atomic(run.workdir / manifests.RUN, record, indent=1)
 
 
 def on_device(
@@ -350,20 +367,29 @@ def on_device(
 
 
 class Preemption:
-  """Turns the first SIGTERM into a request to save; a second one ends us."""
+  """Turns the first SIGTERM or Ctrl-C into a request to save and stop.
+
+  The second one ends the process. A SIGINT that is ignored, as in what a shell
+  starts in the background, stays ignored.
+  """
 
   def __init__(self, run: Run) -> None:
     self._run = run
+    self._before: dict[int, Any] = {}
 
   def __enter__(self) -> None:
-    self._before = signal.signal(signal.SIGTERM, self._ask)
+    for number in (signal.SIGTERM, signal.SIGINT):
+      if signal.getsignal(number) is not signal.SIG_IGN:
+        self._before[number] = signal.signal(number, self._request)
 
-  def _ask(self, *_: Any) -> None:
-    self._run.asked = True
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+  def _request(self, number: int, _: Any) -> None:
+    self._run.signal = number
+    for handled in self._before:
+      signal.signal(handled, signal.SIG_DFL)
 
   def __exit__(self, *_: Any) -> None:
-    signal.signal(signal.SIGTERM, self._before)
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
 
 
 # Steps between agreements of several processes; each costs them a round trip.
@@ -373,8 +399,8 @@ AGREE_EVERY = 8
 def should_stop(run: Run, done: int) -> bool:
   """Returns whether all processes are to save and stop after this step."""
   if jax.process_count() == 1:
-    run.preempted = run.asked
+    run.stopped_by = run.signal
   elif done % AGREE_EVERY == 0:
-    asked = multihost_utils.process_allgather(np.bool_(run.asked))
-    run.preempted = bool(asked.any())
-  return run.preempted
+    signals = multihost_utils.process_allgather(np.int32(run.signal))
+    run.stopped_by = int(signals.max())
+  return bool(run.stopped_by)

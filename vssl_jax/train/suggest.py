@@ -6,7 +6,6 @@ the health panel follows how far every block moves; from that the method
 decides (`methods.decide`).
 """
 
-import json
 import pathlib
 from typing import Any
 
@@ -16,7 +15,7 @@ from jax.experimental import multihost_utils
 
 from vssl_jax import config as config_lib
 from vssl_jax import methods
-from vssl_jax.train import metrics, trainer
+from vssl_jax.train import manifests, metrics, trainer
 
 LOOKS = 20  # of the health panel in a short run
 
@@ -98,7 +97,8 @@ def _begun_with(
   path = pathlib.Path(config.workdir) / 'run.json'
   if not path.exists():
     return {}
-  before = config_lib.from_json(json.loads(path.read_text())['config'])
+  record = manifests.load_record(path.parent)
+  before = config_lib.from_json(record['config'])
   return {name: before.method[name] for name in knobs}
 
 

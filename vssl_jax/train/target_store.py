@@ -2,10 +2,12 @@
 
     <folder>/<teachers>-<hash>/manifest.json   what the numbers were made of
                                filled          a byte per example: 0 or 1
+                               sums            a hash per example over its rows
                                image.bin ...   an array [E, ...] per target
 
 A row counts once its byte in `filled` is 1. That is written after the rows are
 on the disk, so what is killed computes some rows again and reads no wrong one.
+A row whose hash is not that in `sums` counts as missing and is computed again.
 Files are sparse: rows that were never written take no room.
 """
 
@@ -20,12 +22,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import xxhash
+from absl import logging
 from jaxtyping import Bool, Int, Shaped
 
 from vssl_jax.train import manifests
 
 GIB = 2**30
-MANIFEST, FILLED = 'manifest.json', 'filled'
+MANIFEST, FILLED, SUMS = 'manifest.json', 'filled', 'sums'
 # Parts of a manifest that may differ: who wrote it.
 NOTES = 'made_with'
 FLUSH_SECONDS = 30.0
@@ -61,6 +65,12 @@ class Store:
       if read_only:
         return
       self._create()
+    elif not read_only and _is_corrupt(path):
+      logging.warning(
+        '%s is corrupt: the targets in its folder are computed again',
+        path / MANIFEST,
+      )
+      self._create()
     self._open()
 
   @property
@@ -69,9 +79,21 @@ class Store:
     return int(self._filled.sum())
 
   def has(self, index: Int[np.ndarray, 'B']) -> Bool[np.ndarray, 'B']:
-    """Returns whose rows are there; never those of a substitute."""
+    """Returns whose rows are there, as written; never those of a substitute."""
     known = index < len(self._filled)
-    return known & self._filled[np.where(known, index, 0)]
+    there = known & self._filled[np.where(known, index, 0)]
+    for place in np.flatnonzero(there):
+      number = int(index[place])
+      rows = {name: x[number] for name, x in self._rows.items()}
+      if _row_sum(rows) != self._sums[number]:
+        logging.warning(
+          '%s: the targets of example %d are not those that were written; they '
+          'are computed again',
+          self.path,
+          number,
+        )
+        there[place] = self._filled[number] = False
+    return there
 
   def read(self, index: Int[np.ndarray, 'B']) -> Rows:
     """Returns the rows of examples that are there."""
@@ -89,9 +111,10 @@ class Store:
     missing = (index < len(self._filled)) & ~self.has(index)
     for place in np.flatnonzero(missing):
       number = int(index[place])
-      for name, values in rows.items():
-        row = np.ascontiguousarray(values[place])
-        _write_all(self._files[name], row.tobytes(), number * row.nbytes)
+      row = {name: np.array(values[place]) for name, values in rows.items()}
+      for name, values in row.items():
+        _write_all(self._files[name], values.tobytes(), number * values.nbytes)
+      self._sums[number] = _row_sum(row)
       self._filled[number] = True
       self._waiting.append(number)
     if time.monotonic() - self._flushed > FLUSH_SECONDS:
@@ -104,6 +127,7 @@ class Store:
       return
     for file in self._files.values():
       os.fsync(file)
+    self._sums.flush()
     filled = os.open(self.path / FILLED, os.O_WRONLY)
     for number in self._waiting:
       _write_all(filled, b'\1', number)
@@ -129,8 +153,7 @@ class Store:
         "one, or --config.cache_targets=''"
       )
     for name, size in _sizes(self._key).items():
-      with (self.path / name).open('wb') as f:
-        f.truncate(size)
+      _empty(self.path / name, size)
     made = {NOTES: {'jax': jax.__version__}}
     manifests.write_atomic(self.path / MANIFEST, self._key | made, indent=1)
 
@@ -142,6 +165,9 @@ class Store:
         f'{differing}\ngive another --config.cache_targets, or remove that '
         'folder to have it filled anew'
       )
+    if not self._read_only and not (self.path / SUMS).exists():
+      # Of an earlier version: all rows count as missing.
+      _empty(self.path / SUMS, _sizes(self._key)[SUMS])
     for name, size in _sizes(self._key).items():
       found = self.path / name
       there = found.stat().st_size if found.exists() else 0
@@ -151,6 +177,9 @@ class Store:
           f'{self.path} to have it filled anew'
         )
     self._filled = np.fromfile(self.path / FILLED, np.uint8) == 1
+    self._sums = np.memmap(
+      self.path / SUMS, np.uint64, 'r' if self._read_only else 'r+'
+    )
     for name, spec in self._key['targets'].items():
       path = self.path / file_name(name)
       if not self._read_only:
@@ -194,12 +223,34 @@ def read_key(path: pathlib.Path) -> dict[str, Any]:
     ValueError: its manifest cannot be read.
   """
   try:
-    return json.loads((path / MANIFEST).read_text())
-  except ValueError as error:
+    return manifests.load(path / MANIFEST)
+  except manifests.CorruptError as error:
     raise ValueError(
-      f'cache_targets: {path / MANIFEST} cannot be read ({error}); remove '
-      f'{path} to have it filled anew'
+      f'cache_targets: {error}. The next start of training fills the folder '
+      'again'
     ) from error
+
+
+def _is_corrupt(path: pathlib.Path) -> bool:
+  try:
+    manifests.load(path / MANIFEST)
+  except manifests.CorruptError:
+    return True
+  return False
+
+
+def _row_sum(rows: Mapping[str, Shaped[np.ndarray, '...']]) -> int:
+  """Returns a hash over the rows of one example; never 0."""
+  digest = xxhash.xxh3_64()
+  for name in sorted(rows):
+    digest.update(np.ascontiguousarray(rows[name]).tobytes())
+  return digest.intdigest() | 1
+
+
+def _empty(path: pathlib.Path, size: int) -> None:
+  """Makes a file of zeros that takes no room."""
+  with path.open('wb') as f:
+    f.truncate(size)
 
 
 def difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
@@ -227,7 +278,7 @@ def _sizes(key: Mapping[str, Any]) -> dict[str, int]:
     file_name(name): key['examples'] * row_nbytes({name: spec})
     for name, spec in key['targets'].items()
   }
-  return rows | {FILLED: key['examples']}
+  return rows | {FILLED: key['examples'], SUMS: 8 * key['examples']}
 
 
 def _write_all(file: int, data: bytes, place: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import ml_collections
 
+from vssl_jax import config as config_lib
 from vssl_jax import trees
 from vssl_jax.data import ledger
 from vssl_jax.train import (
@@ -23,19 +24,22 @@ from vssl_jax.train import (
   target_source,
 )
 from vssl_jax.train import run as run_lib
+from vssl_jax.train import workdir as workdir_lib
 from vssl_jax.train.recorder import Recorder
 from vssl_jax.train.run import Run, Span, spans
 
-# What a scheduler sees after a SIGTERM that was answered with a checkpoint:
-# 128 + 15, as if the signal had ended the process.
+# Exit statuses after a signal that was answered with a checkpoint: 143 and 130,
+# as if the signal had ended the process.
 PREEMPTED = 128 + signal.SIGTERM
+INTERRUPTED = 128 + signal.SIGINT
 # Errors whose message says all that the user needs.
 EXPECTED = (
-  FileNotFoundError,
+  OSError,
   ValueError,
   ledger.TooManyBadFiles,
   run_lib.TrainingError,
   checkpoint.CheckpointError,
+  workdir_lib.InUseError,
 )
 
 
@@ -52,13 +56,24 @@ def train(
     watchers: look at the run between steps, after the health panel.
 
   Returns:
-    The exit status: 0, or `PREEMPTED` after a SIGTERM that was answered with
-    a checkpoint.
+    The exit status: 0, or `PREEMPTED` or `INTERRUPTED` after a SIGTERM or
+    Ctrl-C that was answered with a checkpoint.
 
   Raises:
     TrainingError: the run cannot go on.
     CheckpointError: a checkpoint cannot be written or does not fit.
+    InUseError: another start writes in the run's folder.
   """
+  with workdir_lib.hold(config.workdir):
+    return _train(config, back, watchers)
+
+
+def _train(
+  config: ml_collections.ConfigDict,
+  back: rewind.Rewind | None,
+  watchers: Sequence[run_lib.Watcher],
+) -> int:
+  """Runs or resumes a run in a folder that is held; see `train`."""
   run = run_lib.open_run(config)
   run.watchers = (run.panel, *watchers)
   try:
@@ -77,12 +92,13 @@ def train(
         if saved is not None and _is_over(saved, span):
           continue
         state = _run_phase(run, span, saved, compiler)
-        if run.preempted:
+        if run.stopped_by:
+          interrupted = run.stopped_by == signal.SIGINT
           run.logger.say(
-            f'SIGTERM: saved step {int(state.step)}; the same command goes on '
-            'from there'
+            f'{"Ctrl-C" if interrupted else "SIGTERM"}: saved step '
+            f'{int(state.step)}; the same command goes on from there'
           )
-          return PREEMPTED
+          return 128 + run.stopped_by
         saved = run.checkpoints.newest()
     return 0
   finally:
@@ -128,7 +144,7 @@ def _run_phase(
     state = _loop(run, shapes, state, source, made, compiler)
   finally:
     source.close()
-  if not run.preempted and phase.name in run.kept_phases:
+  if not run.stopped_by and phase.name in run.kept_phases:
     kept = {'params': state.params, 'ema': state.ema}
     run.checkpoints.save_params(kept, span.end, phase.name)
   _save(run, span, state)
@@ -206,6 +222,7 @@ def _save(run: Run, span: Span, state: step.TrainState) -> None:
       int(state.step),
       span.phase.name,
       extra={
+        'config': config_lib.to_json(run.config),
         'data_fingerprint': run.clips.fingerprint,
         'left_out': run.left_out,
         'rewinds': run.rewinds,

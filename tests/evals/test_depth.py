@@ -95,7 +95,7 @@ def test_depth_is_learned_and_reported(
   for row in ('selected', 'best', 'mean'):
     assert 0 <= results[row]['delta_1'] <= 1
     assert 0 < results[row]['align_median']['rmse'] < 2
-  assert found['tap'] == 'after block 2 of 2, final norm'
+  assert found['tap'] == 'after block 2 of 2, final norm, in float32'
   assert (found['test']['examples'], found['test']['unreadable']) == (10, 1)
   assert found['train']['examples'] == 16
   text = capsys.readouterr().out

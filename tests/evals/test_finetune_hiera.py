@@ -54,7 +54,7 @@ def test_the_run_starts_from_the_same_leaves_and_pools_once_more(tmp_path):
   method = methods.build(section, SHAPE, encoders.module_of)
   (phase,) = method.phases()
   assert phase.encoder == given.module.clone(
-    q_pool=3, drop_path=0.2, final_norm=False
+    q_pool=3, drop_path=0.2, final_norm=False, dtype='bfloat16'
   )
   assert phase.init_from == {'encoder': c.method.source}
   clip = np.zeros((2, *SHAPE), np.uint8)

@@ -29,7 +29,9 @@ def test_the_run_starts_from_the_encoder_without_its_final_norm(tmp_path):
     np.testing.assert_array_equal(value, wanted[name])
   c.method.update(dict(steps=1, classes=3, drop_path=0.3))
   (phase,) = methods.build(c.method, small.SHAPE, encoders.module_of).phases()
-  assert phase.encoder == module.clone(drop_path=0.3, remat='none')
+  assert phase.encoder == module.clone(
+    drop_path=0.3, remat='none', dtype='bfloat16'
+  )
   assert phase.encoder.block_spec.drop_path == 0.3
 
 

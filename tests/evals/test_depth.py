@@ -100,7 +100,7 @@ def test_depth_is_learned_and_reported(
   assert found['train']['examples'] == 16
   text = capsys.readouterr().out
   for wanted in (
-    '(tapped after block 2 of 2, final norm)',
+    '(tapped after block 2 of 2, final norm, in float32)',
     f'{results["selected"]["abs_rel"]:.4f}',
     '10 examples of',
     '1 unreadable',

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from tests.methods import layerlock_numpy as reference
+from vssl_jax import colours, losses, masking, methods, rngs, trees
 from vssl_jax import config as config_lib
-from vssl_jax import losses, masking, methods, rngs, trees
 from vssl_jax.methods import layerlock_config
 from vssl_jax.train import freezing, keeping
 
@@ -21,6 +21,9 @@ TOKENS, DECODING = 32, 1
 SCHEDULE = '((0, 4), (1, 4), (2, 4), (3, 4))'
 KEY = jax.random.key(7)
 SLOW = pytest.mark.slow
+
+
+UNIT = colours.of(3, (0.0,), (1.0,))  # pixels stay in [0, 1]
 
 
 def _config(**knobs):
@@ -45,7 +48,7 @@ def _resolve(source):
 
 
 def _build(**knobs):
-  return methods.build(_config(**knobs), VIDEO, _resolve)
+  return methods.build(_config(**knobs), VIDEO, _resolve, UNIT)
 
 
 def _at(method, depth):

@@ -38,7 +38,7 @@ def _method(size, schedule, total, **knobs):
   config.encoder.size, config.total, config.schedule = size, total, schedule
   config.vit.update(knobs.pop('vit', {}))
   config.update(knobs)
-  return layerlock_config.build(config, CLIP, encoders.module_of)
+  return methods.build(config, CLIP, encoders.module_of)
 
 
 @pytest.mark.parametrize('size', TABLE)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vssl_jax import losses, methods, rngs
+from vssl_jax import colours, losses, methods, rngs
 from vssl_jax.methods import pixel_phase, teachers
 from vssl_jax.models import layers
 
@@ -21,7 +21,7 @@ def _phase(norm):
   )
   section.decoder.update(dict(width=16, depth=1, num_heads=2))
   section.update(dict(masks='frames:0.5', pixel_norm=norm))
-  return teachers.image_teacher('image_teacher', c, VIDEO)
+  return teachers.image_teacher('image_teacher', c, VIDEO, colours.of(3))
 
 
 def _batch():

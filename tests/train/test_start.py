@@ -202,8 +202,8 @@ SAME = {
   'norm_eps': (1e-12, 'method.vit.norm_eps'),
   'gelu': ('tanh', ''),
   'final_norm': (False, ''),
-  'mean': ((0.0, 0.0, 0.0), ''),
-  'std': ((1.0, 1.0, 1.0), ''),
+  'mean': ((0.0, 0.0, 0.0), 'data.mean'),
+  'std': ((1.0, 1.0, 1.0), 'data.std'),
 }
 
 

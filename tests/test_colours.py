@@ -147,6 +147,7 @@ def test_grey_videos_are_trained_on_and_measured(tmp_path, capsys):
     f'--config.probe.test={tmp_path / "clips" / "test"}',
     '--config.probe.ks=(1,)',
     '--config.data.workers=0',
+    '--config.data.isolate=False',
   ]
   assert main.main(probe) == 0
   assert '4x16x16' in capsys.readouterr().out

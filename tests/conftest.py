@@ -15,6 +15,22 @@ import pytest
 jaxtyping.install_import_hook('vssl_jax', 'beartype.beartype')
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# Most of a test is compiling what runs once. Without most optimizations a train
+# step compiles seven times as fast. Programs that tests start inherit this.
+# Tests that compute more than they compile have the marker `optimized`.
+_FLAGS = (
+  ' --xla_cpu_use_fusion_emitters=false'
+  ' --xla_cpu_parallel_codegen_split_count=1'
+)
+OPTIMIZED = {  # a worker finds the flags of the process that started it
+  'JAX_DISABLE_MOST_OPTIMIZATIONS': '0',
+  'XLA_FLAGS': os.environ.get('XLA_FLAGS', '').replace(_FLAGS, ''),
+}
+LEAST_OPTIMIZED = {
+  'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+  'XLA_FLAGS': OPTIMIZED['XLA_FLAGS'] + _FLAGS,
+}
+os.environ.update(LEAST_OPTIMIZED)
 jax.config.update('jax_platforms', os.environ['JAX_PLATFORMS'])
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -77,10 +93,12 @@ def _slow(config):
   return config.option.slow or 'slow' in config.option.markexpr
 
 
-def pytest_configure(config):
-  # Most of a fast test is compiling what runs once: half the suite's time.
-  # Slow tests train, and tests of speed are among them.
-  jax.config.update('jax_disable_most_optimizations', not _slow(config))
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+  """Sets what programs are compiled for: to be made soon, or to run fast."""
+  optimized = item.get_closest_marker('optimized') is not None
+  jax.config.update('jax_disable_most_optimizations', not optimized)
+  os.environ.update(OPTIMIZED if optimized else LEAST_OPTIMIZED)
 
 
 def pytest_collection_modifyitems(config, items):

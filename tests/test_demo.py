@@ -33,6 +33,7 @@ def small(tmp_path, name):
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize('name', SHORT)
 def test_a_small_demo_runs_and_reports(name, tmp_path, monkeypatch, capsys):

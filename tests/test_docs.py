@@ -283,6 +283,7 @@ def test_a_right_command_passes():
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize('name', DOCUMENTS)
 def test_commands_run(name, tmp_path):

@@ -25,6 +25,7 @@ def test_every_cell_is_plain_python_without_outputs():
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 @pytest.mark.timeout(1200)
 def test_the_notebook_runs(tmp_path):
   cells = [c for c in _cells() if not c.startswith('# needs: network')]

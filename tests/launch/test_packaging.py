@@ -65,6 +65,7 @@ def test_every_room_is_a_package():
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_wheel_runs_the_demo_from_any_folder(tmp_path):
   pip = [sys.executable, '-m', 'pip', '-q', '--disable-pip-version-check']
   wheels, site = tmp_path / 'wheels', tmp_path / 'site'

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import xxhash
 from absl import logging
 from jaxtyping import Array, UInt32
@@ -129,12 +130,18 @@ def damage(saved: Saved) -> str:
   return ''
 
 
-@jax.jit
-def bit_sums(leaves: Mapping[str, Array]) -> dict[str, UInt32[Array, '2']]:
-  """Returns `bit_sum` of every leaf."""
+def bit_sums(
+  leaves: Mapping[str, Array | np.ndarray],
+) -> dict[str, UInt32[Array, '2']]:
+  """Returns `bit_sum` of every leaf.
+
+  Each leaf is a program of its own: leaves of one shape and sharding share it,
+  within a tree and from one phase to the next.
+  """
   return {name: bit_sum(x) for name, x in leaves.items()}
 
 
+@jax.jit
 def bit_sum(x: Array) -> UInt32[Array, '2']:
   """Returns a 64-bit sum of an array's bits, each word weighted by its place.
 

@@ -3,6 +3,7 @@
 import functools
 import os
 import pathlib
+import signal
 import subprocess
 import tempfile
 from importlib.util import find_spec
@@ -14,21 +15,35 @@ import pytest
 # Before the package is imported: its annotations are checked in every test.
 jaxtyping.install_import_hook('vssl_jax', 'beartype.beartype')
 
+# A shell starts what it puts in the background with Ctrl-C ignored, and the
+# programs that tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+  signal.signal(signal.SIGINT, signal.default_int_handler)
+
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Most of a test is compiling what runs once. Without most optimizations a train
 # step compiles seven times as fast. Programs that tests start inherit this.
 # Tests that compute more than they compile have the marker `optimized`.
-_FLAGS = (
+_LEAST_FLAGS = (
   ' --xla_cpu_use_fusion_emitters=false'
   ' --xla_cpu_parallel_codegen_split_count=1'
 )
-OPTIMIZED = {  # a worker finds the flags of the process that started it
+# On a busy machine one of eight devices may be late for a collective; by
+# default XLA aborts the process after 40 s.
+_PATIENCE = (
+  ' --xla_cpu_collective_call_warn_stuck_timeout_seconds=120'
+  ' --xla_cpu_collective_call_terminate_timeout_seconds=600'
+)
+_FLAGS = os.environ.get('XLA_FLAGS', '')
+if _PATIENCE not in _FLAGS:  # else a worker, which has those of its parent
+  _FLAGS += _PATIENCE
+OPTIMIZED = {
   'JAX_DISABLE_MOST_OPTIMIZATIONS': '0',
-  'XLA_FLAGS': os.environ.get('XLA_FLAGS', '').replace(_FLAGS, ''),
+  'XLA_FLAGS': _FLAGS.replace(_LEAST_FLAGS, ''),
 }
 LEAST_OPTIMIZED = {
   'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-  'XLA_FLAGS': OPTIMIZED['XLA_FLAGS'] + _FLAGS,
+  'XLA_FLAGS': OPTIMIZED['XLA_FLAGS'] + _LEAST_FLAGS,
 }
 os.environ.update(LEAST_OPTIMIZED)
 jax.config.update('jax_platforms', os.environ['JAX_PLATFORMS'])

@@ -1,11 +1,11 @@
 """Demos in small; SALT's is run whole, and learns, in `test_docs.py`."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-
-from vssl_jax import demo, main
 
 BASELINES = ['raw pixels', 'motion energy', 'a single frame']
 # Phases, and what makes them short.
@@ -36,10 +36,21 @@ def small(tmp_path, name):
 @pytest.mark.optimized
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize('name', SHORT)
-def test_a_small_demo_runs_and_reports(name, tmp_path, monkeypatch, capsys):
+def test_a_small_demo_runs_and_reports(name, tmp_path):
   clips = {'pretrain': 32, 'train': 100, 'test': 200}
-  monkeypatch.setattr(demo, 'CLIPS', clips)
-  assert main.main(small(tmp_path, name)) == 0
+  program = (
+    'from vssl_jax import demo, main\n'
+    f'demo.CLIPS = {clips}\n'
+    f'raise SystemExit(main.main({small(tmp_path, name)}))'
+  )
+  result = subprocess.run(
+    [sys.executable, '-c', program],
+    check=False,
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode == 0, result.stderr
+  printed = result.stdout
   report = json.loads((tmp_path / 'run' / 'demo.json').read_text())
   accuracy = {name: row['accuracy'] for name, row in report['accuracy'].items()}
   rows = [f'{phase} (trained)' for phase in SHORT[name][0]]
@@ -51,7 +62,6 @@ def test_a_small_demo_runs_and_reports(name, tmp_path, monkeypatch, capsys):
   # be seen from what needs no training.
   limit = 0.1 + 3 * np.sqrt(0.1 * 0.9 / clips['test'])
   assert accuracy['motion energy'] > limit > accuracy['a single frame']
-  printed = capsys.readouterr().out
   last = printed[printed.index('Which of 10 motions?') :]
   for row in rows:
     assert f'  {row}' in last

@@ -156,7 +156,8 @@ def test_a_signal_ends_the_program_while_it_compiles(clips, tmp_path):
 @pytest.mark.slow
 def test_an_error_ends_the_program_while_it_compiles(clips, tmp_path):
   config = _deep(clips, tmp_path / 'run')
-  config.optim.update(dict(lr=1e38, lr_start=1e38, clip=0.0, warmup=0))
+  config.optim.update(dict(rule='sgd', lr=1e3, lr_start=1e3, warmup=0))
+  config.optim.clip = 0.0
   config.optim.weight_decay = 0.0
   config.health.max_skipped = 3
   process = test_processes._start(tmp_path / 'a', config)

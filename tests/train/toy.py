@@ -13,6 +13,7 @@ class Mean(nn.Module):
 
   width: int = 4
   patch: tuple = (1, 1, 1)
+  mean: tuple = (0, 0, 0)
 
   @nn.compact
   def __call__(self, video, depth=None):

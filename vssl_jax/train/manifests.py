@@ -130,18 +130,18 @@ def damage(saved: Saved) -> str:
   return ''
 
 
+@jax.jit
 def bit_sums(
   leaves: Mapping[str, Array | np.ndarray],
 ) -> dict[str, UInt32[Array, '2']]:
   """Returns `bit_sum` of every leaf.
 
-  Each leaf is a program of its own: leaves of one shape and sharding share it,
-  within a tree and from one phase to the next.
+  One program for all of them: on CPU devices, many small programs that wait
+  for one another's collectives take all threads and never end.
   """
   return {name: bit_sum(x) for name, x in leaves.items()}
 
 
-@jax.jit
 def bit_sum(x: Array) -> UInt32[Array, '2']:
   """Returns a 64-bit sum of an array's bits, each word weighted by its place.
 

@@ -75,7 +75,7 @@ def test_a_kill_leaves_neither_processes_nor_memory(
     process_group=0,
   )
   try:
-    assert trainer.stdout.readline() == 'ready\n'
+    assert 'ready\n' in trainer.stdout
     assert len(_processes(mark)) >= 2 + 2 * count
     assert bool(_blocks(trainer.pid)) == bool(count)
     kill = os.killpg if whole_group else os.kill

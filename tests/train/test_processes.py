@@ -249,6 +249,7 @@ run.methods.build = lambda *_: toy.Toy(plan)
 )
 
 
+@pytest.mark.optimized  # rounds as the tolerance was chosen for
 @pytest.mark.slow
 def test_two_processes_rewind_and_replay_like_one(clips, tmp_path, monkeypatch):
   monkeypatch.setattr(sys.modules[__name__], 'PAGE', TOY)

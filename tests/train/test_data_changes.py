@@ -7,7 +7,7 @@ import pytest
 
 from tests.train import conftest
 from vssl_jax.data import pipeline, sources
-from vssl_jax.train import data_changes, trainer
+from vssl_jax.train import data_changes, manifests, trainer
 from vssl_jax.train import run as run_lib
 
 
@@ -91,6 +91,11 @@ def test_a_lost_list_of_videos_costs_only_the_names(resumed):
   path.unlink()
   with pytest.raises(run_lib.TrainingError, match='which ones is unknown'):
     trainer.train(config)
+  # An older version hashed something else, in the record and the manifests.
+  for file in (workdir / 'run.json', *(workdir / 'checkpoints').glob('*.json')):
+    old = manifests.load(file) | {'data_fingerprint': '0123456789abcdef'}
+    manifests.write_atomic(file, old)
+  assert trainer.train(config) == 0
 
 
 def test_added_missing_and_changed_videos_are_named(clips, tmp_path):

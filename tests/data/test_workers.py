@@ -92,11 +92,13 @@ def test_a_kill_leaves_neither_processes_nor_memory(
 
 
 def test_only_blocks_of_processes_that_are_gone_are_removed():
-  ended = subprocess.Popen(['true'])
+  ended, zombie = subprocess.Popen(['true']), subprocess.Popen(['true'])
   ended.wait()
+  os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
   space, names = os.stat('/proc/self/ns/pid').st_ino, {}
   for name, kept in {
     f'vssl_{space}_{ended.pid}_00ff': False,
+    f'vssl_{space}_{zombie.pid}_00ff': False,  # nobody has asked for its end
     f'vssl_{space}_{os.getpid()}_00ff': True,
     f'vssl_{space + 1}_{ended.pid}_00ff': True,  # of another container
     f'vssl_{space}_{ended.pid}_mine': True,
@@ -108,6 +110,7 @@ def test_only_blocks_of_processes_that_are_gone_are_removed():
     workers.remove_abandoned()
     assert {path: path.exists() for path in names} == names
   finally:
+    zombie.wait()
     for path in names:
       path.unlink(missing_ok=True)
 

@@ -15,12 +15,14 @@ import re
 import secrets
 import signal
 import threading
+import time
 from collections.abc import Callable
 from multiprocessing import connection, shared_memory
 
 FOLDER = pathlib.Path('/dev/shm')
 MIB = 2**20
 _BLOCK = re.compile(r'vssl_(\d+)_(\d+)_[0-9a-f]+')
+_naming = threading.Lock()
 REMEDY = (
   'Give it more (docker run --shm-size=8g; in Kubernetes an emptyDir with '
   'medium Memory at /dev/shm), or set data.workers=0, which needs little'
@@ -51,24 +53,31 @@ def _start(owner: str, *_: int) -> None:
     signal.signal(number, signal.SIG_IGN)
   if hasattr(shared_memory, '_make_filename'):
     shared_memory._make_filename = functools.partial(_block_name, owner)
-  threading.Thread(target=_end_with_parent, daemon=True).start()
+  threading.Thread(target=_end_with_parent, args=[owner], daemon=True).start()
 
 
 def _block_name(owner: str) -> str:
-  return f'/vssl_{owner}_{secrets.token_hex(4)}'
+  with _naming:
+    return f'/vssl_{owner}_{secrets.token_hex(4)}'
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(owner: str) -> None:
   """Waits for the end of the parent process and ends this one."""
   parent = multiprocessing.parent_process()
   if parent is not None:
     connection.wait([parent.sentinel])
-    remove_abandoned()
+    _naming.acquire()  # no block is begun from here on
+    time.sleep(0.1)  # one that has its name is made
+    remove_abandoned(owner)
     os._exit(1)
 
 
-def remove_abandoned() -> list[str]:
+def remove_abandoned(ending: str | None = None) -> list[str]:
   """Removes blocks of shared memory whose process is gone.
+
+  Args:
+    ending: a process, as in the names of its blocks, that counts as gone while
+      it still ends.
 
   Returns:
     Their names.
@@ -76,7 +85,9 @@ def remove_abandoned() -> list[str]:
   removed = []
   for name in os.listdir(FOLDER) if FOLDER.is_dir() else ():
     match = _BLOCK.fullmatch(name)
-    if match and int(match[1]) == _namespace() and not _alive(int(match[2])):
+    if not match or int(match[1]) != _namespace():
+      continue
+    if f'{match[1]}_{match[2]}' == ending or not _alive(int(match[2])):
       with contextlib.suppress(OSError):  # another worker is faster
         (FOLDER / name).unlink()
         removed.append(name)
@@ -84,6 +95,12 @@ def remove_abandoned() -> list[str]:
 
 
 def _alive(process: int) -> bool:
+  with contextlib.suppress(OSError):
+    # One that has ended keeps its number until its parent has asked for it,
+    # which in a container may be never.
+    stat = pathlib.Path(f'/proc/{process}/stat').read_text()
+    if stat.rpartition(')')[2].split()[0] in 'ZX':
+      return False
   try:
     os.kill(process, 0)
   except ProcessLookupError:

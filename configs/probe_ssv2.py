@@ -6,7 +6,9 @@ with one head. RandAugment comes after the crop; theirs comes before it.
 Heads of a grid are trained on 90 % of the videos; the other tenth chooses the
 head of `selected`. Published heads are trained on 100 % and the best on the
 test set is reported: --config.probe.holdout=0 does so (`max`). `:fast` has one
-head, trained on 100 %.
+head, trained on 100 %. A single view is the middle 224 of 256 pixels, several
+have the whole short side: with other --config.probe.views than the page's, set
+--config.data.crop_part too, .875 for one and 1 for several.
 Hardware: 20 ViT-L heads take some 16 GB; --config.probe.groups=4 needs less.
 Command: bash launch/local.sh --config=configs/probe_ssv2.py \
   --config.encoder=<run folder, folder with published weights, or hub id> \

@@ -20,6 +20,7 @@ from vssl_jax import config as config_lib
 from vssl_jax import encoders
 from vssl_jax.data import pipeline, synthetic
 from vssl_jax.evals import features, knn, linear, probe
+from vssl_jax.evals import unused as unused_keys
 from vssl_jax.show import drift
 from vssl_jax.show import masks as mask_pictures
 from vssl_jax.train import provenance, rewind, trainer
@@ -216,6 +217,8 @@ def unused(config: ml_collections.ConfigDict) -> dict[str, str]:
   return {
     **{f'data.{name}': own for name in (*names, 'examples', 'weights')},
     **{f'probe.{n}': linear for n in config.probe if n not in read},
+    **unused_keys.of_data(config.data, config.data.repeats, tested=False),
+    **unused_keys.one_head(config.probe),
     'encoder': 'the demo measures the encoder that it trains',
     'finetune.*': 'the demo fine-tunes nothing',
   }

@@ -72,7 +72,10 @@ TRAIN_UNUSED = {
 }
 # Job -> config -> patterns of keys that the job does not read, and remedies.
 UNUSED: dict[str, Callable[[ml_collections.ConfigDict], dict[str, str]]] = {
-  'train': lambda config: TRAIN_UNUSED,
+  'train': lambda config: (
+    TRAIN_UNUSED
+    | unused.of_data(config.data, config.data.repeats, tested=False)
+  ),
   'probe': unused.probe,
   'depth': unused.depth,
   'finetune': finetune_start.unused,

@@ -9,7 +9,7 @@ import pytest
 from tests.evals import finetune_small as small
 from vssl_jax import config as config_lib
 from vssl_jax import encoders, main, weights
-from vssl_jax.evals import clips, finetune_start, memory
+from vssl_jax.evals import clips, finetune, finetune_start, job, memory, plans
 
 CLIP = encoders.Clip((8, 64, 96, 3), 2)
 OPEN = ('frames', 'stride', 'fps', 'size', 'channels')
@@ -73,6 +73,57 @@ def test_the_clips_are_described_beside_the_encoders():
   )
   found = clips.report(c.data.to_dict(), None)
   assert clips.describe(found) == '16x64x96, 4 fps'
+
+
+def test_a_stride_that_is_not_known_is_not_said_to_be_the_encoders():
+  c = config_lib.evaluation('probe')
+  c.data.stride = 2
+  unknown = encoders.Clip((8, 64, 96, 3))
+  found = clips.report(clips.follow(c, unknown).data.to_dict(), unknown)
+  assert clips.describe(found) == (
+    '8x64x96, stride 2; the encoder was trained on 8x64x96, with a stride that '
+    'its weights do not state'
+  )
+
+
+@pytest.mark.parametrize(
+  ('given', 'message'),
+  [
+    ({'size': (0, 32)}, r'data\.size: found \(0, 32\), .*size=\(64,96\), or'),
+    ({'size': (20, 30)}, r'data\.size: found \(20, 30\), .*size=\(16,32\)$'),
+    ({'size': (3, 16)}, r'8x8 pixels of .*data\.size=\(8,16\)$'),
+    ({'frames': 7}, r'data\.frames: found 7, .* the 2 frames .*frames=8$'),
+  ],
+)
+def test_clips_that_an_encoder_cannot_take_are_refused_by_key(
+  given, message, tmp_path
+):
+  patch = small.encoder_of().module.patch
+  c = config_lib.evaluation('probe')
+  c.data.update(given)
+  with pytest.raises(ValueError, match=message):
+    clips.check_patches(clips.follow(c, CLIP), patch)
+
+
+def test_jobs_refuse_clips_that_do_not_divide_into_patches(tmp_path):
+  given = small.encoder_of()
+  weights.export(
+    given.module, given.params, tmp_path, video=small.SHAPE, timing=(1, 0.0)
+  )
+  jobs = (
+    ('probe', lambda c: job.make(c, given)),
+    ('probe', plans.probe),
+    ('finetune', lambda c: finetune_start.write(c, given)),
+    ('finetune', finetune.plan),
+  )
+  for name, start in jobs:
+    c = config_lib.evaluation(name)
+    c.encoder, c.data.size = str(tmp_path), (20, 20)
+    if name == 'finetune':
+      c.workdir = str(tmp_path / 'run')
+      c.data.update(dict(frames=4, stride=1, channels=3))
+    with pytest.raises(ValueError, match=r'data\.size: found \(20, 20\)'):
+      start(c)
 
 
 def test_files_state_the_clips(tmp_path):

@@ -25,8 +25,8 @@ def follow(
     clip: of the encoder.
 
   Raises:
-    ValueError: a key is open and the encoder does not say; or the colours are
-      other ones than the encoder's.
+    ValueError: a key is open and the encoder does not say; one of two sides is
+      open; or the colours are other ones than the encoder's.
   """
   c = config.copy_and_resolve_references()
   data = c.data
@@ -35,6 +35,11 @@ def follow(
   data.channels = data.channels or channels
   if not any(_sides(data.size)):
     data.size = (height, width)
+  elif not all(_sides(data.size)):
+    raise ValueError(
+      f'data.size: found {tuple(data.size)}, wanted height and width, such as '
+      f"--config.data.size=({height},{width}), or (0, 0) for the encoder's"
+    )
   if data.fps:
     data.stride = data.stride or 1
   elif not data.stride:
@@ -57,6 +62,38 @@ def follow(
       'encoder has seen; leave the key out'
     )
   return c
+
+
+def check_patches(
+  config: ml_collections.ConfigDict, patch: tuple[int, int, int]
+) -> None:
+  """Refuses clips that do not divide into the patches of an encoder.
+
+  Args:
+    config: from `follow`.
+    patch: frames, height and width of a patch.
+
+  Raises:
+    ValueError: names the key that does not fit and a value that does.
+  """
+  frames, *size = options.spec(config.data.to_dict()).shape[:3]
+  t, *sides = patch
+  if frames % t:
+    raise ValueError(
+      f'data.frames: found {frames}, wanted a multiple of the {t} frames of '
+      f"the encoder's patches, such as --config.data.frames={_near(frames, t)}"
+    )
+  if any(side % p for side, p in zip(size, sides, strict=True)):
+    fitting = [_near(side, p) for side, p in zip(size, sides, strict=True)]
+    raise ValueError(
+      f'data.size: found {tuple(size)}, wanted multiples of the '
+      f"{'x'.join(map(str, sides))} pixels of the encoder's patches, such as "
+      f'--config.data.size=({fitting[0]},{fitting[1]})'
+    )
+
+
+def _near(value: int, step: int) -> int:
+  return max(round(value / step), 1) * step
 
 
 def _sides(size: Any) -> tuple[int, ...]:
@@ -99,10 +136,8 @@ def describe(found: Mapping[str, Any]) -> str:
   text = f'{shape(found["clip"])}, {found["timing"]}'
   if 'encoder_clip' not in found:
     return text
-  own = found['encoder_clip'], found['encoder_timing'] or found['timing']
+  own = found['encoder_clip'], found['encoder_timing']
   if own == (found['clip'], found['timing']):
     return f'{text}, as the encoder was trained on'
-  trained = f'{shape(own[0])}' + (
-    f', {found["encoder_timing"]}' if found['encoder_timing'] else ''
-  )
-  return f'{text}; the encoder was trained on {trained}'
+  timing = own[1] or 'with a stride that its weights do not state'
+  return f'{text}; the encoder was trained on {shape(own[0])}, {timing}'

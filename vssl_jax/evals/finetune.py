@@ -261,5 +261,7 @@ def plan(config: ml_collections.ConfigDict, detail: str = 'shapes') -> str:
       f'{c.method.classes} classes\n{finetune_start.describe_lr(c)}'
     )
   if c.encoder:
-    finetune_start.set_encoder(c, encoders.module_of(c.encoder))
+    module = encoders.module_of(c.encoder)
+    clips.check_patches(c, module.patch)
+    finetune_start.set_encoder(c, module)
   return f'{note}\n{plan_lib.describe(c, detail)}'

@@ -11,7 +11,8 @@ from jax.experimental import multihost_utils
 from vssl_jax import config as config_lib
 from vssl_jax import encoders, trees, weights
 from vssl_jax.data import options
-from vssl_jax.evals import finetune_videos
+from vssl_jax.evals import clips, finetune_videos
+from vssl_jax.evals import unused as unused_keys
 from vssl_jax.models import hiera, vit
 from vssl_jax.train import manifests, optimizer
 
@@ -72,7 +73,13 @@ def unused(config: ml_collections.ConfigDict) -> dict[str, str]:
     'data.examples': 'videos are counted',
     'cache_targets': 'there are no teachers',
     'probe.*': 'it is of the jobs probe and depth',
+    'data.depth_units': unused_keys.DEPTH,
+    **unused_keys.of_data(config.data, config.data.repeats),
   }
+  if any(wanted.valid) or wanted.valid_where:
+    out['finetune.holdout'] = (
+      'the best checkpoint is chosen by finetune.valid; leave one of them out'
+    )
   for name, suffix in (('source', ''), ('where', '_where')):
     keys = [f'{which}{suffix}' for which in ('train', 'test')]
     if all(any(wanted[key]) for key in keys):
@@ -84,6 +91,9 @@ def unused(config: ml_collections.ConfigDict) -> dict[str, str]:
     )
     names = ('family', 'clip', 'encoder.*', 'vit.*', 'hiera.*')
     return out | {f'method.{name}': reason for name in names}
+  data = config.data
+  if data.frames and (data.stride or data.fps) and any(data.size):
+    out['method.clip'] = 'use data.frames, data.stride and data.size'
   if config.method.family == 'vit':
     reason = "method.family is 'vit'"
     return out | {'method.hiera.*': reason, 'method.q_pool': reason}
@@ -220,6 +230,7 @@ def write(
     module = encoders.module_of(str(folder))
   else:
     encoder = encoder or encoders.load(c.encoder)
+    clips.check_patches(c, encoder.module.patch)
     video = options.spec(c.data.to_dict()).shape
     module = _write(encoder, video, folder, c.method.q_pool)
   if encoder is not None:

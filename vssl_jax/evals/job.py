@@ -220,6 +220,7 @@ def make(
   encoder = encoder or encoders.load(config.encoder)
   config = clips.follow(config, encoder.clip)
   options.check_colours(config.data, encoder.module)
+  clips.check_patches(config, encoder.module.patch)
   encoder = encoder.at(options.spec(config.data).shape)
   mesh = sharding.make_mesh(data=-1, fsdp=1)
   params = jax.device_put(encoder.params, sharding.replicated(mesh))

@@ -69,6 +69,7 @@ def _encoder(
   module = encoders.module_of(config.encoder)
   own = encoders.clip_of(config.encoder)
   config = clips.follow(config, own)
+  clips.check_patches(config, module.patch)
   clip = options.spec(config.data.to_dict()).shape
   video = jax.ShapeDtypeStruct((1, *clip), jnp.uint8)
   params = jax.eval_shape(module.init, jax.random.key(0), video)

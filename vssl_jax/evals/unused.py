@@ -1,6 +1,6 @@
-"""Keys that the jobs `probe` and `depth` do not read, and what to use instead.
+"""Keys that a job does not read, and what to use instead.
 
-A key of these that the command line sets is refused: nothing that a user asks
+One that the command line sets is refused: nothing that a user asks
 for is ignored without a word.
 """
 
@@ -28,6 +28,9 @@ RANDOM = (
   *('sampling', 'crop', 'crop_scale', 'crop_aspect', 'flip', 'weights'),
   *('auto_augment', 'erase', 'repeat_frames'),
 )
+DEPTH = 'it is of the job depth'
+# Of lists of videos, which frames with depth do not come in.
+LABELLED = ('path_column', 'label_column', 'split', 'classes')
 DEPTH_ONLY = ('loss', 'patch', 'pictures')
 TRAINED = (
   *('epochs', 'batch_size', 'lrs', 'wds', 'groups', 'warmup', 'decay'),
@@ -52,11 +55,13 @@ def probe(config: ml_collections.ConfigDict) -> dict[str, str]:
   protocol = config.probe.protocol
   reason = f'probe.protocol is {protocol!r}, which has no use for it'
   out = COMMON | {f'probe.{x}': reason for x in OTHERS.get(protocol, ())}
-  out |= {f'probe.{x}': 'it is of the job depth' for x in DEPTH_ONLY}
+  out |= {f'probe.{x}': DEPTH for x in DEPTH_ONLY}
+  out['data.depth_units'] = DEPTH
   if protocol == 'knn':
     reason = 'the centre clip of each video is measured'
+    out |= of_data(config.data, 1)
     return out | {f'data.{x}': reason for x in RANDOM} | _lists(config)
-  return out | _random(config) | _lists(config)
+  return out | _random(config) | _lists(config) | one_head(config.probe)
 
 
 def depth(config: ml_collections.ConfigDict) -> dict[str, str]:
@@ -67,14 +72,56 @@ def depth(config: ml_collections.ConfigDict) -> dict[str, str]:
   """
   names = ('protocol', 'ks', 'eval_every')
   out = COMMON | {f'probe.{x}': 'it is of the job probe' for x in names}
-  return out | _random(config) | _lists(config)
+  reason = 'frames with depth come in folders and have no labels'
+  out |= {f'data.{name}': reason for name in LABELLED}
+  return out | _random(config) | _lists(config) | one_head(config.probe)
+
+
+def of_data(
+  data: ml_collections.ConfigDict, repeats: int, *, tested: bool = True
+) -> dict[str, str]:
+  """Returns keys of `config.data` that others of its keys leave without use.
+
+  Args:
+    data: `config.data`.
+    repeats: clips of each video in a training batch.
+    tested: whether centre crops are tested on too.
+  """
+  out = {}
+  if not data.depth_units:
+    reason = 'data.depth_units is 0, and no depth is read'
+    out |= {'data.depth_range': reason, 'data.stretch': reason}
+  reason = f'data.crop is {data.crop!r}'
+  if data.crop != 'random_resized':
+    out |= {'data.crop_scale': reason, 'data.crop_aspect': reason}
+  if data.crop != 'centre' and not tested:
+    out['data.crop_part'] = reason
+  if repeats == 1:
+    out['data.repeat_frames'] = 'a batch has one clip of each video'
+  return out
+
+
+def one_head(config: ml_collections.ConfigDict) -> dict[str, str]:
+  """Returns the key that a grid of one head leaves without use.
+
+  Args:
+    config: `config.probe`.
+  """
+  if len(config.lrs) * len(config.wds) > 1:
+    return {}
+  reason = (
+    'a single head leaves nothing to choose and is trained on all videos; '
+    'give several of probe.lrs or probe.wds'
+  )
+  return {'probe.holdout': reason}
 
 
 def _random(config: ml_collections.ConfigDict) -> dict[str, str]:
-  if config.probe.augment:
-    return {}
-  reason = 'clips are centre crops; set probe.augment=True for new ones'
-  return {f'data.{name}': reason for name in RANDOM}
+  out = {}
+  if not config.probe.augment:
+    reason = 'clips are centre crops; set probe.augment=True for new ones'
+    out = {f'data.{name}': reason for name in RANDOM}
+  return of_data(config.data, config.probe.segments) | out
 
 
 def _lists(config: ml_collections.ConfigDict) -> dict[str, str]:

@@ -126,6 +126,66 @@ def test_frames_in_folders_and_parts_of_a_room(tmp_path):
   assert next(a).same(next(b))
 
 
+def test_videos_that_differ_in_a_few_places_are_not_the_same(tmp_path):
+  # As uncompressed videos of a small thing before a black wall are.
+  for name, place in (('a', overlap.PIECE + 9), ('b', 2 * overlap.PIECE)):
+    content = bytearray(SIZE)
+    content[place] = 255
+    (tmp_path / name).mkdir()
+    (tmp_path / name / 'x.avi').write_bytes(content)
+    (tmp_path / f'{name}2').mkdir()
+    (tmp_path / f'{name}2' / 'y.avi').write_bytes(content)
+  contents = [
+    next(overlap._contents(sources.find(str(tmp_path / name)))) for name in 'ab'
+  ]
+  assert contents[0].digest == contents[1].digest
+  assert count(tmp_path / 'a', tmp_path / 'b').count == 0
+  assert count(tmp_path / 'a', tmp_path / 'a2').count == 1
+
+
+def test_many_files_of_one_size_are_not_compared_pair_by_pair(
+  tmp_path, monkeypatch
+):
+  for name in 'ab':
+    (tmp_path / name).mkdir()
+    for number in range(50):
+      (tmp_path / name / f'{number}.avi').write_text(f'{name} {number:3}')
+  (tmp_path / 'b' / '7.avi').write_text('a   3')
+  calls, same = [], overlap._Content.same
+
+  def counted(content, other):
+    calls.append(other)
+    return same(content, other)
+
+  monkeypatch.setattr(overlap._Content, 'same', counted)
+  found = count(tmp_path / 'a', tmp_path / 'b')
+  assert found.examples == (('7.avi', '3.avi'),)
+  assert len(calls) == 1
+
+
+@pytest.mark.parametrize('kind', ['slash', 'link', 'copy', 'part', 'other'])
+def test_validation_on_test_videos_is_noticed(kind, folder, tmp_path):
+  c = config_lib.fine_tuning()
+  test, valid = folder / 'te', tmp_path / 'valid'
+  c.finetune.train, c.finetune.test = (str(folder / 'tr'),), (str(test),)
+  names = {'copy': 'efg', 'part': 'e', 'other': ''}.get(kind, '')
+  if kind == 'link':
+    valid.symlink_to(test)
+  elif kind != 'slash':
+    for number in range(2):
+      (valid / f'c{number}').mkdir(parents=True)
+      (valid / f'c{number}' / 'own.mp4').write_bytes(b'own %d' % number)
+    for path in test.rglob('*.mp4'):
+      if path.stem in names:
+        new = valid / path.parent.name / f'new_{path.name}'
+        new.write_bytes(path.read_bytes())
+  c.finetune.valid = (f'{test}/' if kind == 'slash' else str(valid),)
+  found = finetune_videos.find(c)
+  wanted = {'part': 1, 'other': 0}.get(kind, 3)
+  assert (found.chosen.count, found.chosen.total) == (wanted, 3)
+  assert found.chosen_by_test == (wanted > 0)
+
+
 @pytest.mark.parametrize('section', ['probe', 'finetune'])
 def test_evaluations_refuse_them_or_report_them(section, folder, tmp_path):
   c = config_lib.default()
@@ -137,6 +197,7 @@ def test_evaluations_refuse_them_or_report_them(section, folder, tmp_path):
     new.write_bytes((folder / path).read_bytes())
   c[section].train = (str(folder / 'tr'),)
   c[section].test = (str(tmp_path / 'test'),)
+  c.finetune.holdout = 0.5
 
   def start():
     if section == 'probe':

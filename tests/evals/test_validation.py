@@ -42,6 +42,17 @@ def test_the_report_says_when_a_better_epoch_was_lost():
     assert f'tested is epoch {epoch};' in said
 
 
+def test_the_report_says_how_many_test_videos_chose_the_best():
+  best = {'accuracy': 0.5, 'interval': [0.1, 0.9], 'top5': 1.0, 'step': 8}
+  valid = REPORT['valid'] | {'held_out': False, 'chosen_by_test': True}
+  found = {**REPORT, 'valid': valid, 'results': {'best': best}}
+  chosen = {'count': 2, 'total': 9}
+  text = finetune_report.text({**found, 'chosen_by': chosen})
+  assert '2 of the 9 test videos among them' in text and 'flatters' in text
+  # Older reports do not say.
+  assert '4 of the 4 test videos among them' in finetune_report.text(found)
+
+
 def test_the_best_of_earlier_epochs_is_known_without_reading_it(
   tmp_path, monkeypatch
 ):

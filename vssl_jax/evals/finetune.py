@@ -136,8 +136,8 @@ def _told(
     )
   elif videos.chosen_by_test:
     lines.append(
-      'the best checkpoint is chosen on the test videos, as published codes '
-      'do; that flatters'
+      f'the best checkpoint is chosen on {videos.chosen.count} of the '
+      f'{videos.chosen.total} test videos, as published codes do; that flatters'
     )
   return '\n'.join(lines)
 
@@ -207,6 +207,7 @@ def _test(
       'missing': clips.num_examples - found.total,
     },
     'overlap': {n: dataclasses.asdict(x) for n, x in videos.shared.items()},
+    'chosen_by': dataclasses.asdict(videos.chosen),
     'classes': list(videos.classes),
     **report.chance(found.predictions()[1]),
     **_facts(config),

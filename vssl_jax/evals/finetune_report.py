@@ -20,7 +20,13 @@ def text(report: Mapping[str, Any]) -> str:
   if valid['held_out']:
     chosen += ', held out of the training videos'
   elif valid['chosen_by_test']:
-    chosen += ', the test videos, as published codes do; flatters'
+    # Reports of older versions: all of them.
+    every = {'count': test['evaluated'], 'total': test['evaluated']}
+    shared = report.get('chosen_by', every)
+    chosen += (
+      f', {shared["count"]} of the {shared["total"]} test videos among them, '
+      'as published codes do; flatters'
+    )
   facts = {
     'encoder': report['encoder'],
     'clips': f'{clips.describe(report)}; tested on {wanted["clips"]} clips '

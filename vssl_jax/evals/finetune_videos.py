@@ -11,6 +11,8 @@ import ml_collections
 from vssl_jax.data import holdout, options, passes, pipeline
 from vssl_jax.evals import lists, overlap
 
+NONE = overlap.Overlap(0, 0)
+
 
 @dataclasses.dataclass(frozen=True)
 class Videos:
@@ -23,6 +25,7 @@ class Videos:
     classes: names by label.
     count: videos to train on, those held out aside.
     shared: list -> videos of it that are among the training videos.
+    chosen: test videos that the best checkpoint is chosen by.
   """
 
   train: dict[str, Any]
@@ -31,6 +34,7 @@ class Videos:
   classes: tuple[str, ...]
   count: int
   shared: dict[str, overlap.Overlap]
+  chosen: overlap.Overlap = NONE
 
   @property
   def held(self) -> bool:
@@ -39,8 +43,8 @@ class Videos:
 
   @property
   def chosen_by_test(self) -> bool:
-    """Whether validation and test are the same videos."""
-    return lists.same(self.valid, self.test)
+    """Whether videos that are tested are validated on too."""
+    return self.chosen.count > 0
 
 
 def find(config: ml_collections.ConfigDict) -> Videos:
@@ -79,7 +83,11 @@ def find(config: ml_collections.ConfigDict) -> Videos:
     data['classes'] = found.classes
   lists.check_labels('finetune', valid=valid, test=test)
   count = len(holdout.numbers(len(found), train['holdout']))
-  return Videos(train, valid, test, found.classes, count, shared)
+  # Videos held out are of those to train on, which were compared above.
+  chosen = NONE
+  if not train['holdout']:
+    chosen = overlap.find(options.find(valid), options.find(test))
+  return Videos(train, valid, test, found.classes, count, shared, chosen)
 
 
 def one_view(config: ml_collections.ConfigDict, videos: Videos) -> passes.Pass:

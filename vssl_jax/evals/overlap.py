@@ -1,10 +1,12 @@
 """Finds test videos that are among the training videos, by their content.
 
 Two files are the same video if they are one file on the disk, or if their
-sizes and a hash of pieces of their content agree. Only files whose size occurs
-in both lists are opened, and at most `PIECES * PIECE` bytes of each are read,
-so that lists of hundreds of thousands of videos cost seconds. Records of shards
-have no size of their own: they are read, up to `MAX_SHARD_BYTES` in all.
+sizes and a hash of their content agree. Only files whose size occurs in both
+lists are opened, and at most `PIECES * PIECE` bytes of each are read, so that
+lists of hundreds of thousands of videos cost seconds. Those that agree in these
+pieces are read whole: uncompressed videos may differ in few places. Videos that
+were encoded or packed anew are other files, and are not found. Records of
+shards have no size of their own: they are read, up to `MAX_SHARD_BYTES` in all.
 """
 
 import collections
@@ -49,25 +51,31 @@ class _Content:
     path: of its file or folder of frames; '' for a record of a shard.
     size: bytes.
     inode: device and number of the file, () for a record.
-    known: hash of the content, where it is known already.
+    known: hashes of pieces and of all of the content, where they are known.
   """
 
   name: str
   path: str
   size: int
   inode: tuple[int, ...] = ()
-  known: str = ''
+  known: tuple[str, str] | None = None
 
   @functools.cached_property
   def digest(self) -> str:
     """Hash of pieces of the content; '' where it cannot be read."""
-    if self.known:
-      return self.known
+    return self.known[0] if self.known else self._hash(PIECES)
+
+  @functools.cached_property
+  def whole(self) -> str:
+    """Hash of all of the content; '' where it cannot be read."""
+    return self.known[1] if self.known else self._hash(0)
+
+  def _hash(self, pieces: int) -> str:
     try:
       if os.path.isdir(self.path):
-        return _digest_of_folder(self.path)
+        return _digest_of_folder(self.path, pieces)
       with open(self.path, 'rb') as file:
-        return _digest(file, self.size)
+        return _digest(file, self.size, pieces)
     except OSError:
       return ''
 
@@ -77,7 +85,9 @@ class _Content:
       return True
     if self.size != other.size or not self.size:
       return False
-    return bool(self.digest) and self.digest == other.digest
+    if not self.digest or self.digest != other.digest:
+      return False
+    return bool(self.whole) and self.whole == other.whole
 
 
 def find(
@@ -106,10 +116,14 @@ def find(
   with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
     rivals = [c for c in rivals if c.size in unread_sizes]
     list(pool.map(lambda content: content.digest, [*unread, *rivals]))
+  alike = collections.defaultdict(list)
+  for content in rivals:
+    alike[content.size, content.digest].append(content)
   for content in tested:
-    twin = inodes.get(content.inode) or next(
-      (other for other in by_size[content.size] if content.same(other)), None
-    )
+    twin = inodes.get(content.inode)
+    if twin is None:
+      others = alike.get((content.size, content.digest), ())
+      twin = next((other for other in others if content.same(other)), None)
     if twin is not None:
       count += 1
       pairs.append((content.name, twin.name))
@@ -179,29 +193,30 @@ def _of_records(
     except decode.VideoError:
       continue
     size = len(item.media)
-    digest = _digest(io.BytesIO(item.media), size)
-    yield _Content(item.name, '', size, known=digest)
+    media = io.BytesIO(item.media)
+    known = _digest(media, size), _digest(media, size, 0)
+    yield _Content(item.name, '', size, known=known)
 
 
-def _digest(file: io.BufferedIOBase, size: int) -> str:
-  """Returns a hash of evenly spaced pieces of a file."""
+def _digest(file: io.BufferedIOBase, size: int, pieces: int = PIECES) -> str:
+  """Returns a hash of evenly spaced pieces of a file; 0: of all of it."""
+  file.seek(0)
+  if not pieces or size <= pieces * PIECE:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
   state = hashlib.sha256()
-  if size <= PIECES * PIECE:
-    state.update(file.read())
-    return state.hexdigest()
-  for number in range(PIECES):
-    file.seek(number * (size - PIECE) // (PIECES - 1))
+  for number in range(pieces):
+    file.seek(number * (size - PIECE) // (pieces - 1))
     state.update(file.read(PIECE))
   return state.hexdigest()
 
 
-def _digest_of_folder(path: str) -> str:
+def _digest_of_folder(path: str, pieces: int = PIECES) -> str:
   """Returns a hash of some of the frames of a folder, and of all sizes."""
   files = sorted((e for e in os.scandir(path) if e.is_file()), key=_by_name)
   state = hashlib.sha256(repr([e.stat().st_size for e in files]).encode())
-  for entry in files[:: max(len(files) // PIECES, 1)]:
+  for entry in files[:: max(len(files) // pieces, 1) if pieces else 1]:
     with open(entry.path, 'rb') as file:
-      state.update(_digest(file, entry.stat().st_size).encode())
+      state.update(_digest(file, entry.stat().st_size, pieces).encode())
   return state.hexdigest()
 
 

@@ -1,10 +1,12 @@
 """Lists of videos are what keys say, and two ways to say one are one."""
 
+import numpy as np
 import pytest
 
 from tests.evals import finetune_small as small
 from vssl_jax import config as config_lib
 from vssl_jax import weights
+from vssl_jax.data import holdout
 from vssl_jax.evals import finetune_videos, job, lists, plans
 
 
@@ -74,3 +76,32 @@ def test_lists_of_nothing_are_said_to_be_empty(section):
       job.make(c, small.encoder_of())
     else:
       finetune_videos.find(c)
+
+
+@pytest.mark.parametrize('section', ['probe', 'finetune'])
+def test_what_is_held_out_and_what_is_left_have_labels(section, tmp_path):
+  out = holdout.held_out(np.arange(24), 0.3)
+
+  def start(labelled, fraction):
+    rows = [f'{i}.mp4,{"ab"[i % 2] if x else ""}' for i, x in labelled]
+    (tmp_path / 'list.csv').write_text('\n'.join(['path,label', *rows]))
+    data = config_lib.default().data.to_dict()
+    data['source'] = str(tmp_path / 'list.csv')
+    lists.check_share(section, data, fraction, may_be_none=section == 'probe')
+    return lists.labelled(data)
+
+  known = start([(i, i % 3) for i in range(24)], 0.3)
+  assert known.tolist() == [i % 3 > 0 for i in range(24)]
+  for labelled, fraction, wanted in (
+    (~out, 0.3, 'holds out 5 of 24 .* choose by; wanted a larger'),
+    (out, 0.3, 'holds out 5 of 24 .* train on; wanted a smaller'),
+    (out | True, 0.999, 'holds out 24 of 24 .* train on; wanted a smaller'),
+  ):
+    with pytest.raises(ValueError, match=rf'{section}\.holdout: .*{wanted}'):
+      start(enumerate(labelled), fraction)
+  every = list(enumerate(out | True))
+  if section == 'probe':  # no head is chosen then, and the report says so
+    assert start(every, 1e-4).all()
+  else:
+    with pytest.raises(ValueError, match='choose by; wanted a larger'):
+      start(every, 1e-4)

@@ -71,6 +71,12 @@ def test_text_states_the_share_of_the_videos_that_heads_are_trained_on():
   assert '(100 %); none is chosen without the test videos' in grid
 
 
+def test_text_states_how_many_training_videos_have_no_label():
+  train = {'source': 'a', 'videos': 40, 'trained_on': 30, 'unlabelled': 6}
+  text = report.text(REPORT | {'train': train})
+  assert 'on 30 of them (75 %), 6 have no label, 4 are held out' in text
+
+
 def test_clips_that_vote_alone_are_told():
   text = report.text(REPORT | {'segments': 1, 'clips': 4})
   assert '1 segments x 4 clips x 3 views' in text

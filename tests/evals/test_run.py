@@ -9,7 +9,7 @@ import pytest
 from vssl_jax import config as config_lib
 from vssl_jax import encoders
 from vssl_jax.data import synthetic
-from vssl_jax.evals import features, run
+from vssl_jax.evals import features, probe, run
 from vssl_jax.models import vit
 
 COLOURS = {'blue': (40, 40, 200), 'green': (40, 200, 40), 'red': (200, 40, 40)}
@@ -178,6 +178,24 @@ def test_test_videos_without_labels_are_named_before_anything_runs(
   c = config_of(videos, tmp_path, test=(str(tmp_path / 'list.txt'),))
   with pytest.raises(ValueError, match=r'probe\.test: none of the videos of'):
     run.evaluate(c)
+
+
+def test_videos_without_labels_are_not_trained_on(
+  videos, tmp_path, monkeypatch
+):
+  rows = sorted((videos / 'train').rglob('*.mp4'))
+  text = [f'{x},{x.parent.name if i % 2 else ""}' for i, x in enumerate(rows)]
+  (tmp_path / 'list.csv').write_text('\n'.join(['path,label', *text]))
+  c = config_of(videos, tmp_path, train=(str(tmp_path / 'list.csv'),))
+  found = run._job(c)
+  out = probe.held_out(np.arange(30), 0.1)
+  assert found.trained_on(30) == sum(i % 2 and not x for i, x in enumerate(out))
+  # Refused before anything is encoded.
+  monkeypatch.setattr(features, 'encode_batches', None)
+  for augment in (True, False):
+    c.probe.augment, c.probe.holdout = augment, 0.999
+    with pytest.raises(ValueError, match=r'probe\.holdout: found 0\.999'):
+      run.evaluate(c)
 
 
 def test_features_too_large_to_keep_are_refused(videos, tmp_path, monkeypatch):

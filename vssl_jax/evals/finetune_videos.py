@@ -81,7 +81,9 @@ def find(config: ml_collections.ConfigDict) -> Videos:
     )
   for data in (train, valid, test):
     data['classes'] = found.classes
-  lists.check_labels('finetune', valid=valid, test=test)
+  lists.check_labels('finetune', train=train, valid=valid, test=test)
+  if train['holdout']:
+    lists.check_share('finetune', train, train['holdout'])
   count = len(holdout.numbers(len(found), train['holdout']))
   # Videos held out are of those to train on, which were compared above.
   chosen = NONE

@@ -68,7 +68,7 @@ class Job:
   def trained_on(self, videos: int) -> int:
     """Returns how many of the training videos heads are trained on."""
     held = probe.held_out(np.arange(videos), self.held_out_fraction)
-    return int((~held).sum())
+    return int((~held & lists.labelled(self.train)).sum())
 
   def tokens(self) -> tuple[int, ...]:
     """Returns the shape (N, D) of a clip's tokens, without computing them."""
@@ -132,6 +132,7 @@ class Job:
     """
     config = self.config.probe
     size, fraction = config.test_batch_size, self.held_out_fraction
+    lists.check_share('probe', self.train, fraction, may_be_none=True)
     if config.augment:
       with contextlib.closing(self.stream()) as stream:
         yield self._streamed(stream, along), stream
@@ -168,9 +169,8 @@ class Job:
         batches = features.only(batches, keep)
       return self.encoded(batches)
 
-    count = videos.num_examples
-    none_held = self.trained_on(count) == count
-    return probe.Epochs(train, steps, None if none_held else held)
+    out = probe.held_out(np.arange(videos.num_examples), fraction)
+    return probe.Epochs(train, steps, held if out.any() else None)
 
   def _bytes(self, along: int, pool: bool) -> int:
     """Returns what keeping one video takes."""

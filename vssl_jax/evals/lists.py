@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
+import numpy as np
+from jaxtyping import Bool
 
-from vssl_jax.data import item, options, sources
+from vssl_jax.data import holdout, item, options, sources
 from vssl_jax.evals import overlap
 
 
@@ -102,6 +104,54 @@ def check_labels(section: str, **lists: Mapping[str, Any]) -> None:
           'of the classes that are trained on; give class folders or a '
           'manifest with a label column'
         )
+
+
+def labelled(data: Mapping[str, Any]) -> Bool[np.ndarray, 'n']:
+  """Returns which videos of a list have a label.
+
+  Args:
+    data: `of` the list. Labels of shards are known only when they are read:
+      all of theirs count as labelled. So do frames with depth.
+  """
+  return np.concatenate(
+    [
+      np.asarray(part.labels) >= 0
+      if isinstance(part, sources.Files)
+      else np.ones(len(part), bool)
+      for part in options.find(data).parts
+    ]
+  )
+
+
+def check_share(
+  section: str,
+  data: Mapping[str, Any],
+  fraction: float,
+  *,
+  may_be_none: bool = False,
+) -> None:
+  """Refuses to hold out all videos with a label, or only others.
+
+  Args:
+    section: key of the config with the lists.
+    data: `of` the training videos.
+    fraction: of the videos that is held out.
+    may_be_none: go on where no video at all is held out.
+
+  Raises:
+    ValueError: no video with a label is left to train on, or to choose by.
+  """
+  known = labelled(data)
+  out = holdout.held_out(np.arange(len(known)), fraction)
+  uses = (~out, 'train on', 'smaller'), (out, 'choose by', 'larger')
+  for part, use, wanted in uses:
+    if (known & part).any() or (part is out and may_be_none and not out.any()):
+      continue
+    raise ValueError(
+      f'{section}.holdout: found {fraction:g}, which holds out {out.sum()} of '
+      f'{len(known)} videos, {known.sum()} of them with a label, and leaves '
+      f'none with a label to {use}; wanted a {wanted} fraction'
+    )
 
 
 def describe(shared: Mapping[str, Any]) -> str:

@@ -157,6 +157,8 @@ def _trained(report: Mapping[str, Any]) -> str:
     f'heads are trained on {train["trained_on"]} of them '
     f'({100 * train["trained_on"] / train["videos"]:.0f} %)'
   )
+  if train.get('unlabelled'):
+    text += f', {train["unlabelled"]} have no label'
   if held:
     return f'{text}, {held} are held out to choose a head'
   if len(report['heads']) == 1:

@@ -65,7 +65,7 @@ def _job(config: ml_collections.ConfigDict) -> job_lib.Job:
   # Whatever order the test videos come in.
   for data in (job.train, job.test):
     data['classes'] = tuple(classes)
-  lists.check_labels('probe', test=job.test)
+  lists.check_labels('probe', train=job.train, test=job.test)
   return job
 
 
@@ -184,6 +184,7 @@ def _sides(
       'source': lists.name(job.train),
       'videos': train.num_examples,
       'trained_on': trained_on,
+      'unlabelled': int((~lists.labelled(job.train)).sum()),
       'fingerprint': train.fingerprint,
     },
     'test': {

@@ -27,6 +27,7 @@ from vssl_jax.train import provenance, rewind, trainer
 
 # Videos to pretrain on, to train the probe on, and to test it on.
 CLIPS = {'pretrain': 2560, 'train': 400, 'test': 1000}
+OWN = 'written by the demo'  # data.source until it is
 SCENE: dict[str, Any] = {}
 
 
@@ -70,7 +71,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
 
 def _data(c: ml_collections.ConfigDict) -> None:
   """Whole clips as they were written: no crop, no flip."""
-  c.data.source = 'written by the demo'
+  c.data.source = OWN
   c.data.update(dict(frames=8, stride=1, size=(32, 32)))
   c.data.update(dict(crop='centre', flip=False))
   # The files are our own: no reader of them will hang.
@@ -232,9 +233,18 @@ def run(
   Args:
     config: the demo's.
     back: see `trainer.train`.
+
+  Raises:
+    ValueError: a page names other videos.
   """
   workdir = pathlib.Path(config.workdir)
   videos = workdir / 'videos'
+  if config.data.source not in (OWN, str(videos / 'pretrain')):
+    raise ValueError(
+      f'data.source: found {config.data.source!r}, which the demo would '
+      'overwrite with videos of its own; for yours take a page such as '
+      'configs/salt_single_gpu.py'
+    )
   if jax.process_index() == 0:
     print(f'writing {sum(CLIPS.values())} videos to {videos}', flush=True)
     synthetic.write(videos, clips=CLIPS, seed=config.seed, **SCENE)

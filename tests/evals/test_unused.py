@@ -3,7 +3,7 @@
 import pytest
 
 from tests.evals import finetune_small as small
-from vssl_jax import main
+from vssl_jax import demo, main
 from vssl_jax.evals import finetune_start, finetune_videos
 
 PROBE = 'configs/probe_fast.py'
@@ -125,6 +125,14 @@ def test_what_a_job_reads_can_be_set(page, assignments):
   config = main.resolve(page, assignments)
   for assignment in assignments:
     assert assignment.partition('=')[0].split('.')[0] in config
+
+
+def test_the_demo_overwrites_no_videos_that_a_page_names(tmp_path):
+  c = demo.get_config()
+  c.workdir, c.data.source = str(tmp_path / 'run'), 'mine'
+  with pytest.raises(ValueError, match=r"data\.source: found 'mine', .*demo"):
+    demo.run(c)
+  assert not (tmp_path / 'run').exists()
 
 
 def test_fine_tuning_overwrites_nothing_that_a_page_sets(tmp_path):

@@ -1,8 +1,10 @@
 """Files of VideoMAE and of MVD: the same names and other positions."""
 
+import json
 import re
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -42,10 +44,10 @@ def fixed(params):
   return {name: x for name, x in params.items() if name != 'positions'}
 
 
-def file_of(path, params, prefix='', group='model', **more):
+def file_of(path, params, prefix='', group='model', patch=(2, 4, 4), **more):
   """A file with VideoMAE's names of the encoder, and further tensors."""
   rows = tables.ORIGINAL_VIDEOMAE['encoder'].rows(2)
-  tensors = convert.to_theirs(fixed(params), rows, (2, 4, 4))
+  tensors = convert.to_theirs(fixed(params), rows, patch)
   tensors = {f'{prefix}{k}': x for k, x in tensors.items()} | more
   state = {
     k: pth.FakeTensor(np.ascontiguousarray(x)) for k, x in tensors.items()
@@ -188,3 +190,64 @@ def test_files_of_transformers_name_videomaes_table(tmp_path, params, caplog):
     assert load(tmp_path)[0].positions == 'sinusoid_1d'
   assert any('positions sinusoid_1d (transf' in m for m in caplog.messages)
   assert load(f'{tmp_path}#mvd')[0].positions == 'sincos_3d_mvd'
+
+
+@pytest.mark.parametrize(
+  'grid', [(16, 14, 14), (4, 14, 14), (4, 16, 16), (16, 24, 24)]
+)
+def test_rows_that_several_grids_have(tmp_path, params, caplog, grid):
+  """The likeliest one is assumed and said; 3136 rows were 1 x 56 x 56."""
+  rng = np.random.default_rng(0)
+  table = rng.standard_normal((*grid, 32), np.float32)
+  module = LEARNED.clone(patch=(2, 16, 16))
+  wide = params | {
+    'embed': params['embed']
+    | {'kernel': rng.standard_normal((2 * 16 * 16 * 3, 32), np.float32)}
+  }
+  file = file_of(
+    tmp_path / 'x.pth', wide, patch=module.patch,
+    pos_embed=table.reshape(1, -1, 32),
+  )  # fmt: skip
+  found, again, _ = load(file)
+  assert found == module
+  np.testing.assert_array_equal(again['positions'], table)
+  t, h, w = grid
+  assert weights.clip_shape(file) == (2 * t, 16 * h, 16 * w, 3)
+  (record,) = [r for r in caplog.records if r.levelname == 'WARNING']
+  assert f'a grid (t, h, w) of {grid} tokens assumed' in record.getMessage()
+
+
+def test_tables_in_16_bits_are_known_by_their_formula(tmp_path, params):
+  for kind in (np.float16, ml_dtypes.bfloat16):
+    table = positions.sincos_3d_mvd(GRID, 32).astype(kind).astype(np.float32)
+    more = pretraining(table=table)
+    assert load(file_of(tmp_path / 'x.pth', params, **more))[0] == MVD
+
+
+def test_heads_of_published_widths_and_of_others(tmp_path):
+  """VideoMAE V2's ViT-g has 16 heads; others are asked for where they help."""
+
+  def file(width, name='x.pth'):
+    shapes = jax.eval_shape(
+      VIDEOMAE.clone(width=width, num_heads=1, depth=1).init,
+      jax.random.key(0),
+      np.zeros((1, 2, 4, 4, 3), np.uint8),
+    )['params']
+    some = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
+    rows = tables.ORIGINAL_VIDEOMAE['encoder'].rows(1)
+    tensors = convert.to_theirs(some, rows, (2, 4, 4))
+    state = {k: pth.FakeTensor(x) for k, x in tensors.items()}
+    pth.save(tmp_path / name, {'module': state})
+    read.write_safetensors(tmp_path / 'model.safetensors', tensors)
+    return str(tmp_path / name)
+
+  assert weights.describe(file(1408)).num_heads == 16
+  with pytest.raises(read.WeightsError, match=r'width 40 does not tell.*a conf'
+                     r'ig\.json that says num_attention_heads'):  # fmt: skip
+    weights.describe(file(40))
+  config = tmp_path / 'config.json'
+  config.write_text(json.dumps({'num_attention_heads': 5}))
+  assert weights.describe(tmp_path).num_heads == 5
+  config.write_text(json.dumps({'num_attention_heads': 3}))
+  with pytest.raises(read.WeightsError, match=r'found 3 heads.*divisor of'):
+    weights.describe(tmp_path)

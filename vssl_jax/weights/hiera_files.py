@@ -56,7 +56,8 @@ def build(found: source_lib.Found, part: str, num_heads: int | None) -> Any:
   if heads is None:
     raise read.WeightsError(
       f'{found.source}: {channels} channels do not tell the number of heads; '
-      'give num_heads'
+      'give a folder with model.safetensors and a config.json that says '
+      'num_heads, or num_heads to weights.load_published'
     )
   depth = table.depth(shapes)
   starts = [i for i in range(depth) if f'blocks.{i}.proj.weight' in shapes]

@@ -23,7 +23,10 @@ Encoder = vit.Vit | hiera.Hiera | framewise.Framewise
 # Attention heads by width, for files that come without a config.
 HEADS = {
   'vjepa2': {1024: 16, 1280: 16, 1408: 22, 384: 12},
-  'videomae': {384: 6, 768: 12, 1024: 16, 1280: 16, 192: 3, 512: 8, 640: 8},
+  'videomae': {
+    **{192: 3, 384: 6, 512: 8, 640: 8, 768: 12, 1024: 16, 1280: 16},
+    1408: 16,  # VideoMAE V2's ViT-g
+  },
   'image': {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1536: 24},
 }
 FIELDS = {
@@ -279,7 +282,14 @@ def _common(
   if heads is None:
     raise read.WeightsError(
       f'{found.source}: width {width} does not tell the number of heads; give '
-      'num_heads'
+      'a folder with model.safetensors and a config.json that says '
+      f'{name}, or num_heads to weights.load_published'
+    )
+  if width % heads:
+    raise read.WeightsError(
+      f'{found.source}: found {heads} heads by {name} or num_heads, wanted a '
+      f'divisor of the width {width} of the tensors; config.json may be of '
+      'another model'
     )
   activation = config.get('hidden_act', 'gelu')
   if activation not in ('gelu', 'gelu_new', 'gelu_pytorch_tanh'):

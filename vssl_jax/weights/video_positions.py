@@ -8,7 +8,6 @@ MVD hold it, as do those of VideoMAE with learned positions.
 
 import logging
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -18,10 +17,13 @@ from vssl_jax.weights import read
 from vssl_jax.weights import source as source_lib
 
 STORED = 'pos_embed'
-# Between a table as it is stored, perhaps in 16 bits, and its formula.
-SAME_TABLE = 1e-3
+PATCH = 'patch_embed.proj.weight'
+# Between a table as it is stored, perhaps in 16 bits, and its formula: bfloat16
+# rounds numbers below 1 by up to 1 / 512.
+SAME_TABLE = 2e-3
 FORMULAS = {'videomae': 'sinusoid_1d', 'mvd': 'sincos_3d_mvd'}
-TIMES = 8  # time steps of published models: 16 frames, 2 a token
+# Time steps of most published models (16 frames, 2 a token), and pixels.
+TIMES, SIDE = 8, 224
 
 
 class Positions(NamedTuple):
@@ -31,11 +33,14 @@ class Positions(NamedTuple):
     kind: `sinusoid_1d`, `sincos_3d_mvd` or `learned`.
     grid: tokens (t, h, w) of a stored table, else None.
     evidence: for the log; empty where the file does not tell.
+    others: grids that a learned table may be for as well; none if `grid` is
+      the usual one.
   """
 
   kind: str
   grid: layers.Grid | None
   evidence: str
+  others: tuple[layers.Grid, ...] = ()
 
 
 def of(found: source_lib.Found) -> Positions:
@@ -64,7 +69,8 @@ def of(found: source_lib.Found) -> Positions:
 def _of_table(found: source_lib.Found, stored: read.Tensor) -> Positions:
   """Returns which formula a stored table is, or that it was learned."""
   table = np.asarray(stored, np.float32)
-  grids = list(_grids(table.shape))
+  *_, patch = (1, *found.tensors('encoder')[PATCH][1].shape)
+  grids = _grids(table.shape, patch)
   if not grids:
     raise read.WeightsError(
       f'{found.source}: {STORED} has shape {table.shape}, wanted '
@@ -76,17 +82,31 @@ def _of_table(found: source_lib.Found, stored: read.Tensor) -> Positions:
         evidence = f'{STORED} in the file equals its formula'
         return Positions(kind, grid, evidence)
   evidence = f'{STORED} in the file is no known formula; grid {grids[0]}'
-  return Positions('learned', grids[0], evidence)
+  usual = grids[0][0] == TIMES and grids[0][1] * patch == SIDE
+  others = () if usual else tuple(grids[1:])
+  return Positions('learned', grids[0], evidence, others)
 
 
-def _grids(shape: tuple[int, ...]) -> Iterator[layers.Grid]:
-  """Yields the grids that a table [1, N, D] may have, the likeliest first."""
+def _grids(shape: tuple[int, ...], patch: int) -> list[layers.Grid]:
+  """Returns the grids that a table [1, N, D] may have, the likeliest first.
+
+  That is the one whose clips are nearest to 16 frames of 224 pixels, on a
+  scale of factors; time steps are powers of 2 if they can be.
+  """
   if len(shape) != 3 or shape[0] != 1:
-    return
-  for t in sorted(range(1, 65), key=lambda t: (t != TIMES, t)):
+    return []
+  grids = []
+  for t in range(1, 65):
     side = math.isqrt(shape[1] // t)
     if side and t * side * side == shape[1]:
-      yield t, side, side
+      grids.append((t, side, side))
+
+  def rank(grid: layers.Grid) -> tuple[bool, float]:
+    t, side, _ = grid
+    factors = abs(math.log(t / TIMES)) + abs(math.log(side * patch / SIDE))
+    return t.bit_count() > 1, factors
+
+  return sorted(grids, key=rank)
 
 
 def is_formula(table: np.ndarray, kind: str, grid: layers.Grid) -> bool:
@@ -108,7 +128,13 @@ def log(found: source_lib.Found) -> None:
   """Logs the positions of a VideoMAE-style file, as a warning if assumed."""
   position = of(found)
   logger = logging.getLogger(__name__)
-  if position.evidence:
+  if position.others:
+    logger.warning(
+      '%s: positions %s for a grid (t, h, w) of %s tokens assumed. The file '
+      'does not tell the grid: its %s may as well be for %s',
+      found.source, position.kind, position.grid, STORED, position.others,
+    )  # fmt: skip
+  elif position.evidence:
     logger.info(
       '%s: positions %s (%s)',
       found.source, position.kind, position.evidence,

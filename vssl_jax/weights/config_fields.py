@@ -72,6 +72,11 @@ KNOWN: dict[str, tuple[Callable[[Any], bool], str]] = {
   **dict.fromkeys(
     ('image_mean', 'image_std'), (_is_list(_is_number), 'a list of numbers')
   ),
+  **dict.fromkeys(
+    ('do_normalize', 'do_rescale'),
+    (lambda x: isinstance(x, bool), 'true or false'),
+  ),
+  'rescale_factor': (lambda x: _is_number(x) and x > 0, 'a number above 0'),
   'video': (
     lambda x: _is_list(_is_count)(x) and len(x) == 4,
     'frames, height, width and channels',
@@ -86,6 +91,64 @@ KNOWN: dict[str, tuple[Callable[[Any], bool], str]] = {
   'patch_padding': (_is_list(_is_size), 'a list of sizes'),
 }
 OURS = ('vit', 'hiera', 'framewise')  # objects of fields
+# Objects whose fields count like those around them.
+WITHIN = ('image_processor', 'video_processor')
+# Of a mean and of a deviation, over the largest value of a pixel.
+MEANS, DEVIATIONS = (-10, 10), (0.005, 10)
+
+
+def of_file(path: str, config: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the fields of a config that are set, checked.
+
+  Colours are turned into those of pixels from 0 to 1, whatever the image
+  processor makes of pixels first; those of `timm` are found, too.
+
+  Args:
+    path: of the file, for the message.
+    config: what is in it.
+
+  Raises:
+    WeightsError: a field of another kind or size, by name.
+  """
+  # transformers writes null for what is not set.
+  found = {name: x for name, x in config.items() if x is not None}
+  for name in WITHIN:
+    if isinstance(found.get(name), dict):
+      found |= {k: x for k, x in found[name].items() if x is not None}
+  cfg = found.get('pretrained_cfg')
+  if isinstance(cfg, dict) and cfg.get('mean') and cfg.get('std'):
+    found = {'image_mean': cfg['mean'], 'image_std': cfg['std']} | found
+  check(path, found)
+  return found | _colours(path, found)
+
+
+def _colours(path: str, config: Mapping[str, Any]) -> dict[str, list[float]]:
+  """Returns mean and deviation of pixels from 0 to 1, if they are told."""
+  names = ('image_mean', 'image_std')
+  mean, std = (config.get(name) for name in names)
+  if config.get('do_normalize') is False:
+    count = len(mean or std or (0,) * 3)
+    mean, std = [0.0] * count, [1.0] * count
+  if mean is None and std is None:
+    return {}
+  if mean is None or std is None or len(mean) != len(std) or not mean:
+    raise read.WeightsError(
+      f'{path}: found image_mean {mean} and image_std {std}, wanted a value of '
+      'each per channel'
+    )
+  factor = config.get('rescale_factor', 1 / 255)
+  top = 255.0 if config.get('do_rescale') is False else 255 * factor
+  top = 1.0 if abs(top - 1) < 1e-6 else top
+  mean, std = [x / top for x in mean], [x / top for x in std]
+  for values, (low, high) in ((mean, MEANS), (std, DEVIATIONS)):
+    if not all(low <= x <= high for x in values):
+      raise read.WeightsError(
+        f'{path}: found image_mean {config.get(names[0])} and image_std '
+        f'{config.get(names[1])} for pixels from 0 to {top:g}, wanted at most '
+        f'{high} times that, and deviations of at least {DEVIATIONS[0]} of it; '
+        'divide them by 255, or correct do_rescale and rescale_factor'
+      )
+  return dict(zip(names, (mean, std), strict=True))
 
 
 def check(path: str, config: Mapping[str, Any]) -> None:

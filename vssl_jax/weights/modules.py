@@ -122,6 +122,14 @@ def build(found: source_lib.Found, part: str, num_heads: int | None) -> Any:
       # Fine-tuned VideoMAE has none: its norm comes after the mean.
       norm = {r.ours: r.theirs for r in table.rows(0)}['norm/scale'] in shapes
       fields = common | FIELDS[found.layout.family] | _colours(found.config)
+      colours = len(fields.get('mean', vit.Vit.mean))
+      if shapes[embed][1:2] != (colours,):
+        raise read.WeightsError(
+          f'{found.source}: {embed} has shape {shapes[embed]}, whose second '
+          f'axis are channels, wanted {colours} as of image_mean; a '
+          'config.json beside model.safetensors may say other image_mean and '
+          'image_std'
+        )
       fields['final_norm'] = norm or found.layout.family == 'vjepa2'
       if found.layout.family == 'image':
         return _image(found, table, fields)

@@ -20,6 +20,14 @@ from vssl_jax.weights import (
 OURS = 'vssl_vit'  # model_type of the layout that fits every Vit
 CLASSIFIER = 'classifier/'  # begins the names of a classifier there
 HUB_ID = re.compile(r'^[\w-][\w.-]*/[\w-][\w.-]*$')
+# Of image processors, of the older and newer names, and of the network, which
+# comes last and counts most.
+CONFIGS = (
+  'preprocessor_config.json',
+  'video_preprocessor_config.json',
+  'processor_config.json',
+  'config.json',
+)
 HUB_FILES = ('*.json', '*.safetensors')
 # What a VideoMAE-style source may be followed by: `x.pth#mvd`.
 NAMED = ('videomae', 'mvd')
@@ -116,12 +124,9 @@ def open_source(source: str | os.PathLike[str]) -> Found:
   path, named = _place(source)
   config: dict[str, Any] = {}
   if path.is_dir():
-    for name in ('preprocessor_config.json', 'config.json'):
-      if (path / name).exists():
-        config |= read.json_object(path / name)
-    config_fields.check(str(path / 'config.json'), config)
-    # transformers writes null for what is not set.
-    config = {name: x for name, x in config.items() if x is not None}
+    for file in (path / name for name in CONFIGS):
+      if file.exists():
+        config |= config_fields.of_file(str(file), read.json_object(file))
     groups = {'': _folder(path)}
   elif path.suffix == '.safetensors':
     groups = {'': read.safetensors(path)}

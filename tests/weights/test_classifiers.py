@@ -114,3 +114,66 @@ def test_encoders_without_a_classifier_are_no_model(tmp_path):
   assert weights.load_classifier(tmp_path) is None
   with pytest.raises(ValueError, match='without a classifier'):
     finetuned.load(str(tmp_path))
+
+
+def spoiled(folder, **tensors):
+  """Changes tensors of an exported folder; None takes one out."""
+  file = folder / 'model.safetensors'
+  kept = {k: np.array(x) for k, x in read.safetensors(file).items()} | tensors
+  read.write_safetensors(file, {k: x for k, x in kept.items() if x is not None})
+
+
+@pytest.mark.parametrize(
+  ('layout', 'name', 'value'),
+  [
+    ('videomae', 'classifier.weight', np.nan),
+    ('videomae', 'fc_norm.bias', -np.inf),
+    ('vssl_vit', 'classifier/head/kernel', np.inf),
+  ],
+)
+def test_a_classifier_that_is_not_finite_is_refused_by_name(
+  tmp_path, layout, name, value
+):
+  fine_tuned(layout).export(tmp_path)
+  x = np.array(read.safetensors(tmp_path / 'model.safetensors')[name])
+  x.flat[0] = value
+  spoiled(tmp_path, **{name: x})
+  for load in (encoders.load, finetuned.load):
+    with pytest.raises(ValueError, match=f'NaN or Inf in 1 of 4.*{name}'):
+      load(str(tmp_path))
+
+
+def test_integers_are_no_classifier(tmp_path):
+  fine_tuned('videomae').export(tmp_path)
+  spoiled(tmp_path, **{'classifier.weight': np.ones((4, 24), np.int8)})
+  with pytest.raises(ValueError, match=r'integers in 1 .*classifier\.weight'):
+    encoders.load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+  'change',
+  [{'classifier/head/bias': None}, {'classifier/x/y': np.zeros(3, np.float32)}],
+)
+def test_half_a_classifier_is_named(tmp_path, change):
+  fine_tuned('vssl_vit').export(tmp_path)
+  spoiled(tmp_path, **change)
+  with pytest.raises(read.WeightsError, match=r'found a classifier of .*want'):
+    encoders.load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+  ('config', 'message'),
+  [
+    ({'id2label': ['a', 'b']}, 'id2label is a list, wanted an object of names'),
+    ({'id2label': {'0': ['a']}}, 'id2label is a dict, wanted an object of na'),
+    ({'clip': 5}, 'clip is 5, wanted stride and frames'),
+    ({'clip': [1]}, r'clip is \[1\], wanted stride and frames'),
+    ({'clip': [-3, 0.0]}, 'clip is a list, wanted stride and frames'),
+  ],
+)
+def test_configs_of_classifiers_that_lie(tmp_path, config, message):
+  fine_tuned('vssl_vit').export(tmp_path)
+  path = tmp_path / 'config.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | config))
+  with pytest.raises(read.WeightsError, match=f'config.json: {message}'):
+    encoders.load(str(tmp_path))

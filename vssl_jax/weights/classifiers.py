@@ -21,6 +21,8 @@ NAMES = {
   'videomae': (('fc_norm', 'classifier'), ('fc_norm', 'head')),
   'hiera': (('norm', 'head.projection'),),
 }
+# Of ours, in the order of theirs.
+LEAVES = ('norm/scale', 'norm/bias', 'head/kernel', 'head/bias')
 
 
 class Classifier(NamedTuple):
@@ -68,12 +70,26 @@ def load(source: str | os.PathLike[str]) -> Classifier | None:
     source: see `source.open_source`.
 
   Raises:
-    WeightsError: nothing there, or tensors that do not fit each other.
+    WeightsError: nothing there, tensors that do not fit each other, or
+      weights that are integers, NaN or Inf, each named.
   """
   found = source_lib.open_source(source)
-  params = _ours(found) if found.layout is None else _theirs(found)
-  if params is None:
+  keys = _ours(found) if found.layout is None else _theirs(found)
+  if keys is None:
     return None
+  leaves = {
+    name: np.asarray(found.groups[group][key])
+    for name, (group, key) in keys.items()
+  }
+  trees.check_finite(
+    {f'{keys[name][1]} ({name})': x for name, x in leaves.items()},
+    f'{source}: the classifier',
+  )
+  params = trees.nest(
+    {name: x.astype(np.float32) for name, x in leaves.items()}
+  )
+  if found.layout is not None:
+    params['head']['kernel'] = params['head']['kernel'].T
   kernel, bias = params['head']['kernel'], params['head']['bias']
   width = params['norm']['scale'].shape
   if kernel.shape != (*width, *bias.shape) or params['norm']['bias'].shape != (
@@ -85,27 +101,29 @@ def load(source: str | os.PathLike[str]) -> Classifier | None:
   return Classifier(params, _classes(found.config, len(bias)))
 
 
-def _ours(found: source_lib.Found) -> Any:
-  named = {
-    name.removeprefix(source_lib.CLASSIFIER): np.asarray(x, np.float32)
-    for name, x in found.groups[''].items()
+def _ours(found: source_lib.Found) -> dict[str, tuple[str, str]] | None:
+  """Returns (group, key) by our name, None where there is no classifier."""
+  keys = {
+    name.removeprefix(source_lib.CLASSIFIER): ('', name)
+    for name in found.groups['']
     if name.startswith(source_lib.CLASSIFIER)
   }
-  return trees.nest(named) if named else None
+  if keys and set(keys) != set(LEAVES):
+    raise read.WeightsError(
+      f'{found.source}: found a classifier of '
+      f'{[read.short(name) for name in sorted(keys)[:6]]}, wanted {LEAVES}'
+    )
+  return keys or None
 
 
-def _theirs(found: source_lib.Found) -> Any:
+def _theirs(found: source_lib.Found) -> dict[str, tuple[str, str]] | None:
   groups = found.layout.parts['encoder'].groups
-  for group in (found.groups[g] for g in groups if g in found.groups):
+  for group in (g for g in groups if g in found.groups):
     for norm, linear in NAMES.get(found.layout.family, ()):
       keys = [f'{x}.{y}' for x in (norm, linear) for y in ('weight', 'bias')]
-      if all(key in group for key in keys):
-        scale, shift, kernel, bias = (
-          np.asarray(group[key], np.float32) for key in keys
-        )
+      if all(key in found.groups[group] for key in keys):
         return {
-          'norm': {'scale': scale, 'bias': shift},
-          'head': {'kernel': kernel.T, 'bias': bias},
+          name: (group, key) for name, key in zip(LEAVES, keys, strict=True)
         }
   return None
 

@@ -81,6 +81,16 @@ KNOWN: dict[str, tuple[Callable[[Any], bool], str]] = {
     lambda x: _is_list(_is_count)(x) and len(x) == 4,
     'frames, height, width and channels',
   ),
+  'clip': (
+    lambda x: _is_list(_is_number)(x) and len(x) == 2 and min(x) >= 0,
+    'stride and frames per second, from 0',
+  ),
+  'id2label': (
+    lambda x: (
+      isinstance(x, dict) and all(isinstance(n, str) for n in x.values())
+    ),
+    'an object of names by label',
+  ),
   'q_pool': (
     lambda x: type(x) is int and 0 <= x <= POOLED,
     f'a number from 0 to {POOLED}',

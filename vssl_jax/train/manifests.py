@@ -11,7 +11,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,8 +25,29 @@ from vssl_jax import trees
 
 SUM = 'sum'  # key of the hash over the rest of a JSON file
 RUN = 'run.json'  # in a run's folder
+# Bytes of a JSON file of ours; manifests of the largest networks have some MB.
+MAX_JSON = 256 * 2**20
+MAX_NESTED = 64  # objects and lists within each other, in a run's record
 # Parts of every manifest.
 REQUIRED = ('step', 'phase', 'leaves', 'files')
+_KINDS: dict[str, Callable[[Any], bool]] = {
+  'step': lambda x: type(x) is int,
+  'phase': lambda x: isinstance(x, str),
+  'leaves': lambda x: (
+    isinstance(x, dict)
+    and all(
+      isinstance(leaf, dict)
+      and isinstance(leaf.get('dtype'), str)
+      and isinstance(leaf.get('shape'), list)
+      and all(type(n) is int and n >= 0 for n in leaf['shape'])
+      for leaf in x.values()
+    )
+  ),
+  'files': lambda x: (
+    isinstance(x, dict)
+    and all(isinstance(f, list) and len(f) == 2 for f in x.values())
+  ),
+}
 # What a save of a whole state leaves when it is killed, and Orbax's own.
 _UNFINISHED = re.compile(r'\d{8}|.+\.orbax-checkpoint-tmp.*')
 
@@ -180,6 +201,11 @@ def read(path: pathlib.Path) -> dict[str, Any]:
     missing = [key for key in REQUIRED if key not in manifest]
     if missing:
       raise CorruptError(f'{path.name} lacks {missing}')
+    wrong = [key for key in REQUIRED if not _KINDS[key](manifest[key])]
+    if wrong:
+      raise CorruptError(
+        f'{path.name} has {wrong} of another kind than written'
+      )
     if step not in (None, manifest['step']):
       raise CorruptError(f'{path.name} is of step {manifest["step"]}')
     return manifest
@@ -198,14 +224,22 @@ def load(path: pathlib.Path) -> dict[str, Any]:
     CorruptError: the file does not hold what was written.
     OSError: there is no file, or it cannot be read.
   """
+  size = path.stat().st_size
+  if size > MAX_JSON:
+    raise CorruptError(
+      f'{path} is corrupt: found {size} bytes, wanted at most {MAX_JSON}'
+    )
   try:
     tree = json.loads(path.read_bytes())
+    if not isinstance(tree, dict):
+      raise CorruptError(f'{path} is corrupt: it holds no JSON object')
+    found = tree.pop(SUM, None)
+    wanted = _digest(tree)
+  except CorruptError:
+    raise
   except (ValueError, RecursionError) as error:
     raise CorruptError(f'{path} is corrupt: {error}') from error
-  if not isinstance(tree, dict):
-    raise CorruptError(f'{path} is corrupt: it holds no JSON object')
-  found = tree.pop(SUM, None)
-  if found not in (None, _digest(tree)):
+  if found not in (None, wanted):
     raise CorruptError(f'{path} is corrupt: its sum is not that of its content')
   return tree
 
@@ -218,12 +252,52 @@ def load_record(folder: pathlib.Path) -> dict[str, Any]:
     OSError: there is none, or it cannot be read.
   """
   try:
-    return load(folder / RUN)
+    record = load(folder / RUN)
+    _check_record(folder / RUN, record)
+    return record
   except CorruptError as error:
     raise CorruptError(
       f'{error}. The command that trained the run writes the file again, from '
       'its newest checkpoint'
     ) from error
+
+
+def _check_record(path: pathlib.Path, record: Mapping[str, Any]) -> None:
+  """Checks the parts of a `run.json` that a run is opened with."""
+  level: list[Any] = [record]
+  for _ in range(MAX_NESTED):
+    level = [
+      y
+      for x in level
+      if isinstance(x, dict | list)
+      for y in (x.values() if isinstance(x, dict) else x)
+    ]
+  if level:
+    raise CorruptError(
+      f'{path} is corrupt: found objects nested more than {MAX_NESTED} deep, '
+      'wanted the record of a run'
+    )
+  config, video = record.get('config'), record.get('video')
+  sections = config if isinstance(config, dict) else {}
+  data = sections.get('data')
+  wanted = {
+    'config.method': isinstance(sections.get('method'), dict),
+    'config.data': isinstance(data, dict),
+    **{
+      f'config.data.{name}': isinstance(data, dict)
+      and type(data.get(name)) in (int, float)
+      for name in ('stride', 'fps')
+    },
+    'video': isinstance(video, list)
+    and len(video) == 4
+    and all(type(n) is int and n > 0 for n in video),
+  }
+  wrong = [name for name, is_right in wanted.items() if not is_right]
+  if wrong:
+    raise CorruptError(
+      f'{path} is corrupt: found no {" and no ".join(wrong)} in it, wanted the '
+      'record of a run'
+    )
 
 
 def write_atomic(

@@ -11,6 +11,7 @@ import pytest
 
 import vssl_jax
 from tests.weights import pth
+from tests.weights import test_published as published
 from vssl_jax import weights
 from vssl_jax.models import vit
 from vssl_jax.weights import archives, npz, read, unpickle
@@ -252,6 +253,8 @@ def test_configs_that_are_no_configs(tmp_path, config, message):
   [
     ({'encoder.layer.999999999.norm1.weight': X}, "a block '999999999'"),
     ({f'encoder.layer.{"9" * 5000}.norm1.weight': X}, "a block '9999"),
+    # An encoder of 512 blocks takes half a minute to build.
+    ({'encoder.layer.511.norm1.weight': X}, r'layer\.511 and none .*layer\.1,'),
     (
       {'predictor.embeddings.mask_tokens': np.zeros((10**9, 0), np.float32)},
       r'mask_tokens. is empty, of shape \(1000000000, 0\)',
@@ -264,6 +267,18 @@ def test_names_and_shapes_that_cost_nothing(tmp_path, tensors, message):
   fc1 = {'encoder.layer.0.mlp.fc1.weight': X}
   read.write_safetensors(file, marks | fc1 | tensors)
   refused(lambda: weights.load_published(file, num_heads=2), message)
+
+
+def test_many_names_beside_a_decoder_of_many_blocks(tmp_path):
+  """Each of the names was held against a pattern for each of the rows."""
+  published.published_files(tmp_path)
+  file = tmp_path / 'model.safetensors'
+  small = np.zeros(1, np.int8)
+  tensors = dict(read.safetensors(file))
+  tensors |= {f'decoder.decoder_layers.{i}.x': small for i in range(300)}
+  tensors |= {f'x{i}': small for i in range(2000)}
+  read.write_safetensors(file, tensors)
+  refused(lambda: weights.load_published(tmp_path), 'no use for 2300 names')
 
 
 def test_messages_on_headers_are_short(tmp_path):

@@ -114,6 +114,7 @@ def to_ours(
   resize: str = 'trilinear',
   allow_missing: Iterable[str] = (),
   allow_unused: Iterable[str] = (),
+  elsewhere: Iterable[str] = (),
 ) -> tuple[dict[str, Any], Report]:
   """Fills our tree from published tensors.
 
@@ -127,6 +128,7 @@ def to_ours(
     allow_missing: patterns of our names that may stay out; they are left out
       of the tree.
     allow_unused: patterns of their keys that need not be used.
+    elsewhere: keys, no patterns, that other parts of the model use.
 
   Returns:
     float32 parameters and the report.
@@ -170,8 +172,9 @@ def to_ours(
       f'weights: {_some(not_finite)}. Download the file again, or take another'
     )
   unused = sorted(set(tensors) - used)
+  unknown = sorted({*unused} - {*elsewhere})
   _refuse(source, 'no tensor for', missing, allow_missing, 'allow_missing')
-  _refuse(source, 'no use for', unused, allow_unused, 'allow_unused')
+  _refuse(source, 'no use for', unknown, allow_unused, 'allow_unused')
   report = Report(
     source,
     layout,

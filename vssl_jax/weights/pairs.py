@@ -56,7 +56,8 @@ class Part:
     """Returns how many blocks a file has, whatever its config says.
 
     Raises:
-      WeightsError: more than any model has, as by a hostile name.
+      WeightsError: more than any model has, or numbers without a block, as by
+        a hostile name.
     """
     pattern = re.escape(self.blocks).replace(r'\{i\}', r'(\d+)')
     texts = {m[1] for n in names if (m := re.match(pattern, n))}
@@ -65,7 +66,16 @@ class Part:
         f'found a block {read.short(max(texts, key=len))}, wanted at most '
         f'{MAX_BLOCKS} blocks'
       )
-    return max(map(int, texts), default=-1) + 1
+    blocks = {int(text) for text in texts}
+    depth = max(blocks, default=-1) + 1
+    if len(blocks) != depth:  # networks of many blocks take long to build
+      gap = min(set(range(depth)) - blocks)
+      raise read.WeightsError(
+        f'found a block {self.blocks.format(i=depth - 1)} and none '
+        f'{self.blocks.format(i=gap)}, wanted all {depth}; the file is not '
+        'whole'
+      )
+    return depth
 
   def rows(self, depth: int, tokens: int = 1) -> tuple[Row, ...]:
     """Returns all pairs of tensors.

@@ -4,7 +4,6 @@ import dataclasses
 import logging
 import math
 import os
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -138,7 +137,8 @@ def load_published(
     video_positions.log(found)
     named = _with_grid(found, named)
   shapes = _shapes(module, named, grid or _grid(found, part))
-  rows, others = _rows(found, part, module, named)
+  rows, elsewhere = _rows(found, part, module, named)
+  others = found.layout.others if found.layout else ()
   keys = {name: key for name, (key, _) in named.items()}
   params, report = convert.to_ours(
     {name: x for name, (_, x) in named.items()},
@@ -149,6 +149,7 @@ def load_published(
     resize=getattr(getattr(module, 'image', module), 'resize', 'trilinear'),
     allow_missing=allow_missing,
     allow_unused=(*allow_unused, *others),
+    elsewhere=elsewhere,
   )
   report = dataclasses.replace(
     report,
@@ -162,22 +163,19 @@ def load_published(
 def _rows(
   found: source_lib.Found, part: str, module: Any, named: Mapping[str, Any]
 ) -> tuple[tuple[pairs.Row, ...], tuple[str, ...]]:
-  """Returns the table, and patterns of keys that belong elsewhere."""
+  """Returns the table, and names that belong elsewhere."""
   if found.layout is None:
     return tuple(pairs.Row(n, n) for n in named), ()
   tokens = getattr(module, 'num_mask_tokens', 1)
   rows = found.layout.parts[part].rows(module.depth, tokens)
-  others = list(found.layout.others)
+  others: list[str] = []
   for name, other in found.layout.parts.items():
     if name != part:
-      others += [
-        f'{re.escape(row.theirs)}$'
-        for row in other.rows(other.depth(named), tokens)
-      ]
+      others += [row.theirs for row in other.rows(other.depth(named), tokens)]
   network = getattr(module, 'image', module)
   if isinstance(network, vit.Vit) and network.positions in positions.TABLES:
     # Computed again, so that it fits every grid.
-    others += [f'{r.theirs}$' for r in rows if r.ours == 'positions']
+    others += [r.theirs for r in rows if r.ours == 'positions']
   return rows, tuple(others)
 
 

@@ -177,3 +177,15 @@ def test_configs_of_classifiers_that_lie(tmp_path, config, message):
   path.write_text(json.dumps(json.loads(path.read_text()) | config))
   with pytest.raises(read.WeightsError, match=f'config.json: {message}'):
     encoders.load(str(tmp_path))
+
+
+def test_an_export_is_not_hidden_behind_another_models_index(tmp_path):
+  """Readers follow an index, so the old weights were loaded from there."""
+  model = fine_tuned('vssl_vit')
+  model.export(tmp_path)
+  index = tmp_path / 'model.safetensors.index.json'
+  index.write_text(json.dumps({'weight_map': {'x': 'old.safetensors'}}))
+  before = sorted(tmp_path.iterdir())
+  with pytest.raises(read.WeightsError, match=r'found model\.safetensors\.ind'):
+    model.export(tmp_path)
+  assert sorted(tmp_path.iterdir()) == before

@@ -67,7 +67,8 @@ def export(
     The layout.
 
   Raises:
-    WeightsError: the layout cannot express this encoder; says which field.
+    WeightsError: the layout cannot express this encoder; says which field. Or
+      the folder has an index, by which readers would take other files.
   """
   obstacles = {name: _obstacle(encoder, name, video) for name in TABLES}
   if classifier is not None:
@@ -85,6 +86,11 @@ def export(
       f'would compute something else; use {source_lib.OURS!r}'
     )
   folder = pathlib.Path(folder)
+  if (folder / source_lib.INDEX).exists():
+    raise read.WeightsError(
+      f'{folder}: found {source_lib.INDEX}, which names the files of another '
+      'model to read in place of model.safetensors; export into another folder'
+    )
   folder.mkdir(parents=True, exist_ok=True)
   if layout == source_lib.OURS:
     tensors = {n: np.asarray(x) for n, x in trees.named_leaves(params)}

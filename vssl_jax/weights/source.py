@@ -28,6 +28,7 @@ CONFIGS = (
   'processor_config.json',
   'config.json',
 )
+INDEX = 'model.safetensors.index.json'  # of a model in several files
 HUB_FILES = ('*.json', '*.safetensors')
 # What a VideoMAE-style source may be followed by: `x.pth#mvd`.
 NAMED = ('videomae', 'mvd')
@@ -208,7 +209,7 @@ def _folder(path: pathlib.Path) -> dict[str, read.Tensor]:
   arrays = sorted(path.glob('*.npz'))
   if len(arrays) == 1 and not list(path.glob('*.safetensors')):
     return npz.load(arrays[0])
-  index = path / 'model.safetensors.index.json'
+  index = path / INDEX
   names = ['model.safetensors']
   if index.exists():
     names = _indexed(index)

@@ -3,6 +3,7 @@
 import argparse
 import collections
 import os
+import pathlib
 import pickle
 import zipfile
 
@@ -178,3 +179,23 @@ def test_other_formats_and_archives(path):
   pth.write(path, b'\x80\x02}X')
   with pytest.raises(read.WeightsError, match='damaged pickle'):
     unpickle.load(path)
+
+
+def test_what_training_states_hold_beside_tensors(path):
+  """Numbers of numpy, states of its generators, schedules, sets and paths."""
+  x = np.arange(6, dtype=np.float32)
+  defaults = collections.defaultdict(int, a=1)
+  beside = {
+    'loss': np.float64(0.5),
+    'random': ('MT19937', np.arange(624, dtype=np.uint32), 3, 0, 0.0),
+    'milestones': collections.Counter([3, 5]),
+    'state': defaults,
+    'rest': {'set': {1, 2}, 'bytes': b'abc'},
+    'folder': pathlib.PosixPath('a/b'),
+  }
+  pth.save(path, {'x': pth.FakeTensor(x)} | beside)
+  found = unpickle.load(path)
+  np.testing.assert_array_equal(np.asarray(found['x']), x)
+  assert isinstance(found['loss'], unpickle.Inert)
+  assert isinstance(found['random'][1], unpickle.Inert)
+  assert isinstance(found['state'], unpickle.Inert)

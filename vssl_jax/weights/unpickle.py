@@ -42,9 +42,24 @@ STORAGES = {
   'BoolStorage': np.dtype('?'),
 }
 
+# What training states hold beside tensors: options, schedules, numbers and
+# states of numpy. None of it is called or built.
 INERT = {
   ('argparse', 'Namespace'),
+  ('collections', 'Counter'),
+  ('collections', 'defaultdict'),
+  ('pathlib', 'PosixPath'),
+  # Types of sets, and what a defaultdict begins with.
+  *(
+    (module, name)
+    for module in ('__builtin__', 'builtins')
+    for name in ('set', 'int', 'long', 'float', 'dict', 'list')
+  ),
+  ('_codecs', 'encode'),  # by which protocol 2 writes bytes
   ('numpy', 'dtype'),
+  ('numpy', 'ndarray'),
+  ('numpy.core.multiarray', '_reconstruct'),
+  ('numpy._core.multiarray', '_reconstruct'),
   ('numpy.core.multiarray', 'scalar'),
   ('numpy._core.multiarray', 'scalar'),
   ('torch', 'device'),

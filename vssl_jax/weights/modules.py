@@ -263,6 +263,10 @@ def _says_what_is_missing(source: str) -> Iterator[None]:
     yield
   except KeyError as e:
     raise read.WeightsError(f'{source}: no tensor {e}') from e
+  except read.WeightsError as e:
+    if source in str(e):
+      raise
+    raise read.WeightsError(f'{source}: {e}') from e
 
 
 def _common(

@@ -137,7 +137,10 @@ def load_published(
     video_positions.log(found)
     named = _with_grid(found, named)
   shapes = _shapes(module, named, grid or _grid(found, part))
-  rows, elsewhere = _rows(found, part, module, named)
+  try:
+    rows, elsewhere = _rows(found, part, module, named)
+  except read.WeightsError as e:
+    raise read.WeightsError(f'{found.source}: {e}') from e
   others = found.layout.others if found.layout else ()
   keys = {name: key for name, (key, _) in named.items()}
   params, report = convert.to_ours(

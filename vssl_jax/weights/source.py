@@ -134,7 +134,7 @@ def open_source(source: str | os.PathLike[str]) -> Found:
   elif path.suffix == '.npz':
     groups = {'': npz.load(path)}
   else:
-    groups = _groups(unpickle.load(path))
+    groups = _groups(path, unpickle.load(path))
   _check_tensors(str(source), groups)
   layout = _recognise(str(source), groups)
   if named and (layout is None or layout.family != 'videomae'):
@@ -237,10 +237,12 @@ def _indexed(index: pathlib.Path) -> list[str]:
   return sorted(names)
 
 
-def _groups(payload: Any) -> dict[str, dict[str, read.Tensor]]:
+def _groups(
+  path: pathlib.Path, payload: Any
+) -> dict[str, dict[str, read.Tensor]]:
   """Returns the dicts of tensors in a `.pth` file that a layout may use."""
   if not isinstance(payload, dict):
-    raise read.WeightsError('the .pth file holds no dict of tensors')
+    raise read.WeightsError(f'{path}: the .pth file holds no dict of tensors')
   names = {
     name
     for layout in tables.LAYOUTS
@@ -261,7 +263,7 @@ def _groups(payload: Any) -> dict[str, dict[str, read.Tensor]]:
   if not found:
     keys = [read.short(k) for k in list(payload)[:5]]
     raise read.WeightsError(
-      f'the .pth file has no tensors at its top, nor under one of '
+      f'{path}: the .pth file has no tensors at its top, nor under one of '
       f'{sorted(names - {""})}; found {", ".join(keys)}'
     )
   return found

@@ -129,22 +129,18 @@ stamp() {
   } | cksum
 }
 
-# What python -m venv and pip make in an environment, and this script's marks.
+# This script's marks in the environment that it makes:
 #   .vssl_own    this script made the folder: it was not there, or empty
 #   .vssl_begun  packages are being installed
 #   .vssl_made   they are complete: the stamp, then the extras
-venv_parts='bin include lib lib64 share etc pyvenv.cfg .gitignore'
-venv_marks='.vssl_begun .vssl_made .vssl_own'
 
-# Prints the first entry of the environment's folder that is none of NAME...
-other_than() {
+# Whether the environment's folder holds anything.
+holds_something() {
   local path
   for path in "$venv"/* "$venv"/.[!.]* "$venv"/..?*; do
-    if [[ -e $path || -L $path ]] && [[ " $* " != *" ${path##*/} "* ]]; then
-      printf '%s' "$path"
-      return
-    fi
+    if [[ -e $path || -L $path ]]; then return; fi
   done
+  return 1
 }
 
 # Fails where the environment's place holds what is not this script's.
@@ -154,34 +150,22 @@ check_place() {
   if [[ -e $venv && ! -d $venv ]]; then
     fail "$venv is not a folder. $remedy"
   fi
-  if [[ -n $(other_than) && ! -e $venv/.vssl_own && ! -e $venv/.vssl_made ]]
+  if [[ ! -e $venv/.vssl_own && ! -e $venv/.vssl_made ]] && holds_something
   then
     fail "$venv is not an environment that this script made. $remedy"
   fi
 }
 
-# Makes way for a new environment. One that was never complete holds nothing
-# but a half of this script's work, and is removed part by part. Another may
-# hold packages that the user installed: it is moved aside.
+# Makes way for a new environment. The old one, complete or half made, may hold
+# what the user put there: nothing is removed, all of it is moved aside.
 clear_place() {
-  local name aside=$venv.old why
-  why="the last set-up of $venv did not finish, or its Python is gone"
-  if [[ -e $venv/.vssl_made ]]; then
-    while [[ -e $aside || -L $aside ]]; do aside+=.old; done
-    mv "$venv" "$aside"
-    say "$why: starting afresh. What was there is now $aside; remove it when" \
-      'nothing in it is needed.'
-    return
-  fi
-  # shellcheck disable=SC2086 # lists of words
-  name=$(other_than $venv_parts $venv_marks)
-  [[ -z $name ]] || fail "$why, and $name is no part of an environment." \
-    'Nothing was touched. Move it out of there and start again.'
-  say "$why: starting afresh"
-  # The marks go last: interrupted here, the rest is still known as ours.
-  for name in $venv_parts $venv_marks; do
-    rm -rf "${venv:?}/$name"
-  done
+  local aside=$venv.old
+  while [[ -e $aside || -L $aside ]]; do aside+=.old; done
+  mv "$venv" "$aside" || fail "$venv cannot be moved to $aside. Nothing was" \
+    'touched. Move it away yourself, or set VSSL_VENV to another folder.'
+  say "the last set-up of $venv did not finish, or its Python is gone:" \
+    "starting afresh. What was there is now $aside; remove it when nothing in" \
+    'it is needed.'
 }
 
 # make_environment EXTRA...: an environment with the project and these extras.

@@ -117,6 +117,18 @@ def test_pixel_targets_match_numpy(kind):
   np.testing.assert_allclose(found, x, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+  ('kind', 'channels'),
+  [('patch_channel', 3), ('patch_channel', 1), ('patch', 1)],
+)
+def test_a_single_value_is_not_normalised(kind, channels):
+  video = jnp.ones((1, 2, 2, 2, channels))
+  with pytest.raises(ValueError, match=f"found '{kind}' for patches of one"):
+    losses.pixel_targets(video, (1, 1, 1), kind)
+  raw = losses.pixel_targets(video, (1, 1, 1), 'none')
+  np.testing.assert_array_equal(raw, jnp.ones((1, 8, channels)))
+
+
 def test_only_channel_targets_forget_an_affine_change_of_colours():
   video = jnp.asarray(RNG.uniform(size=(1, 2, 8, 8, 3)), jnp.float32)
   mean = jnp.asarray([0.485, 0.456, 0.406])[None, None, None, None]

@@ -130,13 +130,20 @@ def pixel_targets(
     Targets per patch, channels innermost.
 
   Raises:
-    ValueError: unknown kind.
+    ValueError: unknown kind, or patches of a single value.
   """
   if kind not in PIXEL_NORMS:
     raise ValueError(
       f'pixel_norm: found {kind!r}, wanted one of {sorted(PIXEL_NORMS)}'
     )
-  x = PIXEL_NORMS[kind](patchify(video.astype(jnp.float32), patch))
+  x = patchify(video.astype(jnp.float32), patch)
+  values = {'patch_channel': x.shape[2], 'patch': x.shape[2] * x.shape[3]}
+  if values.get(kind, 2) < 2:
+    raise ValueError(
+      f"pixel_norm: found {kind!r} for patches of one value, wanted 'none', as "
+      'one value has no deviation; set pixel_norm or a larger patch'
+    )
+  x = PIXEL_NORMS[kind](x)
   return x.reshape(*x.shape[:2], -1)
 
 

@@ -29,6 +29,8 @@ LONGEST = 80  # characters of a value in a message
 LONGEST_TEXT = 4096  # characters of a string, as of a path
 # Steps, examples: they are counted in int32 on devices.
 MANY = 10**9
+# The least number that devices tell from 0: smaller ones lack bits in float32.
+LEAST = 1.2e-38
 
 
 class Range:

@@ -109,12 +109,16 @@ def spec(
     sizes: of the mesh's axes, by name.
     overrides: regular expression of a name -> partition spec as a tuple; none
       changes where examples live.
+
+  Raises:
+    ValueError: an override does not fit the shape.
   """
   if name.startswith(EXAMPLES):
     return PartitionSpec(example_axes(shape[0], sizes) or None)
   fsdp = sizes['fsdp']
   for pattern, axes in (overrides or {}).items():
     if re.match(pattern, name):
+      _check_override(pattern, axes, name, shape, sizes)
       return PartitionSpec(*axes)
   if fsdp == 1 or np.prod(shape) < MIN_SHARDED_SIZE:
     return PartitionSpec()
@@ -124,6 +128,29 @@ def spec(
   axis = int(np.argmax(sizes))
   return PartitionSpec(
     *('fsdp' if i == axis else None for i in range(axis + 1))
+  )
+
+
+def _check_override(
+  pattern: str,
+  axes: tuple[str | None, ...],
+  name: str,
+  shape: tuple[int, ...],
+  sizes: Mapping[str, int],
+) -> None:
+  """Raises where a leaf cannot be split as an override says."""
+  named = [axis for axis in axes if axis]
+  if (
+    len(axes) <= len(shape)
+    and len(set(named)) == len(named)
+    and all(n % sizes.get(axis, 1) == 0 for n, axis in zip(shape, axes))
+  ):
+    return
+  raise ValueError(
+    f'mesh.overrides: found {axes} by {pattern!r} for {name} of shape '
+    f'{tuple(shape)}, wanted at most {len(shape)} axes, none of them twice, '
+    f'whose sizes {dict(sizes)} divide the shape; set --config.mesh.overrides '
+    'to a pattern of fewer leaves, or to other axes'
   )
 
 

@@ -180,3 +180,11 @@ def test_rope_post_norm_turns_pairs_and_keeps_lengths():
   c, s = np.cos(2.0), np.sin(2.0)
   np.testing.assert_allclose(y[:2], [c - 2 * s, 2 * c + s], atol=1e-6)
   np.testing.assert_array_equal(y[2:], np.arange(3.0, 25.0))
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_an_odd_number_of_channels_cannot_turn(channels):
+  x = jnp.zeros((1, 8, 4, channels))
+  rope = positions.rope_3d(jnp.arange(8)[None], (2, 2, 2), channels)
+  with pytest.raises(ValueError, match=f'found 4 heads of {channels} channels'):
+    positions.rotate(x, rope)

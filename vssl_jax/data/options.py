@@ -74,7 +74,7 @@ KEYS = ranges.Section(
   # of the run; one that comes from elsewhere keeps its own. (): ImageNet's; of
   # grey (0.449,) and (0.226,), the means of its three channels.
   mean=((), ranges.Tuple(ranges.Real(-1e3, 1e3))),
-  std=((), ranges.Tuple(ranges.Real(high=1e3, above=0))),
+  std=((), ranges.Tuple(ranges.Real(1e-6, 1e3))),
   # 'window': T neighbours anywhere; 'middle': those in the middle, always;
   # 'linspace': as 'window', but over all stride * T frames (the code of
   # VideoMAE and MVD: 0, 4, 8, 12, 17, ... 63 with stride 4);
@@ -121,7 +121,7 @@ KEYS = ranges.Section(
   isolate=(True, ranges.Flag()),
   prefetch=(2, ranges.Whole(1, 2**10)),  # batches ready in advance, per worker
   # seconds for the clips of one video
-  deadline_s=(20.0, ranges.Real(high=1e6, above=0)),
+  deadline_s=(20.0, ranges.Real(high=3600, above=0)),
   # MiB of a reader, beyond its start
   memory_limit_mb=(1024, ranges.Whole(64, 2**24)),
   # of a picture; larger ones are refused unread

@@ -32,7 +32,7 @@ NETWORK = {
   'init': ranges.Choice(layers.INIT_FAMILIES),
   'init_family': ranges.Choice(layers.INIT_FAMILIES),
   'gelu': ranges.Choice(('exact', 'tanh')),
-  'norm_eps': ranges.Real(high=1, above=0),
+  'norm_eps': ranges.Real(ranges.LEAST, 1),
   'drop_path': RATE,
   'dtype': DTYPE,
   'remat': ranges.Choice(('none', *blocks.REMAT)),

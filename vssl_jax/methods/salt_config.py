@@ -13,6 +13,9 @@ from vssl_jax.models import decoder as decoder_lib
 from vssl_jax.models import layers, vit
 from vssl_jax.models import predictor as predictor_lib
 
+# How the names of phases, and of their sections, begin.
+PHASES = ('pixel_teacher', 'latent_student')
+
 
 def _pixel_section() -> ranges.Section:
   return ranges.Section(
@@ -119,7 +122,7 @@ def build(
   KEYS.check(config, 'method')
   plan: list[Any] = []
   for name in config.phases:
-    if name not in config or name == 'vit':
+    if name not in config or not name.startswith(PHASES):
       raise ValueError(
         f'method.phases: found {name!r}, wanted names of sections of '
         'config.method such as pixel_teacher, latent_student, latent_student_2'
@@ -205,9 +208,9 @@ def _latent_phase(
       f'method.{common["name"]}.teacher: found nothing; it needs a source, '
       'or it would be a random model'
     )
-  if source.startswith('@ema/'):
+  if source == '@ema/encoder':
     module = encoder
-    ema[source.removeprefix('@ema/')] = base.Ema('encoder', section.ema)
+    ema['encoder'] = base.Ema('encoder', section.ema)
   elif source.startswith('@'):
     by_name = {p.name: p.encoder for p in before}
     if source[1:] not in by_name:

@@ -35,7 +35,8 @@ class Attention(nn.Module):
     spec, width = self.spec, self.step.width
     if width % spec.num_heads:
       raise ValueError(
-        f'width {width} is not a multiple of num_heads {spec.num_heads}'
+        f'num_heads: found {spec.num_heads} for a width of {width}, wanted a '
+        'number that divides it; set num_heads or channels of that section'
       )
     split = (spec.num_heads, width // spec.num_heads)
     kernel = layers.kernel_init(spec.init, 'qkv')

@@ -65,7 +65,8 @@ def grid_of(video_shape: Sequence[int], patch: Grid) -> Grid:
   if any(n % p or n < p for n, p in zip(size, patch, strict=True)):
     raise ValueError(
       f'video of (T, H, W) = {size} cannot be cut into patches of '
-      f'{tuple(patch)}; each side must be a multiple of the patch'
+      f'{tuple(patch)}; each side must be a multiple of the patch: set '
+      '--config.data.frames and --config.data.size, or the patch'
     )
   t, h, w = (n // p for n, p in zip(size, patch, strict=True))
   return t, h, w

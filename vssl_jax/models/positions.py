@@ -327,7 +327,17 @@ def _turn(
 
 
 def rotate(x: Float[Array, 'B N H d'], rope: Rope) -> Float[Array, 'B N H d']:
-  """Turns pairs of channels (2i, 2i+1) by their angles, in float32."""
+  """Turns pairs of channels (2i, 2i+1) by their angles, in float32.
+
+  Raises:
+    ValueError: an odd number of channels.
+  """
+  if x.shape[-1] % 2:
+    raise ValueError(
+      f'num_heads: found {x.shape[2]} heads of {x.shape[-1]} channels, wanted '
+      'an even number of channels in each, as positions turn pairs of them; '
+      'set num_heads or width of that encoder or predictor'
+    )
   pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
   turned = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1)
   cos, sin = rope.cos[:, :, None, :], rope.sin[:, :, None, :]

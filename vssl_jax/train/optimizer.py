@@ -52,7 +52,7 @@ KEYS = ranges.Section(  # SALT's published values
   rule=('adamw', ranges.Choice(('adamw', 'sgd'))),
   b1=(0.9, ranges.Real(0, below=1)),
   b2=(0.95, ranges.Real(0, below=1)),
-  eps=(1e-8, ranges.Real(high=1, above=0)),
+  eps=(1e-8, ranges.Real(ranges.LEAST, 1)),
   clip=(0.02, ranges.Real(0)),  # global norm; 0: none
   # 'per_role': encoder and predictor apart
   clip_scope=('joint', ranges.Choice(('joint', 'per_role'))),

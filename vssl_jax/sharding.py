@@ -140,10 +140,11 @@ def _check_override(
 ) -> None:
   """Raises where a leaf cannot be split as an override says."""
   named = [axis for axis in axes if axis]
+  split = zip(shape, axes, strict=False)
   if (
     len(axes) <= len(shape)
     and len(set(named)) == len(named)
-    and all(n % sizes.get(axis, 1) == 0 for n, axis in zip(shape, axes))
+    and all(n % sizes.get(axis, 1) == 0 for n, axis in split)
   ):
     return
   raise ValueError(

@@ -148,8 +148,9 @@ def test_leftovers_are_removed_at_start(tmp_path):
   saver.save(_tree(), 1, 'one')
   saver.finish()
   folder = tmp_path / 'checkpoints'
-  (folder / '00000002').mkdir()
-  (folder / '00000002' / 'x').write_text('half')
+  (folder / '00000002' / 'ocdbt.process_0' / 'd').mkdir(parents=True)
+  (folder / '00000002' / 'ocdbt.process_0' / 'd' / 'x').write_text('half')
+  (folder / '00000002' / '_METADATA').write_text('{')
   (folder / '00000003.orbax-checkpoint-tmp').mkdir()
   (folder / '00000001.partial').write_text('{')
   assert checkpoint.Checkpoints(tmp_path).newest().step == 1
@@ -287,6 +288,10 @@ def test_what_others_put_into_the_folders_harms_nothing_and_stays(tmp_path):
     'checkpoints/00000002/.nfs0000000000000002',
     'checkpoints/00000002/.DS_Store',
     'checkpoints/y.partial',
+    'checkpoints/20261129/file',  # a date
+    'checkpoints/²²²²²²²².json',  # digits, and no number
+    'checkpoints/٣.json',
+    'checkpoints/3.json',
     'params/notes.json',
     'params/mine/file',
     'params/list.json',
@@ -302,6 +307,44 @@ def test_what_others_put_into_the_folders_harms_nothing_and_stays(tmp_path):
   saver.save(_tree(3), 3, 'one')
   saver.finish()
   assert saver.newest().step == 3
+
+
+def test_what_was_set_aside_before_stays(tmp_path):
+  saver, folder = checkpoint.Checkpoints(tmp_path), tmp_path / 'checkpoints'
+  (folder / '00000002.json.rotten').mkdir()
+  for i in (1, 2):
+    saver.save(_tree(i), i, 'one')
+    saver.finish()
+  for _ in range(2):
+    (folder / '00000002.json').write_text('')
+    assert saver.newest().step == 1
+    saver.save(_tree(3), 2, 'one')
+    saver.finish()
+  assert saver.newest().step == 2
+  for name in ('rotten1', 'rotten2'):
+    assert (folder / f'00000002.{name}').is_dir()
+    assert (folder / f'00000002.json.{name}').exists()
+
+
+def test_the_newest_is_the_one_of_most_steps(tmp_path):
+  saver = checkpoint.Checkpoints(tmp_path, keep=1)
+  for step in (10**8 - 1, 10**8):  # names of 8 and of 9 digits
+    saver.save(_tree(), step, 'one')
+    saver.finish()
+  assert [s.step for s in saver.whole()] == [10**8]
+
+
+def test_a_manifest_that_leads_nowhere_costs_no_checkpoint(tmp_path):
+  saver = checkpoint.Checkpoints(tmp_path)
+  saver.save(_tree(), 1, 'one')
+  saver.finish()
+  manifest = tmp_path / 'checkpoints' / '00000001.json'
+  away = manifest.rename(tmp_path / 'away')  # to a disk that is not mounted
+  manifest.symlink_to(tmp_path / 'mount')
+  saver = checkpoint.Checkpoints(tmp_path)
+  assert (tmp_path / 'checkpoints' / '00000001').is_dir()
+  away.rename(tmp_path / 'mount')
+  assert saver.newest().step == 1
 
 
 def test_only_damaged_checkpoints_are_an_error(tmp_path):

@@ -204,10 +204,10 @@ class Checkpoints:
 
   def whole(self) -> list[manifests.Saved]:
     """Returns the whole states, newest first."""
-    paths = [p for p in manifests.paths_in(self.folder) if p.stem.isdigit()]
+    paths = filter(manifests.is_state, manifests.paths_in(self.folder))
     return [
       manifests.Saved(p.with_suffix(''), manifests.read(p))
-      for p in reversed(paths)
+      for p in sorted(paths, key=lambda p: int(p.stem), reverse=True)
     ]
 
   def newest(self, limit: int | None = None) -> manifests.Saved | None:
@@ -248,20 +248,24 @@ class Checkpoints:
 
   def set_aside(self, saved: manifests.Saved, why: str) -> None:
     """Renames a damaged checkpoint so that it is never read again."""
+    manifest = manifests.path_of(saved.path)
+    aside, count = '.rotten', 1
+    while any(
+      os.path.lexists(f'{path}{aside}') for path in (saved.path, manifest)
+    ):
+      aside, count = f'.rotten{count}', count + 1
     logging.error(
-      'checkpoint %s is damaged: %s. It is kept as %s.rotten and the one '
-      'before it is taken.',
+      'checkpoint %s is damaged: %s. It is kept as %s%s and the one before it '
+      'is taken.',
       saved.path,
       why,
       saved.path,
+      aside,
     )
     if jax.process_index() == 0:
-      aside = saved.path.with_suffix('.rotten')
-      shutil.rmtree(aside, ignore_errors=True)
-      manifest = manifests.path_of(saved.path)
-      manifest.replace(manifest.with_suffix('.json.rotten'))
+      manifest.rename(f'{manifest}{aside}')
       if saved.path.exists():
-        saved.path.rename(aside)
+        saved.path.rename(f'{saved.path}{aside}')
 
   def move_later(self, step: int, place: pathlib.Path) -> list[str]:
     """Moves everything that was saved after a step, the newest first.

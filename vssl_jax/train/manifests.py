@@ -49,7 +49,13 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
   ),
 }
 # What a save of a whole state leaves when it is killed, and Orbax's own.
-_UNFINISHED = re.compile(r'\d{8}|.+\.orbax-checkpoint-tmp.*')
+_UNFINISHED = re.compile(r'[0-9]{8}|.+\.orbax-checkpoint-tmp.*')
+_STEP = re.compile(r'[0-9]{8,}')
+# What a whole state's folder holds.
+_PARTS = re.compile(
+  r'_CHECKPOINT_METADATA|_METADATA|_sharding|array_metadatas|d'
+  r'|commit_success\.txt|manifest\.ocdbt|ocdbt\.process_.*|\..*'
+)
 
 
 class CorruptError(ValueError):
@@ -124,8 +130,13 @@ def paths_in(folder: pathlib.Path) -> list[pathlib.Path]:
   return [
     path
     for path in sorted(folder.glob('*.json'))
-    if path.stem.isdigit() or path.with_suffix('').is_dir()
+    if is_state(path) or path.with_suffix('').is_dir()
   ]
+
+
+def is_state(path: pathlib.Path) -> bool:
+  """Returns whether a manifest is named as that of a whole state."""
+  return bool(_STEP.fullmatch(path.stem))
 
 
 def damage(saved: Saved) -> str:
@@ -195,7 +206,7 @@ def path_of(path: pathlib.Path) -> pathlib.Path:
 
 def read(path: pathlib.Path) -> dict[str, Any]:
   """Reads a checkpoint's manifest; `damage` returns why one is unusable."""
-  step = int(path.stem) if path.stem.isdigit() else None
+  step = int(path.stem) if is_state(path) else None
   try:
     manifest = load(path)
     missing = [key for key in REQUIRED if key not in manifest]
@@ -328,12 +339,18 @@ def _digest(tree: Mapping[str, Any]) -> str:
 def remove_leftovers(folder: pathlib.Path) -> None:
   """Removes what a killed save left; files of others are not touched."""
   for path in folder.iterdir():
-    if path.is_file() and re.fullmatch(r'\d{8}\.partial', path.name):
+    if path.is_file() and re.fullmatch(r'[0-9]{8}\.partial', path.name):
       path.unlink()
     elif path.is_dir() and _UNFINISHED.fullmatch(path.name):
-      if not path_of(path).exists():
+      # A link that leads nowhere, as while a disk is away, is a manifest too.
+      if not os.path.lexists(path_of(path)) and _is_ours(path):
         logging.warning('removing the unfinished checkpoint %s', path)
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_ours(folder: pathlib.Path) -> bool:
+  """Returns whether a folder holds nothing but parts of a checkpoint."""
+  return all(_PARTS.fullmatch(path.name) for path in folder.iterdir())
 
 
 def _list_files(folder: pathlib.Path) -> list[str]:

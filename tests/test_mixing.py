@@ -118,7 +118,9 @@ def test_what_is_off_is_not_drawn(fields, mixed, cut):
 
 def test_clips_beside_an_unknown_class_are_left_out():
   label = jnp.array([0, -1, 2, 3, 4, 1])
-  np.testing.assert_array_equal(mixing.known(label), [1, 0, 1, 1, 0, 1])
+  for share, wanted in ((0.5, [1, 0, 1, 1, 0, 1]), (1.0, [1, 0, 1, 1, 1, 1])):
+    drawn = mixing.Drawn(jnp.float32(share), jnp.float32(share), jnp.zeros(4))
+    np.testing.assert_array_equal(mixing.known(label, drawn), wanted)
 
 
 @pytest.mark.parametrize('name', ['mixup', 'switch', 'smoothing'])

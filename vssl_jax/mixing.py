@@ -154,7 +154,15 @@ def targets(
   return drawn.share * hot + (1 - drawn.share) * hot[::-1]
 
 
-def known(label: Int[Array, 'B']) -> Float[Array, 'B']:
-  """Returns 1 for clips whose own and whose partner's class is known."""
+def known(label: Int[Array, 'B'], drawn: Drawn) -> Float[Array, 'B']:
+  """Returns 1 for clips whose own class is known, and that of the partner.
+
+  The partner of a clip that is not mixed does not count.
+
+  Args:
+    label: classes; below 0: not known.
+    drawn: of this batch.
+  """
   found = label >= 0
-  return (found & found[::-1]).astype(jnp.float32)
+  partner = found[::-1] | (drawn.share == 1)
+  return (found & partner).astype(jnp.float32)

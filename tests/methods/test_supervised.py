@@ -25,10 +25,11 @@ MIXES = {
 LABEL, UNKNOWN = np.array([0, 3, 1, 2, 2, 4]), np.array([0, 3, 1, -1, 2, 4])
 NONE, SECOND = np.zeros(6, bool), np.arange(6) == 1
 CASES = [
-  (LABEL, NONE, [0, 1, 2, 3, 4, 5]),
-  (UNKNOWN, NONE, [0, 1, 4, 5]),
-  (UNKNOWN, SECOND, [0, 5]),
-  (LABEL, ~NONE, []),
+  # Label, substituted, the clips that count: alone, and when they are mixed.
+  (LABEL, NONE, [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]),
+  (UNKNOWN, NONE, [0, 1, 2, 4, 5], [0, 1, 4, 5]),
+  (UNKNOWN, SECOND, [0, 2, 4, 5], [0, 5]),
+  (LABEL, ~NONE, [], []),
 ]
 
 
@@ -93,7 +94,7 @@ def cross_entropy(logits, target, kept):
 
 @pytest.mark.parametrize('mix', MIXES)
 def test_loss_and_gradient_in_numpy(mix):
-  """A clip without a label, or of another video, and its partner are out."""
+  """A clip without a label, or of another video, is out, with its partner."""
   phase = dataclasses.replace(
     method().phase, encoder=Pixels(), head=Linear(CLASSES), mix=MIXES[mix]
   )
@@ -110,7 +111,8 @@ def test_loss_and_gradient_in_numpy(mix):
 
     return jax.value_and_grad(loss, has_aux=True)(kernel)
 
-  for label, substituted, clips in CASES:
+  for label, substituted, alone, both in CASES:
+    clips = alone if mix in ('labels', 'smooth') else both
     given, kept = batch(label, substituted), np.isin(np.arange(6), clips)
     (found, aux), grad = run(jnp.float32(kernel), given)
     pixels, target = mixed(given, drawn, phase.mix.smoothing)

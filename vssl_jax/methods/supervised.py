@@ -85,7 +85,7 @@ class Supervised(base.Method):
       deterministic=False,
       rngs={'dropout': rng.per_batch('dropout/head')},
     )
-    weight = mixing.known(label)
+    weight = mixing.known(label, drawn)
     weight = weight / jnp.maximum(jnp.sum(weight), 1.0)
     each = optax.softmax_cross_entropy(logits, target)
     right = jnp.argmax(logits, axis=-1) == jnp.argmax(target, axis=-1)

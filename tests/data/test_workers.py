@@ -173,5 +173,9 @@ def test_workers_without_shared_memory_are_refused_with_the_size():
   assert 'shared memory is full' in str(
     workers.explain(RuntimeError(said + '7'))
   )
-  other = RuntimeError(said + '9')
-  assert workers.explain(other) is other
+  killed = workers.explain(RuntimeError(said + '9'))
+  assert isinstance(killed, ValueError)
+  assert 'short of memory' in str(killed) and 'data.workers' in str(killed)
+  for text in (f'{said}11', f'{said}77', 'another'):
+    other = RuntimeError(text)
+    assert workers.explain(other) is other

@@ -133,12 +133,21 @@ def check_space(batch_nbytes: int, workers: int) -> None:
 
 
 def explain(error: RuntimeError) -> Exception:
-  """Returns an error that names shared memory where a worker ran out of it.
+  """Returns an error that says why a worker was killed, where that is known.
 
   Args:
     error: that Grain raised for a worker process that ended.
   """
-  if f'exit code -{signal.SIGBUS.value}' not in str(error):
+  found = re.search(r'exit code -(\d+)', str(error))
+  number = int(found[1]) if found else 0
+  if number == signal.SIGKILL:
+    return ValueError(
+      'a worker process was killed from outside (SIGKILL), as a system or a '
+      'container does that is short of memory. Give it more, or set lower '
+      'data.workers, data.decode_processes or data.prefetch; the same command '
+      'goes on from the newest checkpoint'
+    )
+  if number != signal.SIGBUS:
     return error
   space = os.statvfs(FOLDER)
   return ValueError(

@@ -112,6 +112,18 @@ def test_what_a_file_system_refuses_has_a_remedy():
   assert workdir.describe(OSError('plain')) == 'plain'
 
 
+@pytest.mark.parametrize('how', ['open', 'replace'])
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path, how):
+  folder, partial = tmp_path / 'run.json', tmp_path / 'run.partial'
+  folder.mkdir()
+  partial.touch()
+  with pytest.raises(IsADirectoryError) as error:
+    partial.replace(folder) if how == 'replace' else folder.read_bytes()
+  line = workdir.describe(error.value)
+  assert line.startswith(f'{folder}: Is a directory; ')
+  assert 'move that folder away' in line
+
+
 NOISE = """
 import asyncio, errno, sys, threading
 from absl import logging

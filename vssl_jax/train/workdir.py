@@ -131,6 +131,7 @@ _REMEDIES = {
   errno.EACCES: 'give a --config.workdir and data that you may use',
   errno.EPERM: 'give a --config.workdir and data that you may use',
   errno.ENOTDIR: 'give a folder, such as another --config.workdir',
+  errno.EISDIR: 'a file of the run belongs there; move that folder away',
   errno.EEXIST: 'give a folder, such as another --config.workdir',
   errno.ENAMETOOLONG: 'give a shorter --config.workdir',
   errno.ENOENT: 'was a folder of this run removed? Start again',
@@ -141,8 +142,10 @@ def describe(error: OSError) -> str:
   """Returns what the file system refused and what to do about it, in a line."""
   if not error.strerror or error.filename is None:
     return str(error)
-  remedy = _REMEDIES.get(error.errno)
-  what = f'{error.filename}: {error.strerror}'
+  remedy, name = _REMEDIES.get(error.errno), error.filename
+  if error.errno == errno.EISDIR:  # of a rename, what it should replace
+    name = error.filename2 or name
+  what = f'{name}: {error.strerror}'
   return f'{what}; {remedy}' if remedy else what
 
 

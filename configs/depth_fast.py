@@ -9,7 +9,7 @@ Command: bash launch/local.sh --config=configs/depth_fast.py \
   --config.encoder=<run folder, folder with published weights, or hub id> \
   --config.probe.train=<folder of scenes> --config.probe.test=<folder>
 Rooms with exact depth, where you have no data of your own:
-  python -m vssl_jax.data.rooms --out=rooms
+  python -m vssl_jax.data.tools.generated_rooms --out=rooms
 Expected: depends on your scenes; compare encoders with it, and look at the
 row `mean`, which needs no encoder. Ours, within one room (RedKitchen of
 7-Scenes, frames 0-699 to train on, 860-999 to test on), an untrained encoder

@@ -9,7 +9,7 @@ Command: bash launch/local.sh --config=configs/finetune_fast.py \
   --config.finetune.train=<folder of class folders> \
   --config.finetune.test=<folder>
 Labelled videos, where you have none of your own:
-  python -c "from vssl_jax.data import synthetic; \
+  python -c "from vssl_jax.data.tools import synthetic; \
     synthetic.write('videos', clips={'train': 400, 'test': 200})"
 Expected: depends on your videos. Ours, on the generated motions, where single
 frames say nothing: from random initialisation 10.0 % of 200 test clips, which

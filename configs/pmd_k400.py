@@ -37,7 +37,7 @@ def get_config(variant=''):
   m.lambda_pg, m.lambda_df, m.lambda_al = 0.05, 1.0, 1.0
   m.feature_loss = 'mse'
   m.window, m.fresh_warmup = 32 * epoch, 5 * epoch
-  m.rows_dtype = 'float16'  # 3 GB of memory, and not 6
+  m.memory_dtype = 'float16'  # 3 GB of memory, and not 6
   if own:
     for name in ('image', 'video'):
       m[name].teacher = f'@{name}_teacher'

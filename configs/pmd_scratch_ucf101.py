@@ -27,7 +27,7 @@ def get_config(variant=''):
   m = c.method
   m.steps = (50 * EPOCH,) * 4
   m.window, m.fresh_warmup = 16 * EPOCH, 2 * EPOCH
-  m.rows_dtype = 'float32'  # .2 GB for so few clips
+  m.memory_dtype = 'float32'  # .2 GB for so few clips
   for name in ('image_teacher', 'video_teacher'):
     m[name].steps = 100 * EPOCH
   return c

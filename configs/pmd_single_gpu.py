@@ -33,7 +33,7 @@ def get_config(variant=''):
   m = c.method
   m.window, m.fresh_warmup = 3 * EPOCH, EPOCH // 2
   m.feature_loss = 'mse'  # of the control too
-  m.rows_dtype = 'float32'  # 1.3 GB for so few clips
+  m.memory_dtype = 'float32'  # 1.3 GB for so few clips
   control = {'mvd': (40 * EPOCH,), 'mvd-flops': (43 * EPOCH,)}
   m.steps = control.get(variant, (10 * EPOCH,) * 4)
   for name in ('image_teacher', 'video_teacher'):

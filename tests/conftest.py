@@ -188,3 +188,21 @@ def pytest_terminal_summary(terminalreporter, config):
   reasons = config.stash.get(LEFT_OUT, [])
   for reason in sorted(set(reasons)):
     terminalreporter.write_line(f'left out {reasons.count(reason)}: {reason}')
+
+
+@pytest.fixture(scope='session')
+def clips(tmp_path_factory):
+  """A folder of 40 small labelled videos."""
+  folder = tmp_path_factory.mktemp('clips')
+  from vssl_jax.data.tools import synthetic
+
+  synthetic.write(folder, clips=40, size=32, frames=8)
+  return folder / 'train'
+
+
+@pytest.fixture
+def tiny(clips, tmp_path):
+  """Both phases of SALT, 6 steps each, in seconds."""
+  from tests.train import small_runs
+
+  return small_runs.tiny_config(clips, tmp_path / 'run')

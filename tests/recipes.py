@@ -233,9 +233,9 @@ def _pmd(mvd, window, dtype):
     own |= {
       f'steps.mask_{ratio}': steps, f'masks.mask_{ratio}': {'tube': tokens},
       f'teachers.mask_{ratio}': teachers | before,
-      f'phases.mask_{ratio}.rows': 'fresh',
-      **_at(f'phases.mask_{ratio}.row_specs.image', **rows),
-      **_at(f'phases.mask_{ratio}.row_specs.video', **rows),
+      f'phases.mask_{ratio}.example_memory': 'fresh',
+      **_at(f'phases.mask_{ratio}.memory_specs.image', **rows),
+      **_at(f'phases.mask_{ratio}.memory_specs.video', **rows),
     }  # fmt: skip
   own |= _at('method', lambda_pg=0.05, lambda_df=1.0, lambda_al=1.0, tau=0.5)
   own |= _at('method', alpha=0.95, dare='both', df_extra_mean=False)

@@ -8,9 +8,10 @@ import pytest
 
 from vssl_jax import config as config_lib
 from vssl_jax import main
+from vssl_jax.checkpoint import retention
 from vssl_jax.data import options
 from vssl_jax.models import framewise, vit
-from vssl_jax.train import keeping
+from vssl_jax.utils import config_io
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = 'from vssl_jax import config\n\n\ndef get_config(variant=""):\n'
@@ -53,10 +54,10 @@ def _config():
 )
 def test_values_take_the_type_of_what_they_replace(assignment, key, value):
   config = config_lib.override(_config(), [assignment])
-  found = dict(config_lib.flatten(config))
+  found = dict(config_io.flatten(config))
   assert found.pop(key) == value
-  assert type(dict(config_lib.flatten(config))[key]) is type(value)
-  rest = dict(config_lib.flatten(_config()))
+  assert type(dict(config_io.flatten(config))[key]) is type(value)
+  rest = dict(config_io.flatten(_config()))
   rest.pop(key)
   assert found == rest
 
@@ -174,24 +175,24 @@ def test_a_key_that_a_page_invents_is_an_error(tmp_path, monkeypatch):
 
 def test_json_round_trip():
   config = config_lib.default()
-  again = config_lib.from_json(config_lib.to_json(config))
-  assert config_lib.difference(config, again) == ''
+  again = config_io.from_json(config_io.to_json(config))
+  assert config_io.difference(config, again) == ''
 
 
 def test_difference_names_keys_and_leaves_out_what_may_change():
   a, b = _config(), _config()
   b.lr, b.optim.clip = 2.0, 1.0
-  assert config_lib.difference(a, b) == (
+  assert config_io.difference(a, b) == (
     '  lr: was 1.0, is 2.0\n  optim.clip: was 0.0, is 1.0'
   )
-  assert config_lib.difference(a, b, ('optim',)) == '  lr: was 1.0, is 2.0'
-  assert config_lib.difference(a, b, ('optim', 'lr')) == ''
+  assert config_io.difference(a, b, ('optim',)) == '  lr: was 1.0, is 2.0'
+  assert config_io.difference(a, b, ('optim', 'lr')) == ''
 
 
 def test_the_description_marks_what_differs():
   changed = _config()
   changed.lr = 2.0
-  lines = config_lib.describe(changed, _config()).splitlines()
+  lines = config_io.describe(changed, _config()).splitlines()
   assert '* lr = 2.0' in lines
   assert '  steps = 3' in lines
 
@@ -287,7 +288,7 @@ def test_every_page_builds_its_method(spec):
   phases = method.phases()
   assert all(p.steps > 0 for p in phases)
   assert method.cost(phases[-1], clip).total > 0
-  assert phases[-1].name in keeping.phases(
+  assert phases[-1].name in retention.phases(
     config.checkpoint.keep_phases, phases
   )
 

@@ -1,8 +1,9 @@
 """Every command that a document shows runs, or says what it needs.
 
-A fenced block is run as written, unless its first line is `# needs: <what>`
-with gpu, tpu, network, data or cluster; of those, and of commands within a
-sentence or a table, scripts, modules, flags, config keys and paths are checked.
+A fenced block is run as written, unless the line before it is an HTML comment
+`<!-- needs: <what> -->` with gpu, tpu, network, data or cluster; of those, and
+of commands within a sentence or a table, scripts, modules, flags, config keys
+and paths are checked.
 """
 
 import configparser
@@ -29,7 +30,11 @@ DOCUMENTS = (
   'README.md',
   'configs/README.md',
   'launch/README.md',
+  'tests/benchmarks/README.md',
+  'vssl_jax/data/README.md',
+  'vssl_jax/evals/README.md',
   'vssl_jax/methods/README.md',
+  'vssl_jax/weights/README.md',
 )
 NEEDS = {'gpu', 'tpu', 'network', 'data', 'cluster'}
 # Run by another test or script, which must hold the words on the right.
@@ -38,7 +43,10 @@ RUN_ELSEWHERE = {
   'python -m vssl_jax.main': ('launch/local.sh', '-m vssl_jax.main "$@"'),
 }
 # Blocks within lists are indented.
-FENCE = re.compile(r'^( *)```(.*?)\n(.*?)^\1```$', re.MULTILINE | re.DOTALL)
+FENCE = re.compile(
+  r'^( *)(?:<!-- needs: ([^\n]+) -->\n\1)?```(.*?)\n(.*?)^\1```$',
+  re.MULTILINE | re.DOTALL,
+)
 UNCHECKED = {'cd', 'git', 'export', 'source', 'ls', 'cat', 'mkdir', 'apt-get'}
 REMOTE = {'launch/slurm.sbatch', 'launch/tpu_pod.sh', 'launch/xpk.sh'}
 
@@ -53,10 +61,9 @@ class Block(NamedTuple):
 
 def blocks(text):
   """Yields the fenced blocks of a Markdown text."""
-  for _, language, indented in FENCE.findall(text):
+  for _, mark, language, indented in FENCE.findall(text):
     body = textwrap.dedent(indented)
-    mark = re.match(r'# needs: (.+)\n', body)
-    needs = set(re.split(r',\s*', mark[1])) if mark else set()
+    needs = set(re.split(r',\s*', mark)) if mark else set()
     assert needs <= NEEDS, f'needs {needs}, of which {needs - NEEDS} is unknown'
     yield Block(language.strip(), needs, body)
 
@@ -217,7 +224,7 @@ def test_commands_name_what_exists(name):
     assert (
       words in shown
       or ' '.join(words) in RUN_ELSEWHERE
-      or any(f'needs: {what}' in line for what in NEEDS)
+      or re.search(rf'<!-- needs: .*({"|".join(NEEDS)})', line)
     ), f'{words}: no block shows it and its line does not say what it needs'
 
 
@@ -270,7 +277,7 @@ def test_a_wrong_command_is_found(command):
 
 def test_a_right_command_passes():
   for block in blocks(
-    '```bash\n# needs: data, gpu\nbash launch/local.sh \\\n'
+    '<!-- needs: data, gpu -->\n```bash\nbash launch/local.sh \\\n'
     '  --config=configs/salt.py:L  --config.seed=1 # why\n\n```\n'
   ):
     assert block.needs == {'data', 'gpu'}
@@ -279,7 +286,7 @@ def test_a_right_command_passes():
     check(words)
   check(shlex.split('pip install -c launch/constraints.txt .[cuda13,test]'))
   with pytest.raises(AssertionError, match='unknown'):
-    list(blocks('```bash\n# needs: luck\n```\n'))
+    list(blocks('<!-- needs: luck -->\n```bash\n```\n'))
 
 
 @pytest.mark.slow

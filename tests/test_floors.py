@@ -1,4 +1,4 @@
-"""The house has floors: who may import whom, and who may know what."""
+"""Which folder may import which, and who may import which library."""
 
 import ast
 import graphlib
@@ -7,33 +7,33 @@ import pathlib
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+# Lowest first: a folder, or a loose module, imports only from those before it.
 FLOORS = (
-  {'trees', 'rngs', 'ranges', 'colours', 'jsonl', 'sharding', 'cluster'},
-  {
-    'masking',
-    'mask_specs',
-    'unit_masks',
-    'rectangles',
-    'losses',
-    'flops',
-    'mixing',
-    'models',
-    'data',
-  },
-  {'weights', 'methods'},
-  {'config', 'flags', 'encoders', 'train', 'evals', 'show', ''},
-  {'main', '__main__', 'demo', 'bench', 'sweep', 'timing'},
+  *('utils', 'trees', 'rngs', 'sharding', 'masks', 'losses', 'models'),
+  *('flops', 'data', 'methods', 'checkpoint', 'weights', 'encoder'),
+  *('target_cache', 'train', 'evals', 'config', 'planning', 'visualize'),
+  *('', 'demo', 'main', '__main__'),
 )
-# Who may import a library; a room or one of its files.
+# Folders of a folder, likewise; '' are the modules of the folder itself.
+INNER_FLOORS = {
+  'data': ('clips', 'sources', '', 'tools'),
+  'models': ('', 'hiera'),
+  'evals': ('', 'probe', 'finetune', 'depth'),
+  'weights': ('readers', 'name_maps', ''),
+}
+# Who may import a library: folders or loose modules.
 KEEPERS = {
-  'orbax': {'train/checkpoint'},
+  'orbax': {'checkpoint'},
   'grain': {'data'},
   'tensorflow_datasets': {'data'},
   'array_record': {'data'},
-  'flax': {'models', 'methods', 'weights', 'encoders', 'flops'},
+  'flax': {'models', 'methods', 'weights', 'encoder', 'flops'},
   'torch': set(),
 }
+MAX_MODULES = 15  # of a folder, without __init__.py
+MAX_LOOSE = 10
+CROWDED = {'methods': 20}  # folders that still hold more, and how many
 
 
 def _room(module):
@@ -50,6 +50,10 @@ def _modules():
 
 
 MODULES = _modules()
+FOLDERS = {
+  '.'.join(path.parent.relative_to(ROOT / 'vssl_jax').parts)
+  for path in (ROOT / 'vssl_jax').rglob('__init__.py')
+}
 
 
 def _imports(tree):
@@ -70,21 +74,58 @@ OWN = {
 }
 
 
-def test_every_room_has_a_floor():
-  assert {_room(name) for name in MODULES} <= set().union(*FLOORS)
+def _height(module):
+  """Returns where a module stands: (floor of its folder, floor within it)."""
+  _, folder, inner, *_ = [*module.split('.'), '', '']
+  inner_floors = INNER_FLOORS.get(folder, ('',))
+  is_folder = f'{folder}.{inner}' in FOLDERS
+  return FLOORS.index(folder), inner_floors.index(inner if is_folder else '')
+
+
+def test_every_folder_has_a_floor():
+  assert {_room(name) for name in MODULES} == set(FLOORS)
+  inner = {f'{folder}.{x}' for folder, xs in INNER_FLOORS.items() for x in xs}
+  assert {x for x in FOLDERS if '.' in x} == {
+    x for x in inner if not x.endswith('.')
+  }
 
 
 @pytest.mark.parametrize('name', MODULES)
 def test_imports_point_down(name):
-  height = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
-  up = {i for i in OWN[name] if height[_room(i)] > height[_room(name)]}
+  up = {i for i in OWN[name] if _height(i) > _height(name)}
   assert not up, f'{name} imports {up} of a higher floor'
 
 
-def test_no_file_imports_itself_through_others():
+@pytest.mark.parametrize(
+  'importer, imported',
+  [
+    ('train.loop', 'evals.features'),
+    ('methods.salt', 'train.loop'),
+    ('data.clips.decode', 'data.pipeline'),
+    ('evals.features', 'evals.probe.job'),
+    ('losses', 'models.layers'),
+    ('train.run', 'config'),
+  ],
+)
+def test_an_import_of_a_higher_floor_is_seen(importer, imported):
+  importer, imported = f'vssl_jax.{importer}', f'vssl_jax.{imported}'
+  assert {importer, imported} <= set(MODULES)
+  assert _height(imported) > _height(importer)
+
+
+def test_no_module_imports_itself_through_others():
   # `load` imports when it is called, so that `import vssl_jax` is cheap.
   graph = {name: own for name, own in OWN.items() if name != 'vssl_jax'}
   graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_folders_are_small():
+  for init in (ROOT / 'vssl_jax').rglob('__init__.py'):
+    folder = init.parent
+    modules = [p for p in folder.glob('*.py') if p.name != '__init__.py']
+    name = '.'.join(folder.relative_to(ROOT / 'vssl_jax').parts)
+    most = CROWDED.get(name, MAX_MODULES if name else MAX_LOOSE)
+    assert len(modules) <= most, f'{name}: {len(modules)} modules'
 
 
 @pytest.mark.parametrize('library', KEEPERS)
@@ -99,8 +140,13 @@ def test_only_its_keepers_import(library):
 def test_floors_below_the_trainer_read_no_config():
   # A builder may hand out defaults; classes and losses take plain arguments.
   for name in MODULES:
-    if _room(name) in (FLOORS[0] - {'ranges'}) | FLOORS[1] - {'data'} | {
-      'weights'
+    if _room(name) in {
+      'trees',
+      'rngs',
+      'sharding',
+      'masks',
+      'losses',
+      'models',
     }:
       assert 'ml_collections' not in set(_imports(MODULES[name])), name
 
@@ -114,7 +160,7 @@ def test_trainer_and_evaluations_know_no_method():
       words = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)}
       assert not methods & words, f'{name} knows {methods & words}'
       own = {i for i in OWN[name] if i.startswith('vssl_jax.methods.')}
-      assert own <= {'vssl_jax.methods.base'}, f'{name} imports {own}'
+      assert own <= {'vssl_jax.methods.phase'}, f'{name} imports {own}'
 
 
 SCRIPTS = sorted((ROOT / 'tests').glob('**/*.py'))

@@ -4,15 +4,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from vssl_jax import flops, masking
-from vssl_jax.models import (
-  decoder,
-  framewise,
-  hiera,
-  hiera_mae,
-  predictor,
-  vit,
-)
+from vssl_jax import flops
+from vssl_jax.masks import sampling
+from vssl_jax.models import decoder, framewise, predictor, vit
+from vssl_jax.models.hiera import decoder as hiera_decoder
+from vssl_jax.models.hiera import encoder as encoder_lib
 
 GRID = (8, 14, 14)  # 16 x 224 x 224 in tubelets of 2 x 16 x 16
 SHORT_LONG = ((320, 656), (80, 1096))
@@ -82,7 +78,7 @@ HIERA = {
 
 @pytest.mark.parametrize('size', HIERA)
 def test_hiera(size):
-  three, two = (hiera.make(size, q_pool=n) for n in (3, 2))
+  three, two = (encoder_lib.make(size, q_pool=n) for n in (3, 2))
   found = [flops.forward(three, (8, 7, 7)), flops.forward(two, GRID)]
   # The published code runs the convolution over hidden units too.
   conv = 2 * 8 * 56 * 56 * 3 * 7 * 7 * 3 * two.channels
@@ -96,7 +92,7 @@ def test_hiera(size):
 
 @pytest.mark.parametrize(('size', 'tflop'), [('B', 0.428), ('L', 0.609)])
 def test_hiera_mae_step(size, tflop):
-  encoder, head = hiera.make(size), hiera_mae.Decoder(768)
+  encoder, head = encoder_lib.make(size), hiera_decoder.Decoder(768)
   found = flops.train(encoder, GRID, 4 * 39)
   found += flops.train(head, GRID, (4 * 39, 4 * 353), encoder.width)
   # The published figure has the convolution over hidden units too, and the
@@ -107,7 +103,7 @@ def test_hiera_mae_step(size, tflop):
 
 
 def test_hiera_in_part():
-  encoder = hiera.make('T')
+  encoder = encoder_lib.make('T')
   whole = flops.forward(encoder, GRID)
   parts = [flops.forward(encoder, GRID, depth=n) for n in range(13)]
   assert parts == sorted(parts)
@@ -188,7 +184,7 @@ def test_encoder_agrees_with_the_compiler():
 @pytest.mark.slow
 @pytest.mark.parametrize('q_pool', [2, 3])
 def test_hiera_agrees_with_the_compiler(q_pool):
-  encoder = hiera.make(
+  encoder = encoder_lib.make(
     {'channels': 128, 'depths': (1, 1, 2, 1), 'num_heads': 1},
     dtype='float32',
     q_pool=q_pool,
@@ -212,7 +208,7 @@ def test_heads_agree_with_the_compiler(kind):
   }[kind]  # fmt: skip
   head = cls(**fields, dtype='float32')
   z = jax.ShapeDtypeStruct((1, 60, 700), jnp.float32)
-  mask = masking.Mask(
+  mask = sampling.Mask(
     jax.ShapeDtypeStruct((1, 60), jnp.int32),
     jax.ShapeDtypeStruct((1, 90), jnp.int32),
   )

@@ -8,7 +8,8 @@ from tests import recipes
 from vssl_jax import config as config_lib
 from vssl_jax import methods
 from vssl_jax.data import options
-from vssl_jax.models import framewise, layers, vit
+from vssl_jax.masks import tubelets
+from vssl_jax.models import framewise, vit
 from vssl_jax.train import optimizer
 from vssl_jax.train import run as run_lib
 
@@ -149,7 +150,7 @@ def _from(over, schedule):
 def _grid(phase, clip):
   if hasattr(phase.encoder, 'unit_grid'):
     return phase.encoder.unit_grid((1, *clip))
-  return layers.grid_of((1, *clip), phase.encoder.patch)
+  return tubelets.grid_of((1, *clip), phase.encoder.patch)
 
 
 def _shape(phase):

@@ -1,46 +1,49 @@
-"""Every key a run can have, and how a page and the command line set them.
+"""Config keys of a run, config pages, and command-line overrides.
 
-A page (`configs/*.py`) defines `get_config(variant='')`, which starts from
-`default()` and overrides. Keys that do not exist are errors. A page is code:
-it is run only from the clone's `configs/`, the current directory, or a folder
+A page (`configs/*.py`) defines `get_config(variant='')`, which calls
+`default()` and overrides values. Unknown keys are errors. A page is code: it
+is run only from the clone's `configs/`, the current directory, or a folder
 given with `--config_root`.
 """
 
 import ast
+import dataclasses
 import difflib
 import fnmatch
 import importlib.util
-import json
+import os
 import pathlib
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
 
-from vssl_jax import methods, ranges
+from vssl_jax import methods
 from vssl_jax.data import options
-from vssl_jax.evals import finetune_options, probe
+from vssl_jax.evals.finetune import options as finetune_options
+from vssl_jax.evals.probe import train_heads, unused_options
 from vssl_jax.train import optimizer
+from vssl_jax.utils import config_io, ranges
 
-KEYS = ranges.Section(  # of every method; a full run of SALT
+KEYS = ranges.Section(  # shared by all methods; a full run of SALT
   job=(
     'train',
     ranges.Choice(('train', 'probe', 'depth', 'finetune', 'demo')),
   ),
   seed=(0, ranges.Whole(0, 2**32 - 1)),
-  # Everything a run writes; '' is runs/<page>[-<variant>].
+  # Run folder, for all output; '' is runs/<page>[-<variant>].
   workdir=('', ranges.Text()),
-  # What a 'probe' measures and 'finetune' starts from: a run folder, a local
-  # folder with published weights, or a hub id.
+  # Encoder that 'probe' evaluates and 'finetune' starts from: a run folder, a
+  # local folder with published weights, or a hub id.
   encoder=('', ranges.Text()),
   # clips per step over all devices
-  batch_size=(3072, ranges.Whole(1, 2**20)),
+  batch_size=(options.BATCH_SIZE, ranges.Whole(1, 2**20)),
   optim=optimizer.KEYS,
   data=options.KEYS,
   mesh=ranges.Section(
     data=(1, ranges.Whole(1, 2**20, also=(-1,))),  # replicas
-    # devices that split parameters and the batch; -1: the rest
+    # devices over which parameters and batch are sharded; -1: the rest
     fsdp=(-1, ranges.Whole(1, 2**20, also=(-1,))),
     # ((regular expression of a leaf's name, (axis or None, ...)), ...)
     overrides=(
@@ -55,37 +58,38 @@ KEYS = ranges.Section(  # of every method; a full run of SALT
       ),
     ),
   ),
-  # Folder for what frozen teachers say of the clips: written at a clip's first
-  # visit and read at later ones, when the step does without its teachers. Clips
-  # must be the same at every visit (data.sampling='middle', crop='centre', no
-  # flip); one process only. --plan says how large it becomes. '': no cache.
+  # Folder for cached targets (outputs of frozen teachers). They are written in
+  # a clip's first epoch and read in later ones, where the step runs without
+  # teachers. Clips must be the same in every epoch (data.sampling='middle',
+  # crop='centre', no flip); one process only. --plan prints its size.
+  # '': no cache.
   cache_targets=('', ranges.Text()),
   # Compile the next phase's step in the background while this one runs.
   compile_ahead=(True, ranges.Flag()),
   checkpoint=ranges.Section(
     every=(1000, ranges.Whole(1, ranges.MANY)),  # steps
-    keep=(2, ranges.Whole(1, 10**6)),  # whole states
-    # Phases whose parameters are saved at their end, and stay: regular
-    # expressions of whole names. The last phase's are in any case, and those
-    # that a later phase needs as its teacher.
+    keep=(2, ranges.Whole(1, 10**6)),  # number of full states kept
+    # Phases whose final parameters are saved and never removed: regular
+    # expressions that match the full name. The last phase and the teachers of
+    # later phases are always saved.
     keep_phases=(('.*',), ranges.Tuple(ranges.Text(ranges.pattern))),
-    # States after a multiple of so many steps are never removed, so that a
-    # run can be taken back to them; 0: none.
+    # States at multiples of this number of steps are never removed, so that a
+    # run can be rewound to them; 0: none.
     keep_every=(0, ranges.Whole(0, ranges.MANY)),
-    # Every so many steps one is recorded, for --replay; best a multiple of
-    # `every`, so that a state is kept from right before it. 0: none.
-    probe_every=(1000, ranges.Whole(0, ranges.MANY)),
-    # Resume from the newest whole checkpoint in workdir. False refuses a
-    # workdir that holds one.
+    # Interval in steps at which a step is recorded for --replay. It should be
+    # a multiple of `every`, so that the state before it is saved. 0: none.
+    record_every=(1000, ranges.Whole(0, ranges.MANY)),
+    # Resume from the newest intact checkpoint in workdir. False: raise if
+    # workdir contains one.
     resume=(True, ranges.Flag()),
-    # A resumed run may differ from its first start in these keys only. Keys
-    # that came into being later must have their defaults.
+    # Keys that may change when a run is resumed. Keys that were added to the
+    # package since must have their default values.
     may_change=(
       (
         'workdir',
         'mesh',
         'compile_ahead',
-        'cache_targets',  # where they are; not whether there are any
+        'cache_targets',  # its folder, not whether there is a cache
         'method.layout',
         'checkpoint',
         'log',
@@ -98,7 +102,7 @@ KEYS = ranges.Section(  # of every method; a full run of SALT
         'data.prefetch',
         'data.deadline_s',
         'data.memory_limit_mb',
-        'method.source',  # where its copy of the first weights lies
+        'method.source',  # location of the copy of its initial weights
         'finetune.test',
         'finetune.test_where',
         'finetune.allow_overlap',
@@ -112,63 +116,103 @@ KEYS = ranges.Section(  # of every method; a full run of SALT
   ),
   log=ranges.Section(
     every=(50, ranges.Whole(1, ranges.MANY)),  # steps between lines of metrics
-    tensorboard=(True, ranges.Flag()),  # where tensorboardX is installed
-    # per device, for utilisation; 0: by device name
+    tensorboard=(True, ranges.Flag()),  # if tensorboardX is installed
+    # peak per device, for utilisation; 0: looked up by device name
     peak_tflops=(0.0, ranges.Real(0, 1e6)),
   ),
   health=ranges.Section(
-    # fraction of the run, or steps if over 1; 0: never
+    # interval: fraction of the run, or steps if over 1; 0: never
     every=(0.05, ranges.Real(0, ranges.MANY)),
-    # clips that the panel looks at
+    # clips in the panel
     clips=(256, ranges.Whole(1, 2**20)),
-    # stop after so many steps in a row without an update
+    # stop after this many consecutive steps without an update
     max_skipped=(50, ranges.Whole(0, ranges.MANY)),
-    # Stop at the end of a phase of which more than this fraction of the
-    # steps, or all, had no update.
+    # Stop at the end of a phase if all of its steps, or more than this
+    # fraction, had no update.
     skipped_share=(0.5, ranges.Real(0, 1)),
-    # warn above this multiple of the running median loss; 0: never
+    # warn if the loss exceeds this multiple of its running median; 0: never
     spike_alarm=(10.0, ranges.Real(0)),
   ),
-  probe=probe.KEYS,
+  probe=train_heads.KEYS,
   finetune=finetune_options.KEYS,
 )
 
 
 def keys(method: str) -> ranges.Section:
-  """Returns every key of a run, with defaults and ranges.
+  """Returns all config keys of a run, with defaults and ranges.
 
   Args:
-    method: whose keys `method` holds.
+    method: name of the method, whose keys are under `method`.
 
   Raises:
-    ValueError: no method has that name.
+    ValueError: unknown method.
   """
   return ranges.Section(**{**KEYS, 'method': methods.keys(method)})
 
 
-# Jobs that take clips as an encoder was trained on.
+def _unused_by_demo(config: ml_collections.ConfigDict) -> dict[str, str]:
+  """Maps patterns of keys that the demo does not read to remedies."""
+  data_remedy = (
+    'the demo writes its own videos. For yours take a page such as '
+    'configs/salt_single_gpu.py with --config.data.source'
+  )
+  names = ('source', 'where', 'path_column', 'label_column', 'split', 'classes')
+  used = {f.name for f in dataclasses.fields(train_heads.Settings)} | {
+    'batch_size'
+  }
+  probe_remedy = (
+    'the demo measures with linear probes and nearest neighbours alone'
+  )
+  return {
+    **{f'data.{name}': data_remedy for name in (*names, 'examples', 'weights')},
+    **{f'probe.{n}': probe_remedy for n in config.probe if n not in used},
+    **unused_options.of_data(config.data, config.data.repeats, tested=False),
+    **unused_options.one_head(config.probe),
+    'encoder': 'the demo measures the encoder that it trains',
+    'finetune.*': 'the demo fine-tunes nothing',
+  }
+
+
+TRAIN_UNUSED = {
+  'encoder': 'to start from weights, set the key init_from of a phase in '
+  'config.method',
+  'probe.*': 'it is of the jobs probe and depth (configs/probe_*.py)',
+  'finetune.*': 'it is of the job finetune (configs/finetune_*.py)',
+}
+# Job -> config -> patterns of keys that the job does not read, and remedies.
+UNUSED: dict[str, Callable[[ml_collections.ConfigDict], dict[str, str]]] = {
+  'train': lambda config: (
+    TRAIN_UNUSED
+    | unused_options.of_data(config.data, config.data.repeats, tested=False)
+  ),
+  'probe': unused_options.unused_by_probe,
+  'depth': unused_options.unused_by_depth,
+  'finetune': finetune_options.unused,
+  'demo': _unused_by_demo,
+}
+# Jobs whose clip shape is that of the encoder.
 OF_ENCODERS = ('probe', 'depth', 'finetune')
 
 
 def default(method: str = 'salt') -> ml_collections.ConfigDict:
-  """Returns every key there is, at the values of a full SALT run.
+  """Returns the default config: the values of a full SALT run.
 
   Args:
-    method: whose keys `config.method` holds.
+    method: name of the method, whose keys are under `config.method`.
   """
-  # A page that invents a key fails there.
+  # Locked, so that a page cannot add a key.
   return keys(method).defaults().lock()
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-  """Raises for the first key that is unknown or outside of its range.
+  """Raises for the first key that is unknown or whose value is out of range.
 
   Raises:
-    ValueError: in one line: key, value, range, default.
+    ValueError: the message has one line: key, value, range, default.
   """
   declared = keys(config.method.name)
   names = [name for name, _ in declared.flat()]
-  for name, value in flatten(config):
+  for name, value in config_io.flatten(config):
     if name not in names:
       near = difflib.get_close_matches(name, names, 1)
       raise ValueError(
@@ -187,8 +231,15 @@ def check(config: ml_collections.ConfigDict) -> None:
       )
 
 
+def defaults(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Returns default values by dotted key, for a config's method."""
+  return dict(config_io.flatten(default(config.method.name)))
+
+
 def evaluation(job: str) -> ml_collections.ConfigDict:
-  """Returns the default of a job that takes clips as its encoder saw them.
+  """Returns the default config of a job that evaluates an encoder.
+
+  Frames, stride, size and channels are set to 0: the encoder determines them.
 
   Args:
     job: 'probe', 'depth' or 'finetune'.
@@ -200,7 +251,7 @@ def evaluation(job: str) -> ml_collections.ConfigDict:
 
 
 def fine_tuning() -> ml_collections.ConfigDict:
-  """Returns the job `finetune` by the recipe of VideoMAE and MVD, ViT-B."""
+  """Returns the `finetune` config: the recipe of VideoMAE and MVD, ViT-B."""
   c = evaluation('finetune')
   c.data.workers = 8
   c.data.sampling = 'linspace'
@@ -211,7 +262,7 @@ def fine_tuning() -> ml_collections.ConfigDict:
   c.optim.update(dict(lr=5e-4, lr_start=0.0, lr_end=1e-6, layer_decay=0.75))
   c.optim.update(dict(weight_decay=0.05, weight_decay_end=0.05))
   c.optim.update(dict(b2=0.999, clip=0.0, decay_tokens=False))
-  # Features of one class are meant to grow alike here.
+  # No health checks: features of one class are supposed to become similar.
   c.health.every = 0.0
   return c
 
@@ -223,14 +274,15 @@ def load(
 
   Args:
     spec: `path/to/page.py` or `path/to/page.py:variant`.
-    roots: folders that pages may come from besides the clone's `configs/` and
+    roots: allowed folders for pages, in addition to the clone's `configs/` and
       the current directory.
 
   Returns:
-    A name for the run (`page` or `page-variant`) and the config.
+    The name of the run (`page` or `page-variant`) and the config.
 
   Raises:
-    ValueError: the path is a URL, leads out of the roots, or is no page.
+    ValueError: the path is a URL, is outside of the allowed folders, or is not
+      a config page.
   """
   path_text, _, variant = spec.partition(':')
   if '://' in spec:
@@ -242,7 +294,7 @@ def load(
   allowed = [pathlib.Path.cwd(), clone_root() / 'configs', *roots]
   if not path.exists() and (clone_root() / path_text).exists():
     path = clone_root() / path_text
-  resolved = path.resolve()  # follows links, so a link out is seen as such
+  resolved = path.resolve()  # resolves links, to detect links to other folders
   if not any(resolved.is_relative_to(_resolve(r)) for r in allowed):
     raise ValueError(
       f'--config: {path_text} is {resolved}, outside of '
@@ -250,11 +302,11 @@ def load(
       f'it, add --config_root={resolved.parent}'
     )
   if not resolved.is_file():
-    found = sorted(p.name for p in (clone_root() / 'configs').glob('*.py'))
-    near = difflib.get_close_matches(path.name, found, 1)
+    pages = sorted(p.name for p in (clone_root() / 'configs').glob('*.py'))
+    near = difflib.get_close_matches(path.name, pages, 1)
     raise ValueError(
       f'--config: no file {path_text}'
-      + (f'; did you mean configs/{near[0]}?' if near else f'; pages: {found}')
+      + (f'; did you mean configs/{near[0]}?' if near else f'; pages: {pages}')
     )
   if resolved.suffix != '.py':
     raise ValueError(
@@ -272,7 +324,7 @@ def load(
     config = module.get_config(variant)
   except ValueError:
     raise
-  except Exception as error:  # a page is code: anything may go wrong in it
+  except Exception as error:  # a page is code and can raise anything
     raise ValueError(_wrong_line(path_text, module.__file__, error)) from error
   if not isinstance(config, ml_collections.ConfigDict):
     raise ValueError(
@@ -283,7 +335,7 @@ def load(
 
 
 def _wrong_line(page: str, file: str, error: Exception) -> str:
-  """Returns file, line and message of an error that a page raised."""
+  """Formats an error raised by a page: file, line and message."""
   if isinstance(error, SyntaxError):
     return f'{page}, line {error.lineno}: {error.msg}'
   lines = [
@@ -304,7 +356,7 @@ def _wrong_line(page: str, file: str, error: Exception) -> str:
 
 
 def clone_root() -> pathlib.Path:
-  """Returns the folder that holds the package: the clone, when it is one."""
+  """Returns the parent folder of the package: the clone, if there is one."""
   return pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -317,12 +369,12 @@ def override(
 ) -> ml_collections.ConfigDict:
   """Applies `key.sub=value` assignments from the command line.
 
-  Values are read as Python literals where they are one, else as text, and
+  Values are parsed as Python literals if possible, else taken as text. They
   must have the type of the value they replace.
 
   Raises:
-    ValueError: a key that does not exist (the nearest is named) or a value of
-      another type.
+    ValueError: an unknown key (the message names the nearest one) or a value
+      of another type.
   """
   for assignment in assignments:
     key, equals, text = assignment.partition('=')
@@ -330,46 +382,84 @@ def override(
       raise ValueError(
         f'--config.{key}: no value; write --config.{key}=<value>'
       )
-    keys = [k for k, _ in flatten(config)]
-    if key not in keys:
-      inside = [k[len(key) + 1 :] for k in keys if k.startswith(key + '.')]
-      near = difflib.get_close_matches(key, keys, 1)
-      if inside:
-        first = list(dict.fromkeys(k.partition('.')[0] for k in inside))
+    names = [k for k, _ in config_io.flatten(config)]
+    if key not in names:
+      subkeys = [k[len(key) + 1 :] for k in names if k.startswith(key + '.')]
+      near = difflib.get_close_matches(key, names, 1)
+      if subkeys:
+        fields = list(dict.fromkeys(k.partition('.')[0] for k in subkeys))
         raise ValueError(
-          f'--config.{key}: no such key; {key} is a section with keys {first}'
+          f'--config.{key}: no such key; {key} is a section with keys {fields}'
         )
       raise ValueError(
         f'--config.{key}: no such key'
         + (f'; did you mean --config.{near[0]}?' if near else '')
       )
     section = config
-    *parents, last = key.split('.')
+    *parents, leaf = key.split('.')
     for parent in parents:
       section = section[parent]
-    value = _parse(text, section[last], key)
-    if key == 'method.name' and value != section[last]:
+    value = _parse(text, section[leaf], key)
+    if key == 'method.name' and value != section[leaf]:
       raise ValueError(
         f'--config.{key}: found {value!r} for a page whose knobs are those of '
-        f'{section[last]!r}; take a page of that method, see configs/README.md'
+        f'{section[leaf]!r}; take a page of that method, see configs/README.md'
       )
-    section[last] = value
+    section[leaf] = value
+  return config
+
+
+def resolve(
+  page: str, assignments: Sequence[str], roots: tuple[str, ...] = ()
+) -> ml_collections.ConfigDict:
+  """Loads a config page and applies the command line.
+
+  Args:
+    page: `configs/x.py:variant`.
+    assignments: `key.sub=value`, such as `optim.lr=1e-3`.
+    roots: additional allowed folders for pages.
+
+  Raises:
+    ValueError: see `load` and `complete`.
+  """
+  return complete(*load(page, roots), assignments)
+
+
+def complete(
+  name: str, config: ml_collections.ConfigDict, assignments: Sequence[str]
+) -> ml_collections.ConfigDict:
+  """Applies the command line to a page's config and checks the result.
+
+  Args:
+    name: name of the run, from `load`; the default workdir is `runs/<name>`.
+    config: from `load`.
+    assignments: `key.sub=value`, as in `override`.
+
+  Raises:
+    ValueError: a key that does not exist or that the job does not read, or a
+      value out of range.
+  """
+  config = override(config, list(assignments))
+  check(config)
+  refuse_unused(config.job, assignments, UNUSED[config.job](config))
+  if not config.workdir:
+    config.workdir = os.path.join('runs', name)
   return config
 
 
 def refuse_unused(
   job: str, assignments: Sequence[str], unused: Mapping[str, str]
 ) -> None:
-  """Refuses keys of the command line that a job overwrites or ignores.
+  """Raises for command-line keys that a job overwrites or ignores.
 
   Args:
-    job: its name.
-    assignments: `key.sub=value`, as of `override`.
+    job: name of the job.
+    assignments: `key.sub=value`, as in `override`.
     unused: pattern of keys -> the key to use instead, or the reason. The first
-      pattern that matches counts.
+      matching pattern applies.
 
   Raises:
-    ValueError: there is such a key.
+    ValueError: such a key is set.
   """
   for key in (assignment.partition('=')[0] for assignment in assignments):
     for pattern, remedy in unused.items():
@@ -380,11 +470,11 @@ def refuse_unused(
 
 
 def _parse(text: str, old: Any, key: str) -> Any:
-  """Reads a value of the type of the one it replaces."""
-  wanted = type(old)
-  if wanted is str:
+  """Parses a value to the type of the value it replaces."""
+  kind = type(old)
+  if kind is str:
     return text
-  if wanted is bool:
+  if kind is bool:
     words = {'true': True, '1': True, 'false': False, '0': False}
     if text.lower() not in words:
       raise ValueError(f'--config.{key}: found {text!r}, wanted True or False')
@@ -393,79 +483,16 @@ def _parse(text: str, old: Any, key: str) -> Any:
     value = ast.literal_eval(text)
   except (ValueError, SyntaxError, MemoryError, RecursionError):
     value = text
-  if wanted is tuple and not isinstance(value, tuple):
+  if kind is tuple and not isinstance(value, tuple):
     value = tuple(value) if isinstance(value, list) else (value,)
-  if wanted is float and type(value) is int:
+  if kind is float and type(value) is int:
     value = float(value)
-  if wanted is int and isinstance(value, float) and value.is_integer():
+  if kind is int and isinstance(value, float) and value.is_integer():
     value = int(value)
-  if type(value) is not wanted:
+  if type(value) is not kind:
     raise ValueError(
       f'--config.{key}: found {text!r}, wanted '
-      f'{"an" if wanted is int else "a"} {wanted.__name__} such as '
+      f'{"an" if kind is int else "a"} {kind.__name__} such as '
       f'{old!r}'
     )
   return value
-
-
-def flatten(
-  config: ml_collections.ConfigDict, prefix: str = ''
-) -> list[tuple[str, Any]]:
-  """Returns `(dotted key, value)` of every leaf."""
-  out = []
-  for key, value in config.items():
-    if isinstance(value, ml_collections.ConfigDict):
-      out += flatten(value, f'{prefix}{key}.')
-    else:
-      out.append((prefix + key, value))
-  return out
-
-
-def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """Returns the config as plain nested dicts, as JSON would read it back."""
-  return json.loads(json.dumps(config.to_dict(), default=list))
-
-
-def from_json(tree: dict[str, Any]) -> ml_collections.ConfigDict:
-  """Reads back `to_json`; JSON's lists are tuples again."""
-
-  def one(x: Any) -> Any:
-    if isinstance(x, dict):
-      return {k: one(v) for k, v in x.items()}
-    return tuple(one(v) for v in x) if isinstance(x, list) else x
-
-  return ml_collections.ConfigDict(one(tree))
-
-
-def difference(
-  before: ml_collections.ConfigDict,
-  after: ml_collections.ConfigDict,
-  except_for: tuple[str, ...] = (),
-) -> str:
-  """Returns a line for every key whose value differs; '' if none does.
-
-  Args:
-    before: one config.
-    after: another.
-    except_for: keys or sections that may differ.
-  """
-  a, b = dict(flatten(before)), dict(flatten(after))
-  lines = [
-    f'  {k}: was {a.get(k, "absent")!r}, is {b.get(k, "absent")!r}'
-    for k in sorted(a.keys() | b.keys())
-    if a.get(k) != b.get(k)
-    and not any(k == e or k.startswith(e + '.') for e in except_for)
-  ]
-  return '\n'.join(lines)
-
-
-def describe(
-  config: ml_collections.ConfigDict, base: ml_collections.ConfigDict
-) -> str:
-  """Returns one line for every key, marking those that differ from `base`."""
-  defaults = dict(flatten(base))
-  lines = []
-  for key, value in flatten(config):
-    mark = ' ' if defaults.get(key, value) == value else '*'
-    lines.append(f'{mark} {key} = {value!r}')
-  return '\n'.join(lines)

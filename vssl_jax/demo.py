@@ -1,9 +1,9 @@
-"""The demo: what `python -m vssl_jax.main` does when it is told nothing.
+"""The demo: the job of `python -m vssl_jax.main` without flags.
 
-It writes labelled video files, runs a method on them as on any folder of
-videos, and measures the encoder with frozen probes beside the same encoder
-before training and beside features that learn nothing. The classes are kinds
-of motion, so a single frame gives nothing away.
+It writes labelled video files, pretrains on them as on any folder of videos,
+and evaluates the frozen encoder with probes. Baselines are the same encoder
+before training and features without training. The classes are kinds of motion,
+so single frames carry no information about them.
 """
 
 import dataclasses
@@ -17,17 +17,19 @@ import ml_collections
 import numpy as np
 
 from vssl_jax import config as config_lib
-from vssl_jax import encoders
-from vssl_jax.data import pipeline, synthetic
-from vssl_jax.evals import features, knn, linear, probe
-from vssl_jax.evals import unused as unused_keys
-from vssl_jax.show import drift
-from vssl_jax.show import masks as mask_pictures
-from vssl_jax.train import provenance, rewind, trainer
+from vssl_jax import encoder as encoder_lib
+from vssl_jax.checkpoint import provenance
+from vssl_jax.data import pipeline
+from vssl_jax.data.tools import synthetic
+from vssl_jax.evals import features
+from vssl_jax.evals.probe import linear, train_heads
+from vssl_jax.train import loop, rewind
+from vssl_jax.utils import config_io, knn
+from vssl_jax.visualize import mask_pictures, weight_drift
 
-# Videos to pretrain on, to train the probe on, and to test it on.
+# Number of videos for pretraining, for training the probe, and for testing it.
 CLIPS = {'pretrain': 2560, 'train': 400, 'test': 1000}
-OWN = 'written by the demo'  # data.source until it is
+OWN = 'written by the demo'  # data.source until the videos are written
 SCENE: dict[str, Any] = {}
 
 
@@ -35,10 +37,10 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   """Returns the demo's config.
 
   Args:
-    variant: the method; `salt` when empty.
+    variant: the method; '' for `salt`.
 
   Raises:
-    ValueError: no demo of that name.
+    ValueError: there is no demo of that method.
   """
   variant = variant or 'salt'
   methods = {
@@ -63,32 +65,32 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   c.checkpoint.every = 1000
   c.log.every = 250
   c.health.every = 0.2
-  # Enough for random features too, whose classes lie close together.
+  # Enough epochs for random features too, whose classes are hard to separate.
   c.probe.update(dict(protocol='linear', epochs=100, batch_size=64))
   c.probe.update(dict(lrs=(1e-1, 3e-2, 1e-2, 3e-3), wds=(0.01,)))
   return c
 
 
 def _data(c: ml_collections.ConfigDict) -> None:
-  """Whole clips as they were written: no crop, no flip."""
+  """Sets the data keys: full clips as written, without crop or flip."""
   c.data.source = OWN
   c.data.update(dict(frames=8, stride=1, size=(32, 32)))
   c.data.update(dict(crop='centre', flip=False))
-  # The files are our own: no reader of them will hang.
+  # Worker processes are not needed: decoding our own files does not hang.
   c.data.isolate = False
 
 
 def _salt(c: ml_collections.ConfigDict) -> None:
-  """A teacher and a student that train in a minute each.
+  """Sets the SALT keys: a teacher and a student that train in a minute each.
 
-  One thing has to differ from the paper in so small a run: the teacher's
-  mask. It sees the first half of the clip and predicts the second, the causal
-  mask of the paper's ablation. Blocks are masked in every frame, so tokens
-  beside a block show at each moment what goes on behind it, and nothing needs
-  to be known of motion: after as many steps on them a teacher's probe stood at
-  20 %, where random initialisation stands at 30 % and this teacher at 69 %.
-  The student's masks are SALT's. Glorot's initial values make the random
-  encoder a stronger opponent than those of V-JEPA (30 against 18 %).
+  So small a run needs one difference from the paper: the teacher's mask is the
+  causal mask of the paper's ablation. The teacher sees the first half of the
+  clip and predicts the second. SALT's blocks are masked in every frame, so the
+  tokens next to a block suffice to predict it at any time, without features of
+  motion. Probe accuracy after as many steps: 20 % with SALT's masks, 30 % at
+  random initialisation, 69 % with the causal mask. The student's masks are
+  SALT's. Glorot initialisation makes the random encoder a stronger baseline
+  than V-JEPA's initialisation (30 against 18 %).
   """
   c.method.vit.update(
     dict(
@@ -101,7 +103,7 @@ def _salt(c: ml_collections.ConfigDict) -> None:
   for name, steps, masks in (
     ('pixel_teacher', 3000, 'causal:0.5'),
     ('latent_student', 2000, 'short:24/32'),
-    ('latent_student_2', 2000, 'short:24/32'),  # not run, unless asked for
+    ('latent_student_2', 2000, 'short:24/32'),  # not run by default
   ):
     section = c.method[name]
     section.steps = steps
@@ -117,14 +119,14 @@ def _salt(c: ml_collections.ConfigDict) -> None:
 
 
 def _layerlock(c: ml_collections.ConfigDict) -> None:
-  """Half of the run on pixels, then three locks.
+  """Sets the LayerLock keys: half of the run on pixels, then three locks.
 
-  The mask is causal, as for SALT's teacher and for the same reason: under
-  random masks (85 % hidden) the probe stood at 15 % after as many steps, random
-  initialisation at 18 % and this encoder at 60 %. Pixels are centred: left in
-  [0, 1], as in 4DS, the same steps learned nothing (loss .99 of 1). Its blocks
-  do not come to rest in the order of depth, as those of large models are said
-  to (`drift.png` of seed 0): all slow down with the learning rate.
+  The mask is causal, for the same reason as for SALT's teacher. Probe accuracy
+  after as many steps: 15 % with random masks (mask_ratio .85), 18 % at random
+  initialisation, 60 % with the causal mask. Pixels are centred: with pixels in
+  [0, 1], as in 4DS, the same steps learned nothing (loss .99 of 1). The blocks
+  do not converge in the order of depth, as reported for large models
+  (`drift.png` of seed 0): all slow down with the learning rate.
   """
   m = c.method
   m.vit.update(dict(patch=(2, 8, 8), init='videomae', dtype='float32'))
@@ -141,12 +143,15 @@ def _layerlock(c: ml_collections.ConfigDict) -> None:
 def _own_teachers(
   c: ml_collections.ConfigDict, depth: int, **steps: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Has the run train its teachers first; returns their shape and their head's.
+  """Sets the keys of teachers that the run trains in its first phases.
 
   Args:
     c: the demo's config.
-    depth: blocks of a teacher.
-    **steps: teacher -> its steps.
+    depth: number of blocks of a teacher.
+    **steps: teacher -> number of steps.
+
+  Returns:
+    The keys of the teachers' encoders and of their decoders.
   """
   m = c.method
   m.vit.update(dict(patch=(2, 8, 8), dtype='float32'))
@@ -163,13 +168,12 @@ def _own_teachers(
 
 
 def _pmd(c: ml_collections.ConfigDict) -> None:
-  """Two teachers from nothing, then four phases of rising mask ratio.
+  """Sets the PMD keys: two teachers from scratch, then four rising mask ratios.
 
-  The video teacher's mask is causal, as for SALT's and for the same reason;
-  the image teacher sees single frames and can know nothing of motion. A
-  picture has 16 positions here: the ratios show 8, 6, 4 and 2 of them, where
-  the published ones would show 4, 4, 3 and 2. Memory is looked at once an
-  epoch.
+  The video teacher's mask is causal, for the same reason as SALT's. The image
+  teacher sees single frames and cannot learn motion. A frame has 16 positions
+  here: 8, 6, 4 and 2 of them are visible, where the published ratios would give
+  4, 4, 3 and 2. The window of the example memory is one epoch.
   """
   m = c.method
   shape, head = _own_teachers(c, depth=3, image=500, video=3000)
@@ -184,16 +188,16 @@ def _pmd(c: ml_collections.ConfigDict) -> None:
 
 
 def _kdhiera(c: ml_collections.ConfigDict) -> None:
-  """Two teachers from nothing, then a Hiera that follows all their layers.
+  """Sets the KDHiera keys: two teachers from scratch, then a Hiera student.
 
-  The teachers are PMD's but for one block more, so that each of the four
-  stages has a layer to follow. A unit is 16 pixels, as a picture has 32: the
-  convolution has a stride of 2 where it would have 4, and sees 3 pixels
-  instead of 7. Of the four units of a time step two are visible; an image
-  teacher of so few steps attends to all alike, which the run's log says. It
-  can be too short: with 1,200 steps of the video teacher (its probe at 30 %)
-  and 250 of the student every cosine stands above .94, which is what all
-  tokens of a clip have in common, and the student's probe at 11 %.
+  The teachers are PMD's with one more block, so that each of the four stages
+  has a target layer. A unit is 16 pixels, because a frame has 32: the
+  convolution has a stride of 2 instead of 4 and a kernel of 3 pixels instead of
+  7. Two of the four units of a time step are visible. An image teacher of so
+  few steps attends to all units equally, which the run logs. Fewer steps are
+  too few: with 1,200 for the video teacher (its probe at 30 %) and 250 for the
+  student, every cosine is above .94, which is the part that all tokens of a
+  clip share, and the student's probe is at 11 %.
   """
   m = c.method
   _own_teachers(c, depth=4, image=300, video=3000)
@@ -206,36 +210,17 @@ def _kdhiera(c: ml_collections.ConfigDict) -> None:
   c.optim.warmup = 100
 
 
-def unused(config: ml_collections.ConfigDict) -> dict[str, str]:
-  """Returns patterns of keys that the demo does not read, and remedies."""
-  own = (
-    'the demo writes its own videos. For yours take a page such as '
-    'configs/salt_single_gpu.py with --config.data.source'
-  )
-  names = ('source', 'where', 'path_column', 'label_column', 'split', 'classes')
-  read = {f.name for f in dataclasses.fields(probe.Settings)} | {'batch_size'}
-  linear = 'the demo measures with linear probes and nearest neighbours alone'
-  return {
-    **{f'data.{name}': own for name in (*names, 'examples', 'weights')},
-    **{f'probe.{n}': linear for n in config.probe if n not in read},
-    **unused_keys.of_data(config.data, config.data.repeats, tested=False),
-    **unused_keys.one_head(config.probe),
-    'encoder': 'the demo measures the encoder that it trains',
-    'finetune.*': 'the demo fine-tunes nothing',
-  }
-
-
 def run(
   config: ml_collections.ConfigDict, back: rewind.Rewind | None = None
 ) -> int:
-  """Writes the videos, trains, probes, prints; returns the exit status.
+  """Writes the videos, pretrains, probes and prints; returns the exit status.
 
   Args:
-    config: the demo's.
-    back: see `trainer.train`.
+    config: the demo's config.
+    back: see `loop.train`.
 
   Raises:
-    ValueError: a page names other videos.
+    ValueError: `data.source` names other videos.
   """
   workdir = pathlib.Path(config.workdir)
   videos = workdir / 'videos'
@@ -249,10 +234,10 @@ def run(
     print(f'writing {sum(CLIPS.values())} videos to {videos}', flush=True)
     synthetic.write(videos, clips=CLIPS, seed=config.seed, **SCENE)
   config.data.source = str(videos / 'pretrain')
-  status = trainer.train(config, back)
+  status = loop.train(config, back, defaults=config_lib.defaults(config))
   if status:
     return status
-  drift.save_in(config.workdir)
+  weight_drift.save_in(config.workdir)
   mask_pictures.save_in(config.workdir)
   report = measure(config, videos)
   (workdir / 'demo.json').write_text(json.dumps(report, indent=1))
@@ -263,47 +248,53 @@ def run(
 def measure(
   config: ml_collections.ConfigDict, videos: pathlib.Path
 ) -> dict[str, Any]:
-  """Returns probe accuracies of the encoders and of the baselines.
+  """Evaluates the run's encoders and the baselines with probes.
 
   Args:
-    config: the demo's, finished.
+    config: config of the finished run.
     videos: folder with the labelled `train` and `test` videos.
+
+  Returns:
+    A JSON-compatible report: accuracies by encoder, chance, number of clips,
+    provenance.
   """
-  parts = encoders.parts(config.workdir)
-  trained = {name: encoders.load(f'{config.workdir}@{name}') for name in parts}
-  last = [name for name in parts if '/' not in name][-1]
-  encode = {
+  parts = encoder_lib.parts(config.workdir)
+  trained = {
+    name: encoder_lib.load(f'{config.workdir}@{name}') for name in parts
+  }
+  last_phase = [name for name in parts if '/' not in name][-1]
+  encoders = {
     **{
       f'{name} ({"average" if "/" in name else "trained"})': encoder
       for name, encoder in trained.items()
     },
-    f'{last} at random initialisation': encoders.random(
-      trained[last], config.seed
+    f'{last_phase} at random initialisation': encoder_lib.random(
+      trained[last_phase], config.seed
     ),
     'raw pixels': features.pixels,
     'motion energy': features.motion_energy,
     'a single frame': features.middle_frame,
   }
-  loaded = {
+  batches = {
     split: _clips(config, videos / split) for split in ('train', 'test')
   }
   classes = len(synthetic.MOTIONS)
-  fields = [f.name for f in dataclasses.fields(probe.Settings)]
-  settings = probe.Settings(**{n: config.probe[n] for n in fields})
+  fields = [f.name for f in dataclasses.fields(train_heads.Settings)]
+  settings = train_heads.Settings(**{n: config.probe[n] for n in fields})
   rows = {}
-  for name, one in encode.items():
+  for name, encoder_fn in encoders.items():
     train, test = (
-      features.table(one, loaded[split], pool=True)
+      features.table(encoder_fn, batches[split], pool=True)
       for split in ('train', 'test')
     )
-    found = linear.fit(
+    results = linear.fit(
       train,
       test,
       classes=classes,
       settings=settings,
       batch_size=config.probe.batch_size,
     )
-    rows[name] = found.summary()['selected']
+    rows[name] = results.summary()['selected']
     rows[name]['knn'] = knn.accuracy(
       train.tokens[:, 0], train.label, test.tokens[:, 0], test.label
     )
@@ -312,20 +303,20 @@ def measure(
     'chance': 1 / classes,
     'test_clips': CLIPS['test'],
     'probe_clips': CLIPS['train'],
-    'provenance': provenance.describe(config_lib.to_json(config)),
+    'provenance': provenance.describe(config_io.to_json(config)),
   }
 
 
 def _clips(
   config: ml_collections.ConfigDict, folder: pathlib.Path
 ) -> list[dict[str, np.ndarray]]:
-  """Reads all labelled clips of a folder once."""
+  """Loads all labelled clips of a folder once."""
   data = config.data.to_dict() | {'source': str(folder)}
   return list(pipeline.evaluation(data, batch_size=100))
 
 
 def summary(report: dict[str, Any], config: ml_collections.ConfigDict) -> str:
-  """Returns the last lines of the demo."""
+  """Formats the results and the commands to continue with."""
   lines = [
     '',
     f'Which of {round(1 / report["chance"])} motions? Accuracy on '

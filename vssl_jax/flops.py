@@ -1,9 +1,9 @@
-"""Matrix FLOPs of a model, by closed form.
+"""FLOPs of matrix products and activation memory of a model, in closed form.
 
 Conventions: 2 FLOPs per multiply-add; matrix products only; full attention;
-backward = 2x the forward of what is trained; rematerialisation not counted.
-The compiler's own count differs by elementwise work, and counts the body of a
-loop once, so it is compared with unrolled blocks only.
+backward = 2x the forward of the trained part; rematerialisation not counted.
+The compiler's count includes elementwise work and counts the body of a loop
+once, so compare it with unrolled blocks only.
 """
 
 import math
@@ -11,24 +11,19 @@ from collections.abc import Iterable
 
 import flax.linen as nn
 
-from vssl_jax.models import (
-  decoder,
-  framewise,
-  hiera,
-  hiera_cost,
-  hiera_mae,
-  layers,
-  predictor,
-  vit,
-)
+from vssl_jax.masks import tubelets
+from vssl_jax.models import decoder, framewise, predictor, vit
+from vssl_jax.models.hiera import cost
+from vssl_jax.models.hiera import decoder as hiera_decoder
+from vssl_jax.models.hiera import encoder as encoder_lib
 
-Head = predictor.Predictor | decoder.VideoMaeDecoder | hiera_mae.Decoder
+Head = predictor.Predictor | decoder.VideoMaeDecoder | hiera_decoder.Decoder
 FRAMEWISE = framewise.Framewise | framewise.FramewiseDecoder
 
 
 def forward(
   module: nn.Module,
-  grid: layers.Grid,
+  grid: tubelets.Grid,
   tokens: int | tuple[int, int] | None = None,
   in_width: int | None = None,
   depth: int | None = None,
@@ -38,13 +33,15 @@ def forward(
   Args:
     module: an encoder, predictor or decoder.
     grid: tokens of the whole clip along (time, height, width).
-    tokens: for an encoder the visible tokens (None for all), of Hiera those
-      of the last stage; for a predictor or decoder (visible, masked).
+    tokens: for an encoder the number of visible tokens (None for all), for
+      Hiera counted at the last stage; for a predictor or decoder the numbers
+      (visible, masked).
     in_width: width of the tokens that enter a predictor or decoder.
-    depth: blocks of an encoder that run; None for all that encode.
+    depth: number of encoder blocks to run; None for `encoder_depth`.
 
   Raises:
-    TypeError: another kind of module, or a predictor without its counts.
+    TypeError: the type of the module is not supported, or `tokens` or
+      `in_width` of a predictor or decoder is missing.
   """
   if isinstance(module, FRAMEWISE):
     inner, share = _of_one_frame(module, grid, tokens)
@@ -54,11 +51,11 @@ def forward(
     n = math.prod(grid) if tokens is None else tokens
     depth = module.encoder_depth if depth is None else depth
     return embedding(module, n) + depth * block(module, n)
-  if isinstance(module, hiera.Hiera):
+  if isinstance(module, encoder_lib.Hiera):
     n = math.prod(grid) if tokens is None else tokens
-    count = hiera_cost.units(module, n)
-    return hiera_cost.embedding(module, count) + sum(
-      hiera_cost.block(step, count) for step in module.plan()[:depth]
+    count = cost.units(module, n)
+    return cost.embedding(module, count) + sum(
+      cost.block(step, count) for step in module.plan()[:depth]
     )
   if isinstance(module, Head):
     if not isinstance(tokens, tuple) or in_width is None:
@@ -68,8 +65,8 @@ def forward(
       )
     visible, masked = tokens
     ends = 2.0 * (visible * in_width + masked * module.out_width) * module.width
-    if isinstance(module, hiera_mae.Decoder):
-      ends += hiera_cost.fusion(visible, in_width)
+    if isinstance(module, hiera_decoder.Decoder):
+      ends += cost.fusion(visible, in_width)
     return ends + module.depth * block(module, visible + masked)
   raise TypeError(
     f'no FLOP count for {type(module).__name__}; known are Vit, Hiera, '
@@ -80,10 +77,10 @@ def forward(
 
 def _of_one_frame(
   module: framewise.Framewise | framewise.FramewiseDecoder,
-  grid: layers.Grid,
+  grid: tubelets.Grid,
   tokens: int | tuple[int, int] | None,
 ) -> tuple[nn.Module, int | tuple[int, int] | None]:
-  """Returns the model of images and its share of a clip's tokens."""
+  """Returns the image model and its tokens per frame."""
   if isinstance(module, framewise.Framewise):
     return module.image, None if tokens is None else tokens // grid[0]
   if tokens is not None:
@@ -93,16 +90,17 @@ def _of_one_frame(
 
 def train(
   module: nn.Module,
-  grid: layers.Grid,
+  grid: tubelets.Grid,
   tokens: int | tuple[int, int] | None = None,
   in_width: int | None = None,
   frozen: int = 0,
 ) -> float:
   """Returns the FLOPs of one clip's forward and backward pass.
 
-  Three times the forward pass, but for the gradient of the pixels, which
-  nobody needs, and for the embedding and the first `frozen` blocks of an
-  encoder that is frozen so far. Other arguments and errors as in `forward`.
+  This is three times the forward pass, without the gradient of the pixels,
+  which is not computed. If the first `frozen` blocks of an encoder are frozen,
+  they and the embedding have no backward pass. Other arguments and errors as
+  in `forward`.
   """
   if isinstance(module, FRAMEWISE):
     inner, share = _of_one_frame(module, grid, tokens)
@@ -112,52 +110,52 @@ def train(
     n = math.prod(grid) if tokens is None else tokens
     total -= embedding(module, n) * (2 if frozen else 1)
     total -= 2 * frozen * block(module, n)
-  if isinstance(module, hiera.Hiera):
+  if isinstance(module, encoder_lib.Hiera):
     n = math.prod(grid) if tokens is None else tokens
-    count = hiera_cost.units(module, n)
-    total -= hiera_cost.embedding(module, count) * (2 if frozen else 1)
-    total -= 2 * sum(
-      hiera_cost.block(step, count) for step in module.plan()[:frozen]
-    )
+    count = cost.units(module, n)
+    total -= cost.embedding(module, count) * (2 if frozen else 1)
+    total -= 2 * sum(cost.block(step, count) for step in module.plan()[:frozen])
   return total
 
 
 def activations(
   module: nn.Module, tokens: int, count: int | None = None
 ) -> float:
-  """Returns an estimate of the bytes that one clip's backward pass keeps.
+  """Estimates the bytes of activations stored for one clip's backward pass.
 
-  Per token and block, in the activations' type: two norms' inputs and
-  outputs, q, k, v and attention's output (8 D) and two MLP-wide arrays; with
-  rematerialisation `dots` 6 D + one of those, with `full` the block's input
-  alone, and one block at a time in whole. The weights of attention are not
-  counted: fused attention does not keep them, unfused attention adds
-  heads x tokens^2 values of 4 bytes.
+  Values per token and block, in the activations' dtype: 8 D (inputs and outputs
+  of two norms; q, k, v; the output of attention) and two arrays of MLP width.
+  Rematerialisation `dots` stores 6 D and one array of MLP width, `full` only
+  the block's input; both store the values of one block at a time in full.
+  Attention weights are not counted: fused attention does not store them,
+  unfused attention adds heads x tokens^2 values of 4 bytes.
 
   Args:
     module: an encoder, predictor or decoder.
-    tokens: that go through its blocks.
-    count: blocks that the backward pass goes through; None for all.
+    tokens: number of tokens in its blocks.
+    count: number of blocks in the backward pass; None for all.
   """
   if isinstance(module, FRAMEWISE):
     inner, _ = _of_one_frame(module, (1, 1, 1), None)
     return activations(inner, tokens, count)
   count = module.depth if count is None else count
   size = 2 if module.dtype == 'bfloat16' else 4
-  if isinstance(module, hiera.Hiera):
+  if isinstance(module, encoder_lib.Hiera):
     steps = module.plan()[module.depth - count :]
-    both = [hiera_cost.kept(step, module.remat) for step in steps]
-    more = max((whole - part for whole, part in both), default=0)
-    total = sum(part for _, part in both) + more
-    return float(size * hiera_cost.units(module, tokens) * total)
+    sizes = [cost.kept(step, module.remat) for step in steps]
+    extra = max(
+      (full - stored_values for full, stored_values in sizes), default=0
+    )
+    total = sum(stored_values for _, stored_values in sizes) + extra
+    return float(size * cost.units(module, tokens) * total)
   mlp = module.mlp_width or 4 * module.width
-  whole = 8 * module.width + 2 * mlp
-  kept = {
-    'none': whole,
+  full = 8 * module.width + 2 * mlp
+  stored = {
+    'none': full,
     'dots': 6 * module.width + mlp,
     'full': module.width,
   }[module.remat]
-  return float(size * tokens * (count * kept + whole - kept))
+  return float(size * tokens * (count * stored + full - stored))
 
 
 def embedding(encoder: vit.Vit, tokens: int) -> float:
@@ -170,13 +168,14 @@ def rule_of_six(
   trained: Iterable[tuple[float | int, float | int]],
   frozen: Iterable[tuple[float | int, float | int]] = (),
 ) -> float:
-  """Returns the FLOPs of the papers' rule, 6ND trained and 2ND frozen.
+  """Returns FLOPs by the rule of the papers: 6ND trained, 2ND frozen.
 
-  It counts parameters and not attention, and is printed beside the true count.
+  The rule counts parameters and ignores attention. It is printed beside the
+  count of matrix products.
 
   Args:
-    trained: (parameters, tokens) of each network that is trained.
-    frozen: the same for networks that only run forward.
+    trained: (parameters, tokens) of each trained network.
+    frozen: (parameters, tokens) of each network that only runs forward.
 
   Source: SALT, arXiv 2509.24317, FLOPs accounting.
   """
@@ -188,10 +187,10 @@ def rule_of_six(
 def block(module: vit.Vit | Head, tokens: int) -> float:
   """Returns the forward FLOPs of one block over `tokens`.
 
-  A class token and registers, where there are any, come on top of them.
+  A class token and registers, if any, are counted in addition.
   """
   tokens += getattr(module, 'prefix', 0)
   width, mlp = module.width, module.mlp_width or 4 * module.width
-  layers_of_mlp = 3 if getattr(module, 'mlp', 'gelu') == 'swiglu' else 2
-  weights = 4 * width**2 + layers_of_mlp * width * mlp
+  mlp_layers = 3 if getattr(module, 'mlp', 'gelu') == 'swiglu' else 2
+  weights = 4 * width**2 + mlp_layers * width * mlp
   return 2.0 * (tokens * weights + 2 * tokens**2 * width)

@@ -1,6 +1,6 @@
-"""Distances, pixel targets and normalisations that losses are made of.
+"""Parts of losses: distances, pixel targets and target normalisations.
 
-Everything is float32 whatever the models compute in.
+All of them compute in float32, whatever the dtype of the models.
 """
 
 from collections.abc import Callable, Mapping
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vssl_jax.models import layers
+from vssl_jax.masks import tubelets
 
 Distance = Callable[[Array, Array], Float[Array, '']]
 
@@ -16,21 +16,36 @@ Distance = Callable[[Array, Array], Float[Array, '']]
 def l1(
   prediction: Float[Array, '*shape'], target: Float[Array, '*shape']
 ) -> Float[Array, '']:
-  """Returns the mean absolute difference (SALT Eq. 2.1; V-JEPA)."""
+  """Returns the mean absolute difference (SALT Eq. 2.1; V-JEPA).
+
+  Example:
+    >>> float(l1(jnp.array([1.0, 4.0]), jnp.array([0.0, 2.0])))
+    1.5
+  """
   return jnp.mean(jnp.abs(_difference(prediction, target)))
 
 
 def mse(
   prediction: Float[Array, '*shape'], target: Float[Array, '*shape']
 ) -> Float[Array, '']:
-  """Returns the mean squared difference (VideoMAE)."""
+  """Returns the mean squared difference (VideoMAE).
+
+  Example:
+    >>> float(mse(jnp.array([1.0, 4.0]), jnp.array([0.0, 2.0])))
+    2.5
+  """
   return jnp.mean(jnp.square(_difference(prediction, target)))
 
 
 def smooth_l1(
   prediction: Float[Array, '*shape'], target: Float[Array, '*shape']
 ) -> Float[Array, '']:
-  """Returns the mean of d^2/2 where |d| < 1 and of |d| - 1/2 elsewhere."""
+  """Returns the mean of d^2/2 where |d| < 1 and of |d| - 1/2 elsewhere.
+
+  Example:
+    >>> float(smooth_l1(jnp.array([0.5, 4.0]), jnp.array([0.0, 2.0])))
+    0.8125
+  """
   return jnp.mean(_smooth(_difference(prediction, target)))
 
 
@@ -42,15 +57,20 @@ def _smooth(difference: Array) -> Array:
 def per_token(
   prediction: Float[Array, 'B K D'], target: Float[Array, 'B K D'], kind: str
 ) -> Float[Array, 'B K']:
-  """Returns the distance of each token, the mean over its channels.
+  """Returns the distance of each token, averaged over its channels.
 
   Args:
-    prediction: features.
-    target: what they should be.
+    prediction: predicted features.
+    target: target features.
     kind: `mse` or `smooth_l1`.
 
   Raises:
-    ValueError: another kind.
+    ValueError: `kind` is unknown.
+
+  Example:
+    >>> x, y = jnp.ones((1, 2, 4)), jnp.zeros((1, 2, 4))
+    >>> per_token(x, y, 'mse').tolist()
+    [[1.0, 1.0]]
   """
   if kind not in TOKEN_DISTANCES:
     raise ValueError(
@@ -69,8 +89,14 @@ def cosine(
 ) -> Float[Array, 'B K']:
   """Returns the cosine of the angle between each token and its target.
 
-  2 - 2 cosine is the squared distance of both at length 1 (UMT, arXiv
-  2303.16058).
+  2 - 2 * cosine is the squared distance between the two tokens, each scaled
+  to length 1 (UMT, arXiv 2303.16058).
+
+  Example:
+    >>> x = jnp.array([[[3.0, 0.0], [0.0, 2.0]]])
+    >>> y = jnp.array([[[1.0, 0.0], [0.0, -1.0]]])
+    >>> cosine(x, y).tolist()
+    [[1.0, -1.0]]
   """
   return jnp.sum(_unit_length(prediction) * _unit_length(target), axis=-1)
 
@@ -84,11 +110,15 @@ def _unit_length(x: Array) -> Array:
 def layer_norm0(
   x: Float[Array, '*batch D'], eps: float = 1e-6
 ) -> Float[Array, '*batch D']:
-  """Returns tokens with mean 0 and variance 1, without parameters.
+  """Applies a layer norm without parameters: mean 0, variance 1 per token.
 
   Args:
     x: features; the last axis is normalised, its variance has divisor D.
     eps: added to the variance.
+
+  Example:
+    >>> layer_norm0(jnp.array([1.0, 3.0]), eps=0.0).tolist()
+    [-1.0, 1.0]
   """
   x = x.astype(jnp.float32)
   x = x - jnp.mean(x, axis=-1, keepdims=True)
@@ -101,15 +131,19 @@ def patchify(
   """Returns the pixels of each patch of a clip.
 
   Args:
-    video: clip; every side is a multiple of the patch's.
+    video: clip; each side is a multiple of the patch's side.
     patch: (frames, rows, columns) of a patch.
 
   Returns:
     Patches in raster order, time first; the P = pt * py * px pixels of a
     patch in the same order.
+
+  Example:
+    >>> patchify(jnp.zeros((2, 4, 32, 32, 3)), (2, 16, 16)).shape
+    (2, 8, 512, 3)
   """
-  rows = layers.patchify(video, patch)
-  return rows.reshape(*rows.shape[:2], -1, video.shape[-1])
+  patches = tubelets.patchify(video, patch)
+  return patches.reshape(*patches.shape[:2], -1, video.shape[-1])
 
 
 def pixel_targets(
@@ -117,20 +151,26 @@ def pixel_targets(
   patch: tuple[int, int, int],
   kind: str = 'patch_channel',
 ) -> Float[Array, 'B N PC']:
-  """Returns what a pixel decoder has to predict.
+  """Returns the targets of a pixel decoder.
 
   Args:
-    video: clip in [0, 1], before mean and standard deviation of the data set.
+    video: clip in [0, 1], not normalised by the mean and standard deviation
+      of the data set.
     patch: (frames, rows, columns) of a patch.
     kind: `patch_channel` normalises each colour channel of each patch
       (VideoMAE), `patch` all values of a patch together (MAE), `none` leaves
-      the pixels alone.
+      the pixels unchanged.
 
   Returns:
     Targets per patch, channels innermost.
 
   Raises:
-    ValueError: unknown kind, or patches of a single value.
+    ValueError: `kind` is unknown, or a patch has a single value.
+
+  Example:
+    >>> video = jnp.arange(8.0).reshape(1, 1, 2, 4, 1)
+    >>> pixel_targets(video, (1, 2, 2), kind='none').tolist()
+    [[[0.0, 1.0, 4.0, 5.0], [2.0, 3.0, 6.0, 7.0]]]
   """
   if kind not in PIXEL_NORMS:
     raise ValueError(
@@ -148,7 +188,8 @@ def pixel_targets(
 
 
 def _normalise_channels(x: Float[Array, 'B N P C']) -> Float[Array, 'B N P C']:
-  # eps outside the root, as published; both codes divide by P - 1.
+  # eps is added outside the root, as published. Both released codes divide
+  # by P - 1.
   x = x - jnp.mean(x, axis=2, keepdims=True)
   variance = jnp.sum(jnp.square(x), axis=2, keepdims=True) / (x.shape[2] - 1)
   return x / (jnp.sqrt(variance) + 1e-6)
@@ -161,14 +202,14 @@ def _normalise_patches(x: Float[Array, 'B N P C']) -> Float[Array, 'B N P C']:
   return x / jnp.sqrt(variance + 1e-6)
 
 
-# What the knob `pixel_norm` may say.
+# Values of the option `pixel_norm`.
 PIXEL_NORMS: Mapping[str, Callable[[Array], Array]] = {
   'patch_channel': _normalise_channels,
   'patch': _normalise_patches,
   'none': lambda x: x,
 }
 
-# What the knobs `pixel_loss` and `latent_loss` may say.
+# Values of the options `pixel_loss` and `latent_loss`.
 DISTANCES: Mapping[str, Distance] = {
   'l1': l1,
   'l2': mse,
@@ -176,13 +217,13 @@ DISTANCES: Mapping[str, Distance] = {
   'smooth_l1': smooth_l1,
 }
 
-# What the knob `feature_loss` may say.
+# Values of the option `feature_loss`.
 TOKEN_DISTANCES: Mapping[str, Callable[[Array], Array]] = {
   'mse': jnp.square,
   'smooth_l1': _smooth,
 }
 
-# What the knob `target_norm` may say.
+# Values of the option `target_norm`.
 TARGET_NORMS: Mapping[str, Callable[[Array], Array]] = {
   'ln': layer_norm0,
   'none': lambda x: x.astype(jnp.float32),

@@ -1,4 +1,4 @@
-"""The one entry for every job: flags -> config -> job.
+"""Command-line entry point of all jobs: flags -> config -> job.
 
     python -m vssl_jax.main                                  the demo
     python -m vssl_jax.main --config=configs/salt.py:L --config.data.source=...
@@ -7,8 +7,8 @@
     python -m vssl_jax.main --config=configs/salt.py:L --replay
     python -m vssl_jax.main --config=configs/layerlock_single_gpu.py --suggest
 
-Short on purpose: what a job does is importable, so that a notebook can call
-it.
+This file is short on purpose: jobs are importable functions, so that a notebook
+can call them.
 """
 
 import argparse
@@ -19,69 +19,54 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from vssl_jax.utils import interrupts
+
+if __name__ == '__main__':
+  interrupts.leave_at_once()  # the imports below take seconds
+
 import jax
 import ml_collections
 from absl import logging
 
-from vssl_jax import cluster, demo
 from vssl_jax import config as config_lib
-from vssl_jax import flags as flags_lib
-from vssl_jax.evals import (
-  depth,
-  finetune,
-  finetune_start,
-  memory,
-  plans,
-  unused,
-)
-from vssl_jax.evals import run as evaluation
-from vssl_jax.show import drift, masks
-from vssl_jax.train import (
-  plan,
-  precompile,
-  replay,
-  rewind,
-  suggest,
-  trainer,
-  workdir,
-)
+from vssl_jax import demo
+from vssl_jax.checkpoint import workdir
+from vssl_jax.evals import feature_memory
+from vssl_jax.evals.depth import job as depth_job
+from vssl_jax.evals.finetune import job as finetune_job
+from vssl_jax.evals.probe import job as evaluation
+from vssl_jax.planning import evaluations, report, suggest_locks
+from vssl_jax.train import compile_ahead, loop, replay, rewind
+from vssl_jax.utils import config_io, distributed
+from vssl_jax.utils import flags as flags_lib
+from vssl_jax.visualize import mask_pictures, weight_drift
 
 
 def _train(config: ml_collections.ConfigDict, **kwargs: Any) -> int:
-  """Pretrains; if it came to its end, draws masks and how layers moved."""
-  status = suggest.train(config, **kwargs)
+  """Pretrains; if complete, saves pictures of masks and of weight drift."""
+  status = suggest_locks.train(
+    config, defaults=config_lib.defaults(config), **kwargs
+  )
   if not status:
-    drift.save_in(config.workdir)
-    masks.save_in(config.workdir)
+    weight_drift.save_in(config.workdir)
+    mask_pictures.save_in(config.workdir)
   return status
+
+
+def _finetune(config: ml_collections.ConfigDict) -> int:
+  """Fine-tunes an encoder."""
+  return finetune_job.run(config, config_lib.defaults(config))
 
 
 Job = Callable[..., int]
 JOBS: dict[str, Job] = {
   'train': _train,
   'probe': evaluation.run,
-  'depth': depth.run,
-  'finetune': finetune.run,
+  'depth': depth_job.run,
+  'finetune': _finetune,
   'demo': demo.run,
 }
-TRAIN_UNUSED = {
-  'encoder': 'to start from weights, set the key init_from of a phase in '
-  'config.method',
-  'probe.*': 'it is of the jobs probe and depth (configs/probe_*.py)',
-  'finetune.*': 'it is of the job finetune (configs/finetune_*.py)',
-}
-# Job -> config -> patterns of keys that the job does not read, and remedies.
-UNUSED: dict[str, Callable[[ml_collections.ConfigDict], dict[str, str]]] = {
-  'train': lambda config: (
-    TRAIN_UNUSED
-    | unused.of_data(config.data, config.data.repeats, tested=False)
-  ),
-  'probe': unused.probe,
-  'depth': unused.depth,
-  'finetune': finetune_start.unused,
-  'demo': demo.unused,
-}
-# Job -> what to change where memory is short.
+# Job -> keys to change if memory runs out.
 SMALLER = {
   'train': 'a smaller --config.batch_size, or a larger '
   '--config.optim.accumulate; --plan shows what fits',
@@ -93,11 +78,11 @@ SMALLER = {
 SMALLER |= {'depth': SMALLER['probe'], 'demo': SMALLER['train']}
 Plan = Callable[[ml_collections.ConfigDict, str], str]
 PLANS: dict[str, Plan] = {
-  'train': plan.describe,
-  'probe': plans.probe,
-  'depth': plans.depth,
-  'finetune': finetune.plan,
-  'demo': plan.describe,
+  'train': report.describe,
+  'probe': evaluations.probe,
+  'depth': evaluations.depth,
+  'finetune': evaluations.finetune,
+  'demo': report.describe,
 }
 
 
@@ -105,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs one job and returns its exit status.
 
   Args:
-    argv: flags without the program's name; those of the process when None.
+    argv: command line without the program's name; None: `sys.argv[1:]`.
   """
   logging.set_verbosity(logging.WARNING)
   _print_log()
@@ -116,60 +101,55 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.plan:
       print(PLANS[config.job](config, args.plan))
       return 0
-    cluster.join(os.environ)
+    distributed.join(os.environ)
     job = _job(config, args)
   except (OSError, ValueError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
   if jax.process_index() == 0:
     base = config_lib.default(config.method.name)
-    print(config_lib.describe(config, base), flush=True)
+    print(config_io.describe(config, base), flush=True)
   try:
-    # A replay can look at a run that goes on.
+    # A replay only reads, so it can use the folder of an active run.
     with workdir.hold(config.workdir, read_only=args.replay is not None):
       return job(config)
   except OSError as error:
-    cluster.say(workdir.describe(error))
-  except trainer.EXPECTED as error:
-    cluster.say(error)
+    distributed.print_error(workdir.describe(error))
+  except loop.EXPECTED as error:
+    distributed.print_error(error)
   except (MemoryError, jax.errors.JaxRuntimeError) as error:
-    if not memory.is_exhausted(error):
+    if not feature_memory.is_exhausted(error):
       raise
     reason = str(error).strip().partition('\n')[0]
-    cluster.say(f'out of memory ({reason}); wanted {SMALLER[config.job]}')
+    distributed.print_error(
+      f'out of memory ({reason}); wanted {SMALLER[config.job]}'
+    )
   return 1
 
 
 def resolve(
   page: str, assignments: Sequence[str], roots: tuple[str, ...] = ()
 ) -> ml_collections.ConfigDict:
-  """Returns the config of a page with the command line's values in it.
+  """Loads a config page and applies the command line.
 
   Args:
     page: `configs/x.py:variant`; '' for the demo.
-    assignments: `optim.lr=1e-3` and the like.
-    roots: further folders that pages may come from.
+    assignments: `key.sub=value`, such as `optim.lr=1e-3`.
+    roots: additional allowed folders for pages.
 
   Raises:
-    ValueError: a page, key or value that does not fit.
+    ValueError: an invalid page, key or value.
   """
   if page:
-    name, config = config_lib.load(page, roots)
-  else:
-    name, config = 'demo', demo.get_config()
-  config = config_lib.override(config, list(assignments))
-  config_lib.check(config)
-  config_lib.refuse_unused(config.job, assignments, UNUSED[config.job](config))
-  if not config.workdir:
-    config.workdir = os.path.join('runs', name)
-  return config
+    return config_lib.resolve(page, assignments, roots)
+  return config_lib.complete('demo', demo.get_config(), assignments)
 
 
 def _job(config: ml_collections.ConfigDict, args: argparse.Namespace) -> Job:
-  """Returns what to do with a config.
+  """Selects the function that runs a config, by its job and the flags.
 
   Raises:
-    ValueError: flags that do not go together.
+    ValueError: incompatible flags.
   """
   job = JOBS[config.job]
   if args.suggest:
@@ -178,7 +158,7 @@ def _job(config: ml_collections.ConfigDict, args: argparse.Namespace) -> Job:
         f'--suggest: found config.job {config.job!r}, wanted a pretraining, '
         'and no --rewind beside it'
       )
-    return suggest.show
+    return suggest_locks.show
   if args.skip is not None and args.rewind is None:
     raise ValueError('--skip: wanted --rewind=<step> beside it')
   if args.rewind is None and args.replay is None:
@@ -242,17 +222,17 @@ def flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 class _Printer(logging_lib.Handler):
-  """Prints notes of the package to stdout, and warnings to stderr."""
+  """Log handler that prints warnings to stderr and other records to stdout."""
 
   def emit(self, record: logging_lib.LogRecord) -> None:
     """Prints a record."""
     warns = record.levelno >= logging_lib.WARNING
-    out = sys.stderr if warns else sys.stdout
-    print(self.format(record), file=out, flush=True)
+    stream = sys.stderr if warns else sys.stdout
+    print(self.format(record), file=stream, flush=True)
 
 
 def _print_log() -> None:
-  """Prints what the package logs, such as which weights were loaded."""
+  """Prints the log of the package, such as which weights were loaded."""
   logger = logging_lib.getLogger('vssl_jax')
   if not any(isinstance(x, _Printer) for x in logger.handlers):
     logger.addHandler(_Printer())
@@ -260,7 +240,7 @@ def _print_log() -> None:
 
 
 def _keep_compiled_programs() -> None:
-  """Keeps compiled steps between starts, unless the user has a place."""
+  """Enables the persistent compilation cache unless the user has set one."""
   if not jax.config.jax_compilation_cache_dir:
     home = os.environ.get('XDG_CACHE_HOME', os.path.expanduser('~/.cache'))
     jax.config.update(
@@ -270,10 +250,11 @@ def _keep_compiled_programs() -> None:
 
 def run() -> None:
   """Runs `main` as a program."""
+  interrupts.raise_and_leave()
   workdir.quiet_libraries()
-  # What is still compiled for a phase that will not come is not waited for.
-  orderly = 0, trainer.PREEMPTED, trainer.INTERRUPTED
-  cluster.end(main, orderly, precompile.busy)
+  # Background compilations for phases that will not run are not awaited.
+  orderly = 0, loop.PREEMPTED, loop.INTERRUPTED
+  distributed.end(main, orderly, compile_ahead.busy)
 
 
 if __name__ == '__main__':

@@ -1,10 +1,11 @@
-"""Named random streams: adding one never shifts another.
+"""Named random streams: adding a stream does not change the others.
 
-A stream is the run's key folded with a hash of the stream's name, then with
-the step, then with the example's global index (`per_example`: masks) or with
-the number of the micro-batch (`per_batch`: drop path, dropout, mixing). No draw
-depends on the mesh or on the number of hosts. Draws per example depend neither
-on the order of examples in the batch nor on `optim.accumulate`.
+The key of a stream is the run's key, folded with a hash of the stream's name
+and then with the step. `per_example` (masks) also folds in the global index of
+the example; `per_batch` (drop path, dropout, mixing) folds in the index of the
+micro-batch. No draw depends on the mesh or on the number of hosts. Draws per
+example depend neither on the order of examples in the batch nor on
+`optim.accumulate`.
 """
 
 import dataclasses
@@ -17,11 +18,11 @@ from jaxtyping import Array, Key
 
 
 def stream(key: Key[Array, ''], name: str) -> Key[Array, '']:
-  """Returns `key` folded with a hash of `name` that is stable for ever.
+  """Returns `key` folded with a hash of `name`, equal in every process.
 
   Args:
     key: a typed key (`jax.random.key`).
-    name: any text; `mask/short` and `mask/long` are unrelated streams.
+    name: any text; `mask/short` and `mask/long` are independent streams.
   """
   # crc32 and not hash(): the latter changes from one process to the next.
   return jax.random.fold_in(key, zlib.crc32(name.encode()))
@@ -35,8 +36,8 @@ class Rng:
   Attributes:
     key: typed key of the run, the same at every step.
     step: int32 scalar, may be traced.
-    micro_batch: int32 scalar, number of the micro-batch where the step
-      accumulates gradients; None where it does not.
+    micro_batch: int32 scalar, index of the micro-batch if the step
+      accumulates gradients; else None.
   """
 
   key: Key[Array, '']
@@ -48,10 +49,10 @@ class Rng:
     return jax.random.fold_in(stream(self.key, name), self.step)
 
   def per_batch(self, name: str) -> Key[Array, '']:
-    """Returns the key of what is drawn by the place of an example in a batch.
+    """Returns a key for draws that depend on the position in the batch.
 
-    Each micro-batch of a step has its own: with one key for all of them, the
-    first example of each would drop the same branches.
+    Each micro-batch of a step has its own key. With a common key, the first
+    examples of all micro-batches would drop the same branches.
     """
     key = self.stream(name)
     if self.micro_batch is None:
@@ -63,11 +64,11 @@ class Rng:
 
     Args:
       name: the stream.
-      batch: needs `index` int32 [B], the global example index, and may hold
-        `repeat` int32 [B], which tells apart several clips of one example.
+      batch: `index` int32 [B], the global example index, and optionally
+        `repeat` int32 [B], which distinguishes several clips of one example.
 
     Returns:
-      Typed keys [B] that depend on (seed, name, step, index, repeat) alone.
+      Typed keys [B] that depend only on (seed, name, step, index, repeat).
     """
     key = self.stream(name)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(batch['index'])

@@ -1,14 +1,14 @@
-"""One mesh, one rule: where parameters, rows and batches live.
+"""Device mesh, and shardings of parameters, example memory and batches.
 
 The mesh has two axes. `data` splits the batch only; `fsdp` splits the batch
 and the parameters. There is no `tensor` axis: with at most 4B parameters and
-clips of 1,568 tokens, fully sharded data parallelism has not been measured to
-need one.
+clips of 1,568 tokens, no measurement has shown that fully sharded data
+parallelism needs one.
 
-Left alone, the compiler spreads the split of a weight to what is multiplied by
-it: activations of the whole batch are then summed over all devices in every
-layer. So models say that a weight is gathered where it is used, in the type
-that it is used in; activations then stay with their clips.
+Without constraints, the compiler propagates the sharding of a weight to the
+product with it: in every layer, activations of the whole batch are then summed
+over all devices. Models therefore gather each weight where it is used
+(`gathered`), in the dtype of that use. Activations then stay split by clip.
 """
 
 import math
@@ -23,14 +23,14 @@ from jaxtyping import Array
 
 from vssl_jax import trees
 
-# Leaves under this many scalars are replicated: gathering them costs more in
-# latency than holding them costs in memory.
+# Leaves with fewer scalars are replicated: the latency of gathering them costs
+# more than the memory of full copies.
 MIN_SHARDED_SIZE = 2**14
 
-# Leaves under this name have a training example in each place of axis 0.
-EXAMPLES = 'rows/'
+# Prefix of leaves that have one entry per training example along axis 0.
+EXAMPLES = 'example_memory/'
 
-# The compiler decides where intermediate values live.
+# The compiler chooses the shardings of intermediate values.
 AUTO = (AxisType.Auto,) * 2
 
 
@@ -38,8 +38,10 @@ def make_mesh(data: int = 1, fsdp: int = -1) -> Mesh:
   """Makes the mesh with axes `data` and `fsdp` over all devices.
 
   Args:
-    data: size of the replicated data axis; -1 for what `fsdp` leaves over.
-    fsdp: size of the sharded axis; -1 for what `data` leaves over.
+    data: size of the axis that replicates parameters; -1 for the number of
+      devices divided by `fsdp`.
+    fsdp: size of the axis that shards parameters; -1 for the number of
+      devices divided by `data`.
 
   Raises:
     ValueError: the sizes do not multiply to the number of devices.
@@ -62,23 +64,27 @@ def make_mesh(data: int = 1, fsdp: int = -1) -> Mesh:
 
 
 def _connect(mesh: Mesh) -> None:
-  """Lets processes meet at once, in every group that the mesh has.
+  """Connects CPU processes early, in every device group of the mesh.
 
-  CPUs connect at the first sum over a group, and fail where one comes 30 s
-  later than another, as it may after compiling a step. Once they are
-  connected they wait for each other.
+  CPU processes connect at the first sum over a group. They fail if one of them
+  arrives 30 s after another, which can happen after a step is compiled. Once
+  connected, they wait for each other.
   """
   axes = mesh.axis_names
-  spec = PartitionSpec(*axes)
+  partition = PartitionSpec(*axes)
 
-  def meet(x: Array) -> Array:
+  def sum_over_groups(x: Array) -> Array:
     return sum(jax.lax.psum(x, group) for group in (*axes, axes))
 
-  met = jax.jit(jax.shard_map(meet, mesh=mesh, in_specs=spec, out_specs=spec))
+  jitted = jax.jit(
+    jax.shard_map(
+      sum_over_groups, mesh=mesh, in_specs=partition, out_specs=partition
+    )
+  )
   ones = np.ones(mesh.devices.shape, np.float32)
-  at = NamedSharding(mesh, spec)
+  sharding = NamedSharding(mesh, partition)
   jax.block_until_ready(
-    met(jax.make_array_from_callback(ones.shape, at, ones.__getitem__))
+    jitted(jax.make_array_from_callback(ones.shape, sharding, ones.__getitem__))
   )
 
 
@@ -98,17 +104,17 @@ def spec(
   sizes: Mapping[str, int],
   overrides: Mapping[str, tuple[str | None, ...]] | None = None,
 ) -> PartitionSpec:
-  """Returns where one leaf is split: its largest axis that `fsdp` divides.
+  """Returns the partition spec of one leaf.
 
-  The memory of training examples is split over them, by every device that
-  there is, however small it is.
+  Splits the largest axis that `fsdp` divides. The example memory is split
+  along its examples, whatever its size, see `example_axes`.
 
   Args:
-    name: the leaf, for `overrides`.
-    shape: its shape.
-    sizes: of the mesh's axes, by name.
-    overrides: regular expression of a name -> partition spec as a tuple; none
-      changes where examples live.
+    name: name of the leaf.
+    shape: shape of the leaf.
+    sizes: sizes of the mesh axes, by name.
+    overrides: regular expression for names -> partition spec as a tuple. They
+      do not apply to the example memory.
 
   Raises:
     ValueError: an override does not fit the shape.
@@ -138,7 +144,7 @@ def _check_override(
   shape: tuple[int, ...],
   sizes: Mapping[str, int],
 ) -> None:
-  """Raises where a leaf cannot be split as an override says."""
+  """Raises ValueError if an override does not fit the shape of a leaf."""
   named = [axis for axis in axes if axis]
   split = zip(shape, axes, strict=False)
   if (
@@ -156,11 +162,14 @@ def _check_override(
 
 
 def example_axes(examples: int, sizes: Mapping[str, int]) -> tuple[str, ...]:
-  """Returns the axes that split the training examples: the most that divide.
+  """Returns the mesh axes that split the example memory.
+
+  These are both axes, `fsdp` or `data`: the first choice whose number of
+  devices divides the number of examples; none if there is no such choice.
 
   Args:
-    examples: places for them.
-    sizes: of the mesh's axes, by name.
+    examples: entries of the example memory.
+    sizes: sizes of the mesh axes, by name.
   """
   for axes in (('data', 'fsdp'), ('fsdp',), ('data',)):
     if examples % math.prod(sizes[axis] for axis in axes) == 0:
@@ -175,8 +184,8 @@ def shardings(
 ) -> Any:
   """Returns a `NamedSharding` for every leaf of a tree of arrays or shapes.
 
-  The rule looks at the last names too: optimizer moments carry the name and
-  the shape of their parameter, so they land where it does.
+  Optimizer moments have the shape of their parameter, so the default rule
+  gives them the same sharding. Their names end in the name of the parameter.
   """
   sizes = mesh.shape
   return trees.map_named(
@@ -186,7 +195,7 @@ def shardings(
 
 
 def mesh_of_step() -> Any:
-  """Returns the mesh of the step that is being traced; None without one."""
+  """Returns the mesh of the step being traced, or None without such a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.size == 1 or mesh.axis_names != ('data', 'fsdp'):
     return None
@@ -195,9 +204,9 @@ def mesh_of_step() -> Any:
 
 @jax.custom_vjp
 def gathered(weight: jax.Array) -> jax.Array:
-  """Returns a weight that every device holds in full for the moment.
+  """Gathers a weight on every device for the operation that uses it.
 
-  Its gradient goes back to the devices that hold the weight.
+  The gradient is sharded like the weight.
   """
   if mesh_of_step() is None:
     return weight
@@ -212,8 +221,8 @@ def _gathered_backward(_: None, gradient: jax.Array) -> tuple[jax.Array]:
   mesh = mesh_of_step()
   if mesh is None:
     return (gradient,)
-  at = spec('', gradient.shape, mesh.shape)
-  return (jax.lax.with_sharding_constraint(gradient, at),)
+  partition = spec('', gradient.shape, mesh.shape)
+  return (jax.lax.with_sharding_constraint(gradient, partition),)
 
 
 gathered.defvjp(_gathered_forward, _gathered_backward)
@@ -222,7 +231,7 @@ gathered.defvjp(_gathered_forward, _gathered_backward)
 def dot_general(
   x: jax.Array, weight: jax.Array, *args: Any, **kwargs: Any
 ) -> jax.Array:
-  """Returns `jax.lax.dot_general` of activations and a gathered weight."""
+  """Computes `jax.lax.dot_general` of activations and a gathered weight."""
   return jax.lax.dot_general(x, gathered(weight), *args, **kwargs)
 
 
@@ -235,8 +244,8 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
   """
   split, whole = batch_sharding(mesh), replicated(mesh)
 
-  def one(x: Any) -> Any:
+  def put(x: Any) -> Any:
     x = np.asarray(x)
     return jax.make_array_from_process_local_data(split if x.ndim else whole, x)
 
-  return {name: one(x) for name, x in batch.items()}
+  return {name: put(x) for name, x in batch.items()}

@@ -1,4 +1,4 @@
-"""Trees of arrays whose leaves have names such as `encoder/block_00/norm`."""
+"""Trees of arrays with named leaves, such as `encoder/block_00/norm`."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -18,7 +18,7 @@ def name_of(path: tuple[Any, ...]) -> str:
 
 
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
-  """Returns `(name, leaf)` of every leaf, in JAX's own order."""
+  """Returns `(name, leaf)` of every leaf, in JAX's flattening order."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
   return [(name_of(path), leaf) for path, leaf in leaves]
 
@@ -48,24 +48,25 @@ def nbytes(tree: Any) -> int:
 
 
 def cast(tree: Any, dtype: Any) -> Any:
-  """Casts floating-point leaves to `dtype` and leaves the others alone."""
+  """Casts floating-point leaves to `dtype`; other leaves are unchanged."""
 
-  def one(x: Any) -> Any:
+  def cast_leaf(x: Any) -> Any:
     floating = jnp.issubdtype(x.dtype, jnp.floating)
     return x.astype(dtype) if floating else x
 
-  return jax.tree.map(one, tree)
+  return jax.tree.map(cast_leaf, tree)
 
 
 def check_finite(tree: Any, source: str) -> None:
-  """Checks that all arrays of a network hold finite real numbers.
+  """Checks that all parameters are finite floating-point numbers.
 
   Args:
-    tree: parameters, of numpy or of JAX.
-    source: where they come from, for the message.
+    tree: parameters, NumPy or JAX arrays.
+    source: origin of the parameters, for the error message.
 
   Raises:
-    ValueError: arrays with NaN or Inf, or of integers, by name.
+    ValueError: arrays contain NaN or Inf, or are of an integer type; the
+      message lists their names.
   """
   leaves = dict(named_leaves(tree))
   integers = [
@@ -90,7 +91,7 @@ def check_finite(tree: Any, source: str) -> None:
 
 
 def _finite(leaves: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns for every array whether all its numbers are finite."""
+  """Returns whether all values are finite, for each array."""
   if all(isinstance(x, np.ndarray) for x in leaves.values()):
     return {n: np.isfinite(x).all() for n, x in leaves.items()}
   return jax.jit(
@@ -107,8 +108,8 @@ def subtree(tree: Any, path: str) -> Any:
   """Returns the part of a nested dict under a slash-separated `path`.
 
   Raises:
-    KeyError: a name on the path does not exist; the message lists those that
-      do.
+    KeyError: a name on the path does not exist; the message lists the names
+      that do.
   """
   for name in filter(None, path.split('/')):
     if name not in tree:
@@ -134,15 +135,16 @@ def nest(named: Mapping[str, Any]) -> dict[str, Any]:
 def matcher(
   patterns: Iterable[str], names: Iterable[str], what: str
 ) -> Callable[[str], bool]:
-  """Returns a test for names that match one of the patterns.
+  """Returns a predicate: does a name match at least one pattern?
 
   A pattern is a regular expression that must match from the start of the
-  name. Every pattern must match something, so that a typing error is found.
+  name. Every pattern must match at least one name, which detects typing
+  errors.
 
   Args:
     patterns: regular expressions.
-    names: every name there is.
-    what: the key the patterns came from, for the message.
+    names: all names.
+    what: config key of the patterns, for the error message.
 
   Raises:
     ValueError: a pattern matches no name.
@@ -160,8 +162,12 @@ def matcher(
 def difference(found: Any, wanted: Any) -> str:
   """Describes how two trees differ in names, shapes and dtypes.
 
+  Args:
+    found: tree of arrays or shapes, such as that of a file.
+    wanted: expected tree of arrays or shapes.
+
   Returns:
-    Text of at most about 20 lines; empty where there is no difference.
+    Text of at most about 20 lines; empty if there is no difference.
   """
 
   def describe(tree: Any) -> dict[str, str]:

@@ -23,10 +23,12 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from vssl_jax import config as config_lib
-from vssl_jax import encoders, methods, sharding
+from vssl_jax import encoder, methods, sharding
+from vssl_jax.checkpoint import provenance
 from vssl_jax.data import options
-from vssl_jax.train import ahead, metrics, provenance
+from vssl_jax.train import phase_setup
 from vssl_jax.train import run as run_lib
+from vssl_jax.utils import metrics
 
 PAGES = {'G': 'configs/layerlock_2b.py', 'e': 'configs/layerlock_4b.py'}
 DEVICES, SHARE = 256, 0.4
@@ -36,8 +38,8 @@ def compile_once(config, method, span, video, mesh):
   """Returns seconds to trace and to compile, and processor seconds of both."""
   jax.clear_caches()
   start, cpu = time.perf_counter(), time.process_time()
-  shapes = ahead.outline(config, method, span, video)
-  lowered = ahead.lower(config, method, shapes, video, mesh)
+  shapes = phase_setup.build(config, method, span, video)
+  lowered = phase_setup.lower(config, method, shapes, video, mesh)
   traced = time.perf_counter()
   lowered.compile()
   return {
@@ -53,7 +55,7 @@ def measure(size, layout, locks, mesh):
   config.batch_size = 1
   config.method.layout = layout
   video = options.spec(config.data.to_dict()).shape
-  method = methods.build(config.method, video, encoders.module_of)
+  method = methods.build(config.method, video, encoder.module_of)
   spans = run_lib.spans(method)
   for share in locks:
     span = spans[round(share * (len(spans) - 1))]
@@ -69,7 +71,7 @@ def run_seconds(size):
   """Returns the seconds of the published run, and its phases."""
   _, config = config_lib.load(PAGES[size])
   video = options.spec(config.data.to_dict()).shape
-  method = methods.build(config.method, video, encoders.module_of)
+  method = methods.build(config.method, video, encoder.module_of)
   phases = method.phases()
   flops = sum(p.steps * method.cost(p, video).total for p in phases)
   peak = metrics.peak_flops(kind='TPU v5p') * DEVICES

@@ -17,10 +17,10 @@ import jax
 import numpy as np
 
 import vssl_jax
+from vssl_jax.checkpoint import provenance
 from vssl_jax.data import options, pipeline
-from vssl_jax.methods import base
+from vssl_jax.methods import phase
 from vssl_jax.models import vit
-from vssl_jax.train import provenance
 
 RANDOM = {'S': 'videomae', 'B': 'videomae', 'S vjepa': 'vjepa'}
 
@@ -28,7 +28,7 @@ RANDOM = {'S': 'videomae', 'B': 'videomae', 'S vjepa': 'vjepa'}
 def said(module, params, video, dtype):
   """Returns the last block's tokens, as a teacher of a type gives them."""
   inside = 'float32' if dtype == 'float32' else 'bfloat16'
-  teacher = base.Teacher(module.clone(dtype=inside), 'somewhere', dtype=dtype)
+  teacher = phase.Teacher(module.clone(dtype=inside), 'somewhere', dtype=dtype)
   ask = jax.jit(lambda p, v: teacher(p, v, features=True)[-1])
   return np.asarray(ask(params, video), np.float64)
 

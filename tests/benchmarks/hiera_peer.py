@@ -34,9 +34,11 @@ import optax
 import torch
 
 from tests.weights import published_hiera
-from vssl_jax import flops, losses, masking, unit_masks
-from vssl_jax.models import hiera, hiera_mae, layers
-from vssl_jax.train import provenance
+from vssl_jax import flops, losses
+from vssl_jax.checkpoint import provenance
+from vssl_jax.masks import hiera_units, sampling, tubelets
+from vssl_jax.models.hiera import decoder as decoder_lib
+from vssl_jax.models.hiera import encoder as encoder_lib
 
 WARM_UP = 2
 # Of one core that others use too, processor seconds are what can be compared.
@@ -50,13 +52,13 @@ def shape_of(size):
   """Returns channels, depths and heads; `tiny` is for trying this script."""
   if size == 'tiny':
     return dict(channels=32, depths=(1, 1, 2, 1), num_heads=1)
-  return hiera.SIZES[size]
+  return encoder_lib.SIZES[size]
 
 
 def visible(args, grid):
   """Returns the kept units of each clip, the same for both."""
   units = int(np.prod(grid))
-  kept, _ = masking.counts(units, args.mask_ratio, 'visible_floor')
+  kept, _ = sampling.counts(units, args.mask_ratio, 'visible_floor')
   rng = np.random.default_rng(0)
   rows = [rng.permutation(units)[:kept] for _ in range(args.batch)]
   return np.sort(np.stack(rows), axis=1).astype(np.int32)
@@ -65,7 +67,7 @@ def visible(args, grid):
 def ours(args, case, video):
   """Returns what runs the case once and waits for it, and its FLOPs."""
   which, what = case.split('/')
-  encoder = hiera.make(
+  encoder = encoder_lib.make(
     shape_of(args.size),
     q_pool=3 if which == 'dense' else 2,
     dtype='float32' if args.float32 else 'bfloat16',
@@ -73,8 +75,10 @@ def ours(args, case, video):
   clips, key = jnp.asarray(video), jax.random.key(0)
   params = {'encoder': jax.jit(encoder.init)(key, clips)['params']}
   grid = encoder.unit_grid(video.shape)
-  mask = masking.partition(jnp.asarray(visible(args, grid)), int(np.prod(grid)))
-  decoder = hiera_mae.Decoder(768, dtype=encoder.dtype)
+  mask = sampling.partition(
+    jnp.asarray(visible(args, grid)), int(np.prod(grid))
+  )
+  decoder = decoder_lib.Decoder(768, dtype=encoder.dtype)
 
   def forward(params, clips):
     variables = {'params': params['encoder']}
@@ -87,12 +91,12 @@ def ours(args, case, video):
     if which == 'dense':
       return jnp.mean(jnp.square(found))
     found = decoder.apply({'params': params['decoder']}, found, mask, grid)
-    at = unit_masks.expand_units(mask.masked, grid)
+    at = hiera_units.expand_units(mask.masked, grid)
     return losses.mse(
-      found, masking.gather(hiera_mae.targets(clips, encoder), at)
+      found, sampling.gather(decoder_lib.targets(clips, encoder), at)
     )
 
-  tokens = layers.grid_of(video.shape, encoder.patch)
+  tokens = tubelets.grid_of(video.shape, encoder.patch)
   seen, hidden = (4 * x.shape[1] for x in mask)
   count = None if which == 'dense' else seen
   if what == 'forward':
@@ -148,7 +152,7 @@ def theirs(args, case, video):
   mean, std = (
     torch.tensor(x, device=device).reshape(1, 3, 1, 1, 1) for x in COLOURS
   )
-  grid = hiera.make(shape).unit_grid(video.shape)
+  grid = encoder_lib.make(shape).unit_grid(video.shape)
   mask = torch.zeros(args.batch, int(np.prod(grid)), dtype=torch.bool)
   mask.scatter_(1, torch.tensor(visible(args, grid)).long(), True)
   mask = mask.to(device)
@@ -221,7 +225,9 @@ def measure(args, case, video):
 def flags():
   """Returns the command line."""
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-  parser.add_argument('--size', choices=['tiny', *hiera.SIZES], default='B')
+  parser.add_argument(
+    '--size', choices=['tiny', *encoder_lib.SIZES], default='B'
+  )
   parser.add_argument('--frames', type=int, default=16)
   parser.add_argument('--side', type=int, default=224)
   parser.add_argument('--batch', type=int, default=8)

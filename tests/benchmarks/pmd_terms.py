@@ -14,7 +14,7 @@ import json
 import pathlib
 
 from vssl_jax import config as config_lib
-from vssl_jax import sweep
+from vssl_jax.planning import phase_sweep
 
 PARTS = ('lambda_pg', 'lambda_df', 'lambda_al')
 RUNS = {
@@ -54,7 +54,7 @@ def compared(size, assignments):
         c.method[part] = 0.0
     if name == 'MVD':
       c.method.mask_ratios, c.method.steps = (0.9,), c.method.steps[:1]
-    found = sweep.entries(c, f'{name} ')
+    found = phase_sweep.entries(c, f'{name} ')
     found = [e for e in found if 'teacher' not in e.span.phase.name]
     out += found if name == 'PMD' else found[-1:]
   return out
@@ -68,7 +68,7 @@ def main():
   parser.add_argument('--out', type=pathlib.Path)
   args, rest = parser.parse_known_args()
   assignments = [x.removeprefix('--config.') for x in rest]
-  found = sweep.phases(compared(args.size, assignments), steps=args.steps)
+  found = phase_sweep.phases(compared(args.size, assignments), steps=args.steps)
   if args.out:
     args.out.write_text(json.dumps(found, indent=1) + '\n')
 

@@ -67,27 +67,27 @@ def config(seed, data, workdir):
 
 def teachers(seed, shards):
   """Returns the folder of the run that trained the teachers of a seed."""
-  from vssl_jax.train import trainer
+  from vssl_jax.train import loop
 
   folder = shards.with_name(f'{shards.name}-units-teachers-{seed}')
   c = config(seed, shards, folder)
   # The step that follows makes a run of it that has an end.
   c.method.steps, c.optim.warmup = 1, 0
-  assert trainer.train(c) == 0
+  assert loop.train(c) == 0
   return folder
 
 
 def tune(encode, data, seed, folder):
   """Returns right answers and clips of a fine-tuned Hiera's test."""
   from vssl_jax import config as config_lib
-  from vssl_jax.evals import finetune
+  from vssl_jax.evals.finetune import job
 
   _, c = config_lib.load('configs/finetune_fast.py')
   real_pmd.tuning(c, data, seed, folder)
   c.method.family = 'hiera'
   with c.unlocked():
     c.method.hiera.update(dict(**STUDENT, **SMALL))
-  return real_pmd.tuned(finetune.evaluate(c, encode))
+  return real_pmd.tuned(job.evaluate(c, encode))
 
 
 def run_cell(name, seed, data, shards):

@@ -71,15 +71,17 @@ def config(name, seed, data, workdir):
 
 def run_cell(name, seed, data, shards):
   """Trains one cell, probes it and reads depth from it."""
-  from vssl_jax import encoders, methods
+  from vssl_jax import encoder, methods
+  from vssl_jax.checkpoint import provenance
   from vssl_jax.data import options
-  from vssl_jax.show import drift
-  from vssl_jax.train import metrics, provenance, trainer
+  from vssl_jax.train import loop
+  from vssl_jax.utils import metrics
+  from vssl_jax.visualize import weight_drift
 
   start = time.time()
   with tempfile.TemporaryDirectory() as folder:
     c = config(name, seed, shards, folder)
-    assert trainer.train(c) == 0
+    assert loop.train(c) == 0
     trained = time.time()
     clip = (real_video.FRAMES, real_video.SIZE, real_video.SIZE, 3)
     method = methods.build(c.method, clip, None, options.colours_of(c.data))
@@ -89,9 +91,9 @@ def run_cell(name, seed, data, shards):
     )
     log = pathlib.Path(folder, metrics.FILE)
     health = [x for x in metrics.read(log) if 'health/feature_std' in x][-1]
-    drift.save(shards.with_name(f'drift-{name}-{seed}.png'), log)
-    looks = drift.read(log)
-    encode = encoders.load(folder)
+    weight_drift.save(shards.with_name(f'drift-{name}-{seed}.png'), log)
+    looks = weight_drift.read(log)
+    encode = encoder.load(folder)
     sets = {
       s: real_video.probe(encode, data / s, stride)
       for s, stride in real_video.SETS.items()
@@ -120,7 +122,7 @@ def run_cell(name, seed, data, shards):
 def depth(encode, data, folder):
   """Returns the figures of a frozen depth readout within one room."""
   from vssl_jax import config as config_lib
-  from vssl_jax.evals import depth as depth_lib
+  from vssl_jax.evals.depth import job as job_lib
 
   _, c = config_lib.load('configs/depth_fast.py')
   c.data.frames, c.data.stride, c.data.size = 8, 2, (64, 64)
@@ -128,7 +130,7 @@ def depth(encode, data, folder):
   c.probe.train, c.probe.train_where = (room,), SPLITS['train']
   c.probe.test, c.probe.test_where = (room,), SPLITS['test']
   c.data.isolate, c.workdir, c.probe.pictures = False, str(folder), 0
-  found = depth_lib.evaluate(c, encode)['results']
+  found = job_lib.evaluate(c, encode)['results']
   return {
     row: {k: float(found[row][k]) for k in ('abs_rel', 'delta_1')}
     for row in ('selected', 'mean')

@@ -93,14 +93,14 @@ def config(seed, data, workdir):
 
 def teachers(seed, shards):
   """Returns the folder of the run that trained the teachers of a seed."""
-  from vssl_jax.train import trainer
+  from vssl_jax.train import loop
 
   folder = shards.with_name(f'{shards.name}-teachers-{seed}')
   c = config(seed, shards, folder)
   # The step that follows makes a run of it that has an end.
   c.method.update(NONE | dict(mask_ratios=(0.5,), steps=(1,)))
   c.optim.warmup = 0
-  assert trainer.train(c) == 0
+  assert loop.train(c) == 0
   return folder
 
 
@@ -128,21 +128,21 @@ def tuned(found):
 def tune(encode, data, seed, folder):
   """Returns right answers and clips of a fine-tuned encoder's test."""
   from vssl_jax import config as config_lib
-  from vssl_jax.evals import finetune
+  from vssl_jax.evals.finetune import job
 
   _, c = config_lib.load('configs/finetune_fast.py')
   tuning(c, data, seed, folder)
   c.method.encoder.update(SHAPE)
   c.method.vit.update(dict(patch=PATCH, positions='sincos_3d_mvd'))
-  return tuned(finetune.evaluate(c, encode))
+  return tuned(job.evaluate(c, encode))
 
 
 def spent(c, folder):
   """Returns a run's FLOPs, and the last line of its log."""
-  from vssl_jax import encoders, methods
+  from vssl_jax import encoder, methods
 
   clip = (real_video.FRAMES, real_video.SIZE, real_video.SIZE, 3)
-  method = methods.build(c.method, clip, encoders.module_of)
+  method = methods.build(c.method, clip, encoder.module_of)
   flops = sum(
     method.cost(p, clip).total * p.steps * c.batch_size for p in method.phases()
   )
@@ -153,7 +153,7 @@ def spent(c, folder):
 
 def scratch(tune, seed, data):
   """Returns the line of a fine-tuning that begins at random."""
-  from vssl_jax.train import provenance
+  from vssl_jax.checkpoint import provenance
 
   with tempfile.TemporaryDirectory() as folder:
     right = tune(None, data, seed, folder)
@@ -179,17 +179,18 @@ def measured(name, c, data, made_by, tune):
     made_by: folder of the run that trained the teachers.
     tune: how it is fine-tuned; None for not.
   """
-  from vssl_jax import encoders
-  from vssl_jax.train import provenance, trainer
+  from vssl_jax import encoder
+  from vssl_jax.checkpoint import provenance
+  from vssl_jax.train import loop
 
   start = time.time()
   for teacher in ('image', 'video'):
     c.method[teacher].teacher = f'{made_by}@{teacher}_teacher'
   c.optim.warmup = STEPS // 10
-  assert trainer.train(c) == 0
+  assert loop.train(c) == 0
   seconds = time.time() - start
   flops, last = spent(c, c.workdir)
-  encode, right = encoders.load(c.workdir), None
+  encode, right = encoder.load(c.workdir), None
   if tune:
     with tempfile.TemporaryDirectory() as folder:
       right = tune(encode, data, c.seed, folder)

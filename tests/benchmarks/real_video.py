@@ -97,16 +97,17 @@ def _shape(width, depth):
 def prepare(data, shards):
   """Writes all videos once at the size of the runs; killed, it goes on."""
   source = ','.join(str(data / name) for name in PRETRAIN)
-  module = [sys.executable, '-m', 'vssl_jax.data.prepare']
+  module = [sys.executable, '-m', 'vssl_jax.data.tools.prepare']
   flags = [f'--short_side={SIZE}', '--gop=8', f'--out={shards}']
   subprocess.run([*module, f'--source={source}', *flags], check=True)
 
 
 def run_cell(name, seed, data, shards):
   """Trains one cell, or takes a baseline, and probes it."""
-  from vssl_jax import encoders
+  from vssl_jax import encoder
+  from vssl_jax.checkpoint import provenance
   from vssl_jax.evals import features
-  from vssl_jax.train import provenance, trainer
+  from vssl_jax.train import loop
 
   start = time.time()
   with tempfile.TemporaryDirectory() as folder:
@@ -118,9 +119,9 @@ def run_cell(name, seed, data, shards):
     elif name == 'random':
       encode = _untrained(c)
     else:
-      assert trainer.train(c) == 0
+      assert loop.train(c) == 0
       average = '@latent_student/encoder' if name == 'vjepa' else ''
-      encode = encoders.load(folder + average)
+      encode = encoder.load(folder + average)
     trained = time.time()
     sets = {s: probe(encode, data / s, stride) for s, stride in SETS.items()}
   return {
@@ -140,20 +141,21 @@ def _untrained(c):
   """Returns the comparison's encoder with its first values."""
   import jax
 
-  from vssl_jax import encoders, methods
+  from vssl_jax import encoder, methods
 
   clip = (FRAMES, SIZE, SIZE, 3)
   module = methods.build(c.method, clip, None).phases()[-1].encoder
   video = np.zeros((1, *clip), np.uint8)
   params = module.init(jax.random.key(c.seed), video)['params']
-  return encoders.Encoder(module, params, 'random', clip)
+  return encoder.Encoder(module, params, 'random', clip)
 
 
 def probe(encode, folder, stride):
   """Returns accuracy over all folds, each tested by the others' probe."""
   from vssl_jax.data import options, pipeline
-  from vssl_jax.evals import features, linear
-  from vssl_jax.evals import probe as probe_lib
+  from vssl_jax.evals import features
+  from vssl_jax.evals.probe import linear
+  from vssl_jax.evals.probe import train_heads as train_heads_lib
 
   data = options.default()
   data.update(dict(source=str(folder / 'labels.csv'), label_column='label'))
@@ -164,7 +166,7 @@ def probe(encode, folder, stride):
     folds = np.asarray([row['fold'] for row in csv.DictReader(file)])
   folds = folds[table.index]
   # One head: nothing is chosen on the clips it is tested on.
-  settings = probe_lib.Settings(
+  settings = train_heads_lib.Settings(
     epochs=100, lrs=(1e-2,), wds=(1e-2,), holdout=0.0
   )
   right, count = {}, {}

@@ -23,10 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from vssl_jax import config as config_lib
-from vssl_jax import encoders, methods, sharding
+from vssl_jax import encoder, methods, sharding
+from vssl_jax.checkpoint import provenance
 from vssl_jax.data import options
-from vssl_jax.methods import base
-from vssl_jax.train import ahead, provenance, rows
+from vssl_jax.methods import phase
+from vssl_jax.train import example_memory, phase_setup
 from vssl_jax.train import run as run_lib
 
 EXAMPLES, ROUNDS, REPEATS = 240_000, 3, 20
@@ -38,23 +39,23 @@ KINDS = {
 
 def smoothed(specs, batch, value):
   """Returns new rows: mostly a new value, a little of the old one."""
-  return {k: 0.95 * value + 0.05 * batch[f'rows/{k}'] for k in specs}
+  return {k: 0.95 * value + 0.05 * batch[f'example_memory/{k}'] for k in specs}
 
 
 def specs_of(kind):
   """Returns the rows of two teachers."""
-  spec = base.RowSpec(**KINDS[kind], window=7500)
+  spec = phase.MemorySpec(**KINDS[kind], window=7500)
   return {'image': spec, 'video': spec}
 
 
 def program(config, video, batch, mesh):
   """Returns the compiled step without rows, and its state."""
-  method = methods.build(config.method, video, encoders.module_of)
+  method = methods.build(config.method, video, encoder.module_of)
   (span,) = run_lib.spans(method)
-  shapes = ahead.outline(config, method, span, video, EXAMPLES)
+  shapes = phase_setup.build(config, method, span, video, EXAMPLES)
   at = sharding.shardings(shapes.state, mesh)
   state = jax.jit(shapes.fresh, out_shardings=at)()
-  update = ahead.jitted(config, method, shapes, mesh)
+  update = phase_setup.jitted(config, method, shapes, mesh)
   return update.lower(state, {}, batch).compile(), state
 
 
@@ -80,14 +81,14 @@ def seconds(call):
 def alone(kind, batch):
   """Returns the seconds of a gather and scatter, and of the window's copy."""
   specs = specs_of(kind)
-  memory = jax.jit(lambda: rows.init(specs, EXAMPLES))()
+  memory = jax.jit(lambda: example_memory.init(specs, EXAMPLES))()
 
   def turn(memory, index):
-    got = rows.gather(specs, memory, index, EXAMPLES)
+    got = example_memory.gather(specs, memory, index, EXAMPLES)
     new = smoothed(specs, got, jnp.float32(1))
     # As the step does: both tables of a row are read.
-    told = [jnp.mean(got[f'rows/{k}@window']) for k in specs]
-    return rows.scatter(specs, memory, index, new, EXAMPLES), told
+    told = [jnp.mean(got[f'example_memory/{k}@window']) for k in specs]
+    return example_memory.scatter(specs, memory, index, new, EXAMPLES), told
 
   index = batch['index']
   compiled = jax.jit(turn, donate_argnums=0).lower(memory, index).compile()
@@ -97,7 +98,9 @@ def alone(kind, batch):
     spent, (memory, _) = seconds(lambda m=memory: compiled(m, index))
     turns.append(spent)
   for _ in range(4):
-    spent, memory = seconds(lambda m=memory: rows.end_windows(specs, m, 7500))
+    spent, memory = seconds(
+      lambda m=memory: example_memory.end_windows(specs, m, 7500)
+    )
     copies.append(spent)
   return {
     'gather_scatter_seconds': statistics.median(turns),
@@ -119,9 +122,9 @@ def measure(config, mesh):
     steps.append(spent)
   step = statistics.median(steps[1:])
   for kind, own in found.items():
-    own['rows_bytes'] = rows.bytes_per_example(specs_of(kind)) * rows.places(
-      EXAMPLES
-    )
+    own['rows_bytes'] = example_memory.bytes_per_example(
+      specs_of(kind)
+    ) * example_memory.places(EXAMPLES)
     own['share_of_step'] = own['gather_scatter_seconds'] / step
   return {'step_seconds': step, 'steps': steps[1:], 'rows': found}
 

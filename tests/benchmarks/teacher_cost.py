@@ -29,10 +29,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from tests.benchmarks import pmd_terms
 from vssl_jax import config as config_lib
-from vssl_jax import encoders, methods, sharding, timing
+from vssl_jax import encoder, methods, sharding
+from vssl_jax.checkpoint import provenance
 from vssl_jax.data import options
-from vssl_jax.methods import base
-from vssl_jax.train import ahead, provenance, target_store
+from vssl_jax.methods import phase
+from vssl_jax.planning import timing
+from vssl_jax.target_cache import store as store_lib
+from vssl_jax.train import phase_setup
 from vssl_jax.train import run as run_lib
 
 
@@ -63,15 +66,15 @@ METHODS = {'pmd': pmd, 'kdhiera': kdhiera}
 
 
 def prepare(config, masks, mesh):
-  """Returns the last phase's step, ready to run, and its outline."""
+  """Returns the last phase's step, ready to run, and its build."""
   config = config.copy_and_resolve_references()
   config.method.masks_per_clip = masks
   video = options.spec(config.data.to_dict()).shape
-  method = methods.build(config.method, video, encoders.module_of)
+  method = methods.build(config.method, video, encoder.module_of)
   span = run_lib.spans(method)[-1]
   ready = timing.prepare(config, method, span, config.batch_size, video, mesh)
   cost = method.cost(span.phase, video)
-  shapes = ahead.outline(config, method, span, video, config.batch_size)
+  shapes = phase_setup.build(config, method, span, video, config.batch_size)
   return ready, cost, shapes
 
 
@@ -95,7 +98,7 @@ def reading(config, mesh, folder):
   ready, _, shapes = prepare(config, 1, mesh)
   kept, size = shapes.cached, config.batch_size
   key = {'examples': size, 'targets': kept.stored}
-  store = target_store.Store(folder / 'kept', key)
+  store = store_lib.Store(folder / 'kept', key)
   rng, index = np.random.default_rng(0), np.arange(size)
   store.write(
     index,
@@ -106,12 +109,12 @@ def reading(config, mesh, folder):
   )
   teachers = {n: ready.teachers[n] for n in shapes.step_teachers}
   video = options.spec(config.data.to_dict()).shape
-  method = methods.build(config.method, video, encoders.module_of)
-  update = ahead.jitted(config, method, shapes, mesh)
+  method = methods.build(config.method, video, encoder.module_of)
+  update = phase_setup.jitted(config, method, shapes, mesh)
 
   def batch():
     found = store.read(rng.permutation(index))
-    found = {base.TARGETS + n: x for n, x in found.items()}
+    found = {phase.TARGETS + n: x for n, x in found.items()}
     return ready.batch | sharding.put_batch(found, mesh)
 
   compiled = update.lower(ready.state, teachers, batch()).compile()
@@ -120,7 +123,7 @@ def reading(config, mesh, folder):
     ready.state, values = compiled(ready.state, teachers, batch())
     jax.block_until_ready(values)
 
-  return step, target_store.row_nbytes(kept.stored)
+  return step, store_lib.row_nbytes(kept.stored)
 
 
 def measure(calls, steps):

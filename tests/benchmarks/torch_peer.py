@@ -1,4 +1,4 @@
-"""The same figures as `vssl_jax.bench`, of published models in torch.
+"""The same figures as `vssl_jax.planning.bench`, of published models in torch.
 
     python tests/benchmarks/torch_peer.py --model=videomae --size=B \
       --sweep=32,64,128 --out=peer.json
@@ -6,7 +6,7 @@
 Run by hand where torch and transformers are installed; what to compare it
 with, on the same machine, alternating:
 
-    python -m vssl_jax.bench --config=configs/videomae_k400.py ...
+    python -m vssl_jax.planning.bench --config=configs/videomae_k400.py ...
 
 `videomae` is the whole pretraining step of `VideoMAEForPreTraining`.
 `mvd` is MVD's whole step with its two teachers, none of PMD's terms: nobody
@@ -17,8 +17,8 @@ its teachers are those of its own run, which need no weights from outside:
 
     python tests/benchmarks/torch_peer.py --model=mvd --size=S --side=64 \
       --frames=4 --steps=3 --sweep=1 --float32 --no-compile --out=peer.json
-    python -m vssl_jax.bench --config=configs/mvd_k400.py:S --phase=mask_90 \
-      --sweep=1 --steps=3 --config.method.drop_path=0 \
+    python -m vssl_jax.planning.bench --config=configs/mvd_k400.py:S \
+      --phase=mask_90 --sweep=1 --steps=3 --config.method.drop_path=0 \
       --config.method.image.teacher=@image_teacher \
       --config.method.video.teacher=@video_teacher \
       --config.data.frames=4 --config.data.size='(64, 64)' \
@@ -46,9 +46,11 @@ import numpy as np
 import torch
 import transformers
 
-from vssl_jax import flops, masking
+from vssl_jax import flops
+from vssl_jax.checkpoint import provenance
+from vssl_jax.masks import sampling
 from vssl_jax.models import decoder, framewise, vit
-from vssl_jax.train import metrics, provenance
+from vssl_jax.utils import metrics
 
 WARM_UP = 3
 GIB = 2**30
@@ -72,7 +74,7 @@ def videomae(args, grid):
     decoder_intermediate_size=4 * shape['width'],
   )
   per_frame = grid[1] * grid[2]
-  shown, hidden = masking.counts(per_frame, MASK_RATIO, 'masked_floor')
+  shown, hidden = sampling.counts(per_frame, MASK_RATIO, 'masked_floor')
   head = decoder.VideoMaeDecoder(patch_values, **shape)
   cost = flops.train(ours, grid, shown * grid[0]) + flops.train(
     head, grid, (shown * grid[0], hidden * grid[0]), in_width=ours.width
@@ -206,7 +208,7 @@ def mvd(args, grid):
     size, patch=(1, 16, 16), positions='sincos_2d', class_token=True
   )
   per_frame = grid[1] * grid[2]
-  shown, hidden = masking.counts(per_frame, MASK_RATIO, 'masked_floor')
+  shown, hidden = sampling.counts(per_frame, MASK_RATIO, 'masked_floor')
   head = decoder.VideoMaeDecoder(video.width, **shape, **decoder.MVD)
   cost = flops.train(ours, grid, shown * grid[0])
   cost += 2 * flops.train(

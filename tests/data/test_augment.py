@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from vssl_jax import config as config_lib
-from vssl_jax.data import augment, clip, options, pipeline
+from vssl_jax.data import options, pipeline
+from vssl_jax.data.clips import augment, clip_spec
 
 POLICY = 'rand-m7-n4-mstd0.5-inc1'
 RNG = np.random.default_rng(0)
@@ -241,11 +242,11 @@ def test_one_box_of_noise_is_erased():
 )  # fmt: skip
 def test_other_policies_are_refused(text):
   with pytest.raises(ValueError, match=r'data\.auto_augment'):
-    clip.Spec(auto_augment=text)
+    clip_spec.Spec(auto_augment=text)
   with pytest.raises(ValueError, match=r'data\.erase is 25'):
-    clip.Spec(erase=25)
+    clip_spec.Spec(erase=25)
   with pytest.raises(ValueError, match='depth_units'):
-    clip.Spec(erase=0.25, depth_units=1000.0)
+    clip_spec.Spec(erase=0.25, depth_units=1000.0)
   assert augment.parse(POLICY) == augment.Policy(7.0, 4, 0.5)
 
 

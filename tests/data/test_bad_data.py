@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from tests.data import test_decode
-from vssl_jax.data import clip, decode, ledger, loading, pipeline, reader
+from vssl_jax.data import batching, pipeline, read_stats
+from vssl_jax.data.clips import clip_spec, decode, read_clip
 
 DAMAGES = {
   'missing': lambda path, data: path.unlink(),
@@ -130,7 +131,7 @@ def test_a_restart_lists_no_video_twice(damaged_config, tmp_path):
 
 def test_too_many_bad_videos_stop_the_run(damaged_config, tmp_path):
   damaged_config.max_bad_fraction = 0.049
-  with pytest.raises(ledger.TooManyBadFiles) as caught:
+  with pytest.raises(read_stats.TooManyBadFiles) as caught:
     epoch(damaged_config, tmp_path)
   assert '7 of all 140 videos cannot be read' in str(caught.value)
   assert 'allows 0.049' in str(caught.value)
@@ -138,20 +139,20 @@ def test_too_many_bad_videos_stop_the_run(damaged_config, tmp_path):
 
 
 def test_many_bad_draws_stop_the_run_before_all_are_seen():
-  books = ledger.Ledger(
+  books = read_stats.ReadStats(
     examples=10**6, max_bad_fraction=0.05, path=None, readers=1
   )
   take = lambda first, bad: books.take(
     {
       'index': np.zeros(32, np.int32),
       'substituted': np.arange(32) < bad,
-      loading.NOTES: _notes(range(first, first + bad)),
+      batching.NOTES: _notes(range(first, first + bad)),
     },
     0.0,
   )
   take(0, 6)  # 6 of 32 are too few to judge by
   take(100, 4)  # 10 of 64: 3.2 + 4 * 1.74 = 10.2 are allowed
-  with pytest.raises(ledger.TooManyBadFiles, match='18 of 96 videos drawn'):
+  with pytest.raises(read_stats.TooManyBadFiles, match='18 of 96 videos drawn'):
     take(200, 8)
 
 
@@ -169,7 +170,7 @@ def test_a_run_of_bad_substitutes_ends(tmp_path, data_config):
     (tmp_path / f'{number}.mp4').write_bytes(b'nothing')
   data_config.source = str(tmp_path)
   data_config.max_bad_fraction = 1.0
-  with pytest.raises(ledger.TooManyBadFiles, match='no substitute'):
+  with pytest.raises(read_stats.TooManyBadFiles, match='no substitute'):
     epoch(data_config, tmp_path)
 
 
@@ -185,30 +186,30 @@ class Moody:
     return 1
 
   def item(self, index):
-    from vssl_jax.data import item as item_lib
+    from vssl_jax.data.sources import example as example_lib
 
     if self.failures:
       self.failures -= 1
       raise decode.VideoError('io', 'stale file handle')
-    return item_lib.Item('x', self.path)
+    return example_lib.Item('x', self.path)
 
 
 def test_errors_of_the_disk_are_tried_again(tmp_path, film):
   path = film(tmp_path / 'x.mp4', frames=8)
-  spec = clip.Spec(frames=2, height=8, width=8)
-  policy = loading.Policy(isolate=False, retries=2, max_substitutes=0)
+  spec = clip_spec.Spec(frames=2, height=8, width=8)
+  policy = batching.Policy(isolate=False, retries=2, max_substitutes=0)
   for failures, lost in ((2, False), (3, True)):
-    loader = loading.Loader(Moody(path, failures), spec, policy)
+    loader = batching.Loader(Moody(path, failures), spec, policy)
     batch = loader(np.asarray([[0, 1]]))
     assert bool(batch['substituted'][0]) == lost
     loader.close()
 
 
 # A reader that hangs, aborts, eats memory or has a bug on files of that name.
-CHILD = """
+WORKER_PROGRAM = """
 import os, time
-from vssl_jax.data import clip, reader
-read = clip.read
+from vssl_jax.data.clips import clip_spec, read_clip
+read = clip_spec.read
 def bad_read(media, *rest):
   name = os.path.basename(media)
   if 'hang' in name: time.sleep(3600)
@@ -216,16 +217,18 @@ def bad_read(media, *rest):
   if 'greedy' in name: bytearray(2 ** 31)
   if 'bug' in name: raise KeyError('a bug')
   return read(media, *rest)
-clip.read = bad_read
-reader.main()
+clip_spec.read = bad_read
+read_clip.main()
 """
 
 
 @pytest.fixture
 def readers(monkeypatch):
-  monkeypatch.setattr(reader, 'CHILD', CHILD)
-  spec = clip.Spec(frames=2, stride=1, height=8, width=8)
-  found = reader.Readers(spec, isolate=True, deadline_s=60, memory_limit_mb=256)
+  monkeypatch.setattr(read_clip, 'WORKER_PROGRAM', WORKER_PROGRAM)
+  spec = clip_spec.Spec(frames=2, stride=1, height=8, width=8)
+  found = read_clip.Readers(
+    spec, isolate=True, deadline_s=60, memory_limit_mb=256
+  )
   yield found
   found.close()
 
@@ -233,7 +236,7 @@ def readers(monkeypatch):
 def test_readers_that_hang_or_die_are_replaced(readers, film, tmp_path):
   good = film(tmp_path / 'good.mp4', frames=4)
   out = np.zeros((1, 2, 8, 8, 3), np.uint8)
-  expected = clip.read(good, readers._spec, [1])
+  expected = clip_spec.read(good, readers._spec, [1])
   for name, reason in (
     ('hang.mp4', 'timeout'),
     ('abort.mp4', 'died'),
@@ -241,7 +244,7 @@ def test_readers_that_hang_or_die_are_replaced(readers, film, tmp_path):
     ('none.mp4', 'missing'),
   ):
     # Only what hangs waits for the deadline, however busy the machine is.
-    readers.children.deadline_s = 2 if reason == 'timeout' else 60
+    readers.pool.deadline_s = 2 if reason == 'timeout' else 60
     start = time.perf_counter()
     with pytest.raises(decode.VideoError) as caught:
       readers.read(name, [1], out)
@@ -257,7 +260,7 @@ def test_readers_that_hang_or_die_are_replaced(readers, film, tmp_path):
 def test_a_batch_survives_readers_that_hang_and_abort(
   monkeypatch, film, tmp_path, data_config
 ):
-  monkeypatch.setattr(reader, 'CHILD', CHILD)
+  monkeypatch.setattr(read_clip, 'WORKER_PROGRAM', WORKER_PROGRAM)
   for number in range(10):
     name = {3: 'hang', 7: 'abort'}.get(number, number)
     film(tmp_path / 'v' / f'{name}.mp4', frames=8)
@@ -274,9 +277,11 @@ def test_a_batch_survives_readers_that_hang_and_abort(
 
 
 def test_a_reader_that_cannot_start_is_an_error(monkeypatch):
-  monkeypatch.setattr(reader, 'CHILD', 'raise SystemExit(3)')
-  spec = clip.Spec(frames=1, stride=1, height=8, width=8)
-  found = reader.Readers(spec, isolate=True, deadline_s=1, memory_limit_mb=64)
+  monkeypatch.setattr(read_clip, 'WORKER_PROGRAM', 'raise SystemExit(3)')
+  spec = clip_spec.Spec(frames=1, stride=1, height=8, width=8)
+  found = read_clip.Readers(
+    spec, isolate=True, deadline_s=1, memory_limit_mb=64
+  )
   with pytest.raises(RuntimeError, match='ended with 3'):
     found.read('x.mp4', [1], np.zeros((1, 1, 8, 8, 3), np.uint8))
   found.close()
@@ -294,10 +299,10 @@ def test_closing_ends_readers_at_work(readers):
       caught.append(error.reason)
 
   thread = threading.Thread(target=hang)
-  readers.children.deadline_s = 600
+  readers.pool.deadline_s = 600
   start = time.perf_counter()
   thread.start()
-  while not readers.children.alive:
+  while not readers.pool.alive:
     time.sleep(0.01)
   readers.stop()
   thread.join(60)
@@ -306,8 +311,8 @@ def test_closing_ends_readers_at_work(readers):
 
 def test_hostile_files_cost_little(film, tmp_path):
   """100k x 100k and 10^9 frames: refused long before the deadline, in 1 GiB."""
-  spec = clip.Spec(frames=4, stride=2, height=16, width=16)
-  readers = reader.Readers(
+  spec = clip_spec.Spec(frames=4, stride=2, height=16, width=16)
+  readers = read_clip.Readers(
     spec, isolate=True, deadline_s=60, memory_limit_mb=1024
   )
   out = np.zeros((1, *spec.shape), np.uint8)
@@ -329,7 +334,7 @@ def test_hostile_files_cost_little(film, tmp_path):
     with pytest.raises(decode.VideoError):
       readers.read(str(path), [0], out)
     assert time.perf_counter() - start < 10, name
-  (child,) = readers.children.alive
+  (child,) = readers.pool.alive
   with open(f'/proc/{child.process.pid}/status', encoding='ascii') as file:
     peak = [line.split()[1] for line in file if line.startswith('VmHWM')]
   assert int(peak[0]) < 2**20  # KiB

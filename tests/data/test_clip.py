@@ -7,9 +7,11 @@ import itertools
 import numpy as np
 import pytest
 
-from vssl_jax.data import clip, decode, options, pipeline, transcode
+from vssl_jax.data import options, pipeline
+from vssl_jax.data.clips import clip_spec, decode
+from vssl_jax.data.tools import transcode
 
-SPEC = clip.Spec(
+SPEC = clip_spec.Spec(
   frames=4, stride=3, height=24, width=32, crop='centre', flip=False
 )
 
@@ -35,7 +37,7 @@ def slope(tmp_path_factory, film):
 def test_a_clip_is_a_window_at_the_stride(grey, numbered):
   starts = set()
   for seed in range(60):
-    numbers = numbered(clip.read(grey, SPEC, [seed]).video[0])
+    numbers = numbered(clip_spec.read(grey, SPEC, [seed]).video[0])
     assert np.diff(numbers).tolist() == [3, 3, 3]
     starts.add(int(numbers[0]))
   assert min(starts) < 4 and max(starts) > 33 and max(starts) <= 38
@@ -43,17 +45,17 @@ def test_a_clip_is_a_window_at_the_stride(grey, numbered):
 
 def test_scaling_keeps_the_brightness(grey):
   spec = dataclasses.replace(SPEC, frames=48, stride=1)
-  levels = clip.read(grey, spec, [0]).video[0].mean(axis=(1, 2, 3))
+  levels = clip_spec.read(grey, spec, [0]).video[0].mean(axis=(1, 2, 3))
   errors = levels - (20 + 4 * np.arange(48))
   assert abs(errors.mean()) < 0.4 and np.abs(errors).max() <= 1
 
 
 def test_the_same_seeds_give_the_same_clip(grey):
   spec = dataclasses.replace(SPEC, crop='random_resized', flip=True)
-  one, two = (clip.read(grey, spec, [3, 4]) for _ in range(2))
+  one, two = (clip_spec.read(grey, spec, [3, 4]) for _ in range(2))
   np.testing.assert_array_equal(one.video, two.video)
   np.testing.assert_array_equal(one.crop, two.crop)
-  other = clip.read(grey, spec, [3, 5])
+  other = clip_spec.read(grey, spec, [3, 5])
   assert (one.crop != other.crop).any()
 
 
@@ -62,7 +64,7 @@ def test_the_box_is_the_part_that_is_seen(slope):
     SPEC, frames=1, stride=1, crop='random_resized', crop_scale=(0.3, 0.5)
   )
   for seed in range(5):
-    found = clip.read(slope, spec, [seed])
+    found = clip_spec.read(slope, spec, [seed])
     picture, (top, left, bottom, right) = found.video[0, 0], found.crop[0]
     x = (np.arange(32) + 0.5) / 32 * (right - left) * 64 + left * 64 - 0.5
     y = (np.arange(24) + 0.5) / 24 * (bottom - top) * 48 + top * 48 - 0.5
@@ -72,10 +74,10 @@ def test_the_box_is_the_part_that_is_seen(slope):
 
 def test_half_of_the_clips_are_mirrored(slope):
   spec = dataclasses.replace(SPEC, frames=1, stride=1, flip=True)
-  plain = clip.read(slope, SPEC, [0]).video[0, 0]
+  plain = clip_spec.read(slope, SPEC, [0]).video[0, 0]
   flips = 0
   for seed in range(40):
-    found = clip.read(slope, spec, [seed])
+    found = clip_spec.read(slope, spec, [seed])
     expected = plain[:, ::-1] if found.flipped[0] else plain
     np.testing.assert_array_equal(found.video[0, 0], expected)
     flips += int(found.flipped[0])
@@ -85,7 +87,7 @@ def test_half_of_the_clips_are_mirrored(slope):
 def test_switching_the_flip_off_moves_no_box(slope):
   on = dataclasses.replace(SPEC, crop='random_resized', flip=True, repeats=3)
   off = dataclasses.replace(on, flip=False)
-  one, two = clip.read(slope, on, [8]), clip.read(slope, off, [8])
+  one, two = clip_spec.read(slope, on, [8]), clip_spec.read(slope, off, [8])
   np.testing.assert_array_equal(one.crop, two.crop)
   assert not two.flipped.any()
 
@@ -106,7 +108,10 @@ def test_rotated_videos_are_brought_upright(degrees, tmp_path, film):
   plain = film(tmp_path / 'y.mp4', frames=6, picture=upright, pix_fmt='yuv444p')
   for kind in ('centre', 'random_resized'):
     spec = dataclasses.replace(SPEC, stride=1, crop=kind)
-    turned, straight = clip.read(path, spec, [5]), clip.read(plain, spec, [5])
+    turned, straight = (
+      clip_spec.read(path, spec, [5]),
+      clip_spec.read(plain, spec, [5]),
+    )
     np.testing.assert_allclose(turned.crop, straight.crop, atol=0.03)
     difference = np.abs(turned.video.astype(int) - straight.video)
     assert difference.mean() < 2.5
@@ -148,7 +153,7 @@ def test_images_are_turned_and_mirrored_as_exif_says(ending, tmp_path):
     exif[0x0112] = orientation
     path = str(tmp_path / f'{orientation}.{ending}')
     pillow.fromarray(coloured(0, 48, 64)).save(path, exif=exif)
-    assert quarters(clip.read(path, spec, [0]).video[0, 0]) == expected
+    assert quarters(clip_spec.read(path, spec, [0]).video[0, 0]) == expected
 
 
 def test_videos_are_turned_and_mirrored_as_their_matrix_says(tmp_path, film):
@@ -166,11 +171,11 @@ def test_videos_are_turned_and_mirrored_as_their_matrix_says(tmp_path, film):
     expected = np.rot90(expected, degrees // 90)
     expected = expected[:, ::-1] if mirror else expected
     height, width = expected.shape[:2]
-    found = quarters(clip.read(path, spec, [0]).video[0, 0])
+    found = quarters(clip_spec.read(path, spec, [0]).video[0, 0])
     y, x = np.arange(24) * height // 24, np.arange(32) * width // 32
     assert found == quarters(expected[y][:, x]), (degrees, mirror)
     content = transcode.transcode(path, transcode.Target(quality=1))
-    assert quarters(clip.read(content, spec, [0]).video[0, 0]) == found
+    assert quarters(clip_spec.read(content, spec, [0]).video[0, 0]) == found
     with av.open(io.BytesIO(content)) as container:
       assert not next(container.decode(video=0)).rotation
     seen[found] = degrees, mirror
@@ -185,18 +190,18 @@ def test_thin_pictures_are_cut(size, form):
   frame = av.VideoFrame(*size[::-1], form)
   for plane in frame.planes:
     plane.update(bytes([128]) * plane.buffer_size)
-  for kind, seed in itertools.product(clip.CROPS, range(8)):
+  for kind, seed in itertools.product(clip_spec.CROPS, range(8)):
     spec = dataclasses.replace(SPEC, crop=kind)
-    (plan,) = clip.plans(size, spec, np.random.default_rng(seed))
+    (plan,) = clip_spec.plans(size, spec, np.random.default_rng(seed))
     out = np.zeros((24, 32, 3), np.uint8)
-    clip.Cutter(*plan, spec).cut(frame, out)
+    clip_spec.Cutter(*plan, spec).cut(frame, out)
     np.testing.assert_allclose(out, 130, atol=2)
 
 
 def test_pictures_that_cannot_be_cut_are_bad_files(monkeypatch, grey):
-  monkeypatch.setattr(clip, '_pixels', lambda *args: (0, 0, 9999, 9999))
+  monkeypatch.setattr(clip_spec, '_pixels', lambda *args: (0, 0, 9999, 9999))
   with pytest.raises(decode.VideoError, match='cannot be cropped') as caught:
-    clip.read(grey, SPEC, [0])
+    clip_spec.read(grey, SPEC, [0])
   assert caught.value.reason == 'undecodable'
 
 
@@ -212,7 +217,7 @@ def test_odd_sizes_and_few_colours(tmp_path, film):
     spec = dataclasses.replace(SPEC, stride=1, crop='random_resized')
     for channels in (1, 3):
       spec = dataclasses.replace(spec, channels=channels)
-      found = clip.read(path, spec, [1])
+      found = clip_spec.read(path, spec, [1])
       assert found.video.shape == (1, 4, 24, 32, channels)
       assert 8 < found.video.mean() < 45
       assert (found.crop[:, 2:] > found.crop[:, :2]).all()
@@ -221,29 +226,29 @@ def test_odd_sizes_and_few_colours(tmp_path, film):
 def test_repeats_share_frames_or_have_their_own(grey, numbered):
   spec = dataclasses.replace(SPEC, crop='random_resized', repeats=4)
   shared = dataclasses.replace(spec, repeat_frames='shared')
-  numbers = numbered(clip.read(grey, shared, [1]).video)
+  numbers = numbered(clip_spec.read(grey, shared, [1]).video)
   assert (numbers == numbers[:1]).all()
-  found = clip.read(grey, spec, [1])
+  found = clip_spec.read(grey, spec, [1])
   assert len({tuple(row) for row in numbered(found.video)}) > 1
   assert len({tuple(box) for box in found.crop.tolist()}) == 4
 
 
 def test_parts_walk_through_the_video(grey, numbered):
   spec = dataclasses.replace(SPEC, sampling='parts', repeats=3)
-  starts = numbered(clip.read(grey, spec, [1]).video)[:, 0]
+  starts = numbered(clip_spec.read(grey, spec, [1]).video)[:, 0]
   assert (starts // 16).tolist() == [0, 1, 2]
 
 
 def test_evaluation_clips_are_ordered_by_view_then_segment(
   slope, grey, numbered
 ):
-  spec = clip.Spec(
+  spec = clip_spec.Spec(
     frames=2, stride=2, height=48, width=48, sampling='spread', segments=3,
     views=2,
   )  # fmt: skip
-  numbers = numbered(clip.read(grey, spec, []).video)
+  numbers = numbered(clip_spec.read(grey, spec, []).video)
   assert numbers[:, 0].tolist() == [0, 22, 44] * 2
-  found = clip.read(slope, spec, [])
+  found = clip_spec.read(slope, spec, [])
   np.testing.assert_allclose(
     found.crop[:, 1] * 64, [0, 0, 0, 16, 16, 16], atol=1e-4
   )
@@ -252,19 +257,19 @@ def test_evaluation_clips_are_ordered_by_view_then_segment(
 
 def test_short_clips_say_so_and_can_be_refused(tmp_path, film):
   path = film(tmp_path / 'x.mp4', frames=3)
-  assert clip.read(path, SPEC, [0]).short
+  assert clip_spec.read(path, SPEC, [0]).short
   spec = dataclasses.replace(SPEC, min_frames=4)
   with pytest.raises(decode.VideoError, match='3 frames, wanted 4'):
-    clip.read(path, spec, [0])
+    clip_spec.read(path, spec, [0])
 
 
 def test_settings_that_make_no_sense_are_named():
   with pytest.raises(ValueError, match=r'data\.crop is .round'):
-    clip.Spec(crop='round')
+    clip_spec.Spec(crop='round')
   with pytest.raises(ValueError, match='not both'):
-    clip.Spec(fps=8.0, stride=4)
+    clip_spec.Spec(fps=8.0, stride=4)
   with pytest.raises(ValueError, match=r'data\.frames is 0'):
-    clip.Spec(frames=0)
+    clip_spec.Spec(frames=0)
 
 
 # What takes each of `options.FIXED` away.
@@ -288,7 +293,7 @@ def test_a_video_gives_one_clip_where_nothing_is_left_to_chance(
   config = options.default()
   config.update(options.FIXED | dict(frames=4, stride=3, size=(24, 32)))
   config.update(dict(source=str(tmp_path), isolate=False, decode_processes=1))
-  middle = numbered(clip.read(grey, options.spec(config), [1]).video[0])
+  middle = numbered(clip_spec.read(grey, options.spec(config), [1]).video[0])
   assert middle.tolist() == [19, 22, 25, 28]
 
   def seen():

@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 import pytest
 
-from vssl_jax.data import decode
+from vssl_jax.data.clips import decode
 
 
 def numbers_in(path, wanted, numbered, fps=None):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from vssl_jax.data import labels, sources
+from vssl_jax.data.sources import labels, source
 
 COUNTED = {
   'minus one is no label': (['0', '2', '-1', ''], [0, 1, -1, -1], ('0', '2')),
@@ -32,9 +32,9 @@ def test_real_and_negative_numbers_are_refused_by_name(tmp_path, text):
   path = tmp_path / 'scores.txt'
   path.write_text(f'a.mp4 1\nb.mp4 {text}\n')
   with pytest.raises(ValueError, match=rf"scores\.txt: the label '{text}'"):
-    sources.find(str(path))
+    source.find(str(path))
   # As names of classes they may be anything.
-  assert sources.find(str(path), classes=('1', text)).item(1).label == 1
+  assert source.find(str(path), classes=('1', text)).item(1).label == 1
 
 
 def test_labels_of_test_videos_are_those_of_training():
@@ -54,13 +54,13 @@ def test_several_labels_of_a_video_are_refused(tmp_path):
   for label in ([1, 2], {'a': 1}):
     path.write_text(json.dumps({'path': 'a.mp4', 'label': label}))
     with pytest.raises(ValueError, match=r'x\.jsonl, line 1: the label is'):
-      sources.find(str(path))
+      source.find(str(path))
 
 
 def test_whole_numbers_of_several_lists_are_sorted(tmp_path):
   (tmp_path / 'a.txt').write_text('a.mp4 3\nb.mp4 0\n')
   (tmp_path / 'b.txt').write_text('c.mp4 10\nd.mp4 1\ne.mp4 -1\n')
-  both = sources.find([str(tmp_path / 'a.txt'), str(tmp_path / 'b.txt')])
+  both = source.find([str(tmp_path / 'a.txt'), str(tmp_path / 'b.txt')])
   assert both.classes == ('0', '1', '3', '10')
   assert [both.item(i).label for i in range(5)] == [2, 0, 3, 1, -1]
   assert (

@@ -9,8 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from vssl_jax.data import clip, decode, holdout, loading, pipeline, sources
-from vssl_jax.data import item as item_lib
+from vssl_jax.data import batching, pipeline
+from vssl_jax.data.clips import clip_spec, decode
+from vssl_jax.data.sources import example as example_lib
+from vssl_jax.data.sources import holdout, source
 
 
 def fingerprints(batches):
@@ -242,25 +244,27 @@ class Spy:
     from jax._src import xla_bridge
 
     started = xla_bridge.backends_are_initialized()
-    return item_lib.Item(str(os.getpid()), b'', 1 + int(started))
+    return example_lib.Item(str(os.getpid()), b'', 1 + int(started))
 
 
-class Blind(loading.Loader):
+class Blind(batching.Loader):
   """Loads no pixels."""
 
   def _read(self, index, entropy, out):
     item = self.source.item(index)
-    found = clip.Clips(out, np.zeros((1, 4), np.float32), np.zeros(1, bool))
+    found = clip_spec.Clips(
+      out, np.zeros((1, 4), np.float32), np.zeros(1, bool)
+    )
     return item, found
 
 
 def test_no_device_is_touched_in_a_worker():
   jax.devices()  # initialised here, at least
   pipeline.parse_flags()
-  spec = clip.Spec(frames=1, stride=1, height=2, width=2)
-  loader = Blind(Spy(), spec, loading.Policy(isolate=False))
-  tickets = grain.MapDataset.range(4).map(_ticket).batch(2)
-  stream = loading.stream(tickets, loader, 1, 1)
+  spec = clip_spec.Spec(frames=1, stride=1, height=2, width=2)
+  loader = Blind(Spy(), spec, batching.Policy(isolate=False))
+  requests = grain.MapDataset.range(4).map(_ticket).batch(2)
+  stream = batching.stream(requests, loader, 1, 1)
   assert next(stream)['label'].tolist() == [1, 1]
   stream.close()
   loader.close()
@@ -275,7 +279,8 @@ def test_readers_import_no_jax():
   import sys
 
   code = (
-    'import sys; from vssl_jax.data import reader; print("jax" in sys.modules)'
+    'import sys; from vssl_jax.data.clips import read_clip; '
+    'print("jax" in sys.modules)'
   )
   done = subprocess.run(
     [sys.executable, '-c', code], check=True, capture_output=True, text=True
@@ -312,7 +317,7 @@ def test_a_wrong_list_of_videos_stops_at_once(tmp_path, data_config):
 def test_sources_and_errors_travel_between_processes(clips_folder):
   import pickle
 
-  found = pickle.loads(pickle.dumps(sources.find(clips_folder)))
+  found = pickle.loads(pickle.dumps(source.find(clips_folder)))
   assert found.item(0).name == 'left/0.mp4'
   error = pickle.loads(pickle.dumps(decode.VideoError('io', 'x')))
   assert (error.reason, error.detail) == ('io', 'x')

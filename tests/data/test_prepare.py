@@ -11,7 +11,10 @@ import av
 import numpy as np
 import pytest
 
-from vssl_jax.data import decode, pipeline, prepare, sources, transcode
+from vssl_jax.data import pipeline
+from vssl_jax.data.clips import decode
+from vssl_jax.data.sources import source
+from vssl_jax.data.tools import prepare, transcode
 
 TARGET = transcode.Target(short_side=32, gop=4, quality=1, preset='ultrafast')
 
@@ -69,7 +72,7 @@ def raw(tmp_path, film):
     )
   (tmp_path / 'raw' / 'a' / '2.mp4').write_bytes(b'nothing')
   (tmp_path / 'raw' / 'b' / '5.mp4').write_bytes(b'')
-  return sources.find(str(tmp_path / 'raw'))
+  return source.find(str(tmp_path / 'raw'))
 
 
 def test_shards_train_like_the_folder(raw, tmp_path, data_config):
@@ -89,7 +92,7 @@ def test_shards_train_like_the_folder(raw, tmp_path, data_config):
     ('a/2.mp4', 'unreadable'),
     ('b/5.mp4', 'empty'),
   ]
-  shards = sources.find(out)
+  shards = source.find(out)
   items = [shards.item(i) for i in range(len(shards))]
   assert [item.name for item in items] == [
     n for n in names if n not in ('a/2.mp4', 'b/5.mp4')
@@ -123,7 +126,7 @@ def test_a_killed_start_goes_on(raw, tmp_path):
   assert seen == [3, 4, 5, 6]  # the first shard was whole
   assert summary['written'] == 5 and len(summary['failed']) == 2
   assert not [n for n in os.listdir(out) if 'partial' in n]
-  assert len(sources.find(out)) == 5
+  assert len(source.find(out)) == 5
   other = transcode.Target(short_side=16)
   with pytest.raises(ValueError, match='short_side was 32, is 16'):
     prepare.prepare(raw, out, other, **options)
@@ -145,7 +148,7 @@ def test_a_killed_start_goes_on(raw, tmp_path):
 def test_the_command(raw, tmp_path):
   del raw
   command = [
-    sys.executable, '-m', 'vssl_jax.data.prepare',
+    sys.executable, '-m', 'vssl_jax.data.tools.prepare',
     f'--source={tmp_path / "raw"}', f'--out={tmp_path / "out"}',
     '--short_side=24', '--workers=2',
   ]  # fmt: skip

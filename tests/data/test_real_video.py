@@ -9,7 +9,8 @@ import json
 import numpy as np
 import pytest
 
-from vssl_jax.data import clip, decode, pipeline
+from vssl_jax.data import pipeline
+from vssl_jax.data.clips import clip_spec, decode
 
 
 @pytest.fixture(scope='module')
@@ -76,14 +77,14 @@ def _stamps(video, wanted, fps):
 
 def test_every_readable_file_gives_every_kind_of_clip(odd):
   folder, expected = odd
-  spec = clip.Spec(frames=4, stride=2, height=32, width=48, repeats=2)
+  spec = clip_spec.Spec(frames=4, stride=2, height=32, width=48, repeats=2)
   seen = 0
   for name, facts in expected.items():
     if facts.get('bad_packets', 1) or facts['corrupt_flagged']:
       continue
     if name.endswith(('jpeg_renamed.mp4', 'truncated_half.webm')):
       continue
-    found = clip.read(str(folder / name), spec, [7])
+    found = clip_spec.read(str(folder / name), spec, [7])
     assert found.video.mean() > 5, name
     # One file changes its size half-way: boxes are fractions, it still reads.
     assert ((found.crop >= 0) & (found.crop <= 1)).all(), name

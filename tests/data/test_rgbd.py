@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vssl_jax.data import clip, decode, options, pipeline, rgbd
+from vssl_jax.data import options, pipeline
+from vssl_jax.data.clips import clip_spec, decode, rgbd
 
 T, HEIGHT, WIDTH = 6, 12, 16
 
@@ -42,7 +43,7 @@ def media(folder, frames=T):
 def spec(**kwargs):
   fields = dict(frames=2, stride=2, height=HEIGHT, width=WIDTH, crop='centre')
   fields |= dict(depth_units=1000.0, depth_range=(0.1, 60.0), flip=False)
-  return clip.Spec(**{**fields, **kwargs})
+  return clip_spec.Spec(**{**fields, **kwargs})
 
 
 def read(folder, frames=T, entropy=(0,), **kwargs):

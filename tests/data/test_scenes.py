@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vssl_jax.data import options, scenes
+from vssl_jax.data import options
+from vssl_jax.data.sources import scenes
 
 
 def touch(*paths):

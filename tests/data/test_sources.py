@@ -6,7 +6,8 @@ import pickle
 
 import pytest
 
-from vssl_jax.data import decode, records, sources
+from vssl_jax.data.clips import decode
+from vssl_jax.data.sources import shards, source
 
 
 def touch(root, *names):
@@ -22,7 +23,7 @@ def test_folders_name_classes(tmp_path):
     tmp_path, 'b/2.mp4', 'b/deep/1.MKV', 'a/3.webm', 'a/read.txt', '.x/4.mp4',
     'a/.5.mp4', 'c/6.jpg',
   )  # fmt: skip
-  found = sources.find(root)
+  found = source.find(root)
   names = [found.item(i).name for i in range(len(found))]
   assert names == ['a/3.webm', 'b/2.mp4', 'b/deep/1.MKV', 'c/6.jpg']
   assert [found.item(i).label for i in range(4)] == [0, 1, 1, 2]
@@ -31,7 +32,7 @@ def test_folders_name_classes(tmp_path):
 
 
 def test_videos_beside_each_other_have_no_class(tmp_path):
-  found = sources.find(touch(tmp_path, 'x.mp4', 'a/y.mp4'))
+  found = source.find(touch(tmp_path, 'x.mp4', 'a/y.mp4'))
   assert found.classes is None
   assert [found.item(i).label for i in range(2)] == [-1, -1]
 
@@ -43,7 +44,7 @@ def test_manifests_are_relative_to_themselves(tmp_path):
   manifest.write_text(
     f'../videos/a.mp4,walk\n{tmp_path}/videos/b.mp4,run\n../videos/a.mp4,\n'
   )
-  found = sources.find(str(manifest))
+  found = source.find(str(manifest))
   with open(found.item(0).media, 'rb') as file:
     assert file.read() == b'videos/a.mp4'
   assert found.item(1).media == f'{tmp_path}/videos/b.mp4'
@@ -53,24 +54,24 @@ def test_manifests_are_relative_to_themselves(tmp_path):
 
 def test_numbers_are_classes_in_their_order(tmp_path):
   (tmp_path / 'x.csv').write_text('a.mp4 3\nb.mp4 0\nc.mp4 10\n')
-  found = sources.find(str(tmp_path / 'x.csv'))
+  found = source.find(str(tmp_path / 'x.csv'))
   assert [found.item(i).label for i in range(3)] == [1, 0, 2]
   assert found.classes == ('0', '3', '10')
 
 
 def test_the_order_of_classes_can_be_given(tmp_path):
   root = touch(tmp_path, 'a/1.mp4', 'b/2.mp4')
-  found = sources.find(root, classes=('z', 'b', 'a'))
+  found = source.find(root, classes=('z', 'b', 'a'))
   assert [found.item(i).label for i in range(2)] == [2, 1]
   with pytest.raises(ValueError, match=r"\['b'\] are not among the 1"):
-    sources.find(root, classes=('a',))
+    source.find(root, classes=('a',))
 
 
 def test_several_sources_share_classes(tmp_path):
   one = touch(tmp_path / '1', 'run/a.mp4', 'walk/b.mp4')
   two = touch(tmp_path / '2', 'jump/c.mp4', 'run/d.mp4')
   three = touch(tmp_path / '3', 'e.mp4')
-  found = sources.find((one, two, three))
+  found = source.find((one, two, three))
   assert found.offsets == (0, 2, 4, 5)
   assert found.classes == ('run', 'walk', 'jump')
   assert [found.item(i).label for i in range(5)] == [0, 1, 2, 0, -1]
@@ -81,19 +82,19 @@ def test_the_fingerprint_knows_names_labels_and_order(tmp_path):
   one = touch(tmp_path / '1', 'a/1.mp4', 'b/2.mp4')
   same = touch(tmp_path / '2', 'a/1.mp4', 'b/2.mp4')
   moved = touch(tmp_path / '3', 'b/1.mp4', 'a/2.mp4')
-  prints = [sources.find(s).fingerprint for s in (one, same, moved)]
+  prints = [source.find(s).fingerprint for s in (one, same, moved)]
   assert prints[0] == prints[1] != prints[2]
-  pair = sources.find((one, moved)).fingerprint
-  assert pair != sources.find((moved, one)).fingerprint
+  pair = source.find((one, moved)).fingerprint
+  assert pair != source.find((moved, one)).fingerprint
 
 
 def test_nothing_to_read_is_an_error(tmp_path):
   with pytest.raises(FileNotFoundError, match=r'data\.source is empty'):
-    sources.find('')
+    source.find('')
   with pytest.raises(FileNotFoundError, match='nothing at'):
-    sources.find(str(tmp_path / 'none'))
+    source.find(str(tmp_path / 'none'))
   with pytest.raises(FileNotFoundError, match='no videos in'):
-    sources.find(touch(tmp_path, 'a.txt'))
+    source.find(touch(tmp_path, 'a.txt'))
 
 
 def write_shard(path, items):
@@ -109,15 +110,15 @@ def write_shard(path, items):
 
 def test_shards_are_read_in_order(tmp_path):
   write_shard(
-    tmp_path / 'x-1.array_record', [records.pack(b'three', '3.mp4', 'b')]
+    tmp_path / 'x-1.array_record', [shards.pack(b'three', '3.mp4', 'b')]
   )
   write_shard(
     tmp_path / 'x-0.array_record',
-    [records.pack(b'one', '1.mp4', 'a'), b'bare', records.pack(b'two', '2')],
+    [shards.pack(b'one', '1.mp4', 'a'), b'bare', shards.pack(b'two', '2')],
   )
   index = {'classes': ['a', 'b'], 'shards': ['x-0.array_record']}
   (tmp_path / 'index.json').write_text(json.dumps(index))
-  found = sources.find(str(tmp_path))
+  found = source.find(str(tmp_path))
   items = [found.item(i) for i in range(len(found))]
   assert [item.media for item in items] == [b'one', b'bare', b'two', b'three']
   assert [item.label for item in items] == [0, -1, -1, 1]
@@ -125,19 +126,19 @@ def test_shards_are_read_in_order(tmp_path):
   again = pickle.loads(pickle.dumps(found))
   assert again.item(3).media == b'three'
   for pattern in ('x-*.array_record', 'x-0.array_record'):
-    assert sources.find(str(tmp_path / pattern)).item(0).media == b'one'
+    assert source.find(str(tmp_path / pattern)).item(0).media == b'one'
   index['shards'].append('x-9.array_record')
   (tmp_path / 'index.json').write_text(json.dumps(index))
   with pytest.raises(ValueError, match=r"not there: \['x-9"):
-    sources.find(str(tmp_path))
+    source.find(str(tmp_path))
 
 
 def test_damaged_records_have_a_reason():
-  record = records.pack(b'media', 'name', 'label')
-  assert records.unpack(record) == (
+  record = shards.pack(b'media', 'name', 'label')
+  assert shards.unpack(record) == (
     {'name': 'name', 'class': 'label'},
     b'media',
   )
-  for bad in (record[:10], record[:20], records.MAGIC + b'\xff' * 8):
+  for bad in (record[:10], record[:20], shards.MAGIC + b'\xff' * 8):
     with pytest.raises(decode.VideoError, match='unreadable'):
-      records.unpack(bad)
+      shards.unpack(bad)

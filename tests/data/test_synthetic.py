@@ -5,7 +5,7 @@ import av
 import numpy as np
 import pytest
 
-from vssl_jax.data import synthetic
+from vssl_jax.data.tools import synthetic
 
 PLAIN = {
   'background': 0.0,

@@ -10,7 +10,9 @@ import sys
 import pytest
 
 from vssl_jax import main
-from vssl_jax.data import prepare, sources, tfds_folder
+from vssl_jax.data.sources import source as source_lib
+from vssl_jax.data.sources import tfds_folder
+from vssl_jax.data.tools import prepare
 
 TFDS = 'tensorflow_datasets.core.features.'
 WRITE = """
@@ -69,13 +71,13 @@ def store(folder, tree, name='features.json'):
 
 @pytest.mark.filterwarnings('ignore')
 def test_tfds_directories_need_no_tensorflow(folder):
-  source = sources.find(folder)
+  source = source_lib.find(folder)
   items = [source.item(i) for i in range(len(source))]
   assert {item.media for item in items} == {b'film %d' % i for i in range(6)}
   for item in items:
     assert item.label == int(item.media[-1:]) % 2
   assert source.classes == ('sit', 'stand')
-  assert len(sources.find(folder, split='train[:50%]')) == 3
+  assert len(source_lib.find(folder, split='train[:50%]')) == 3
   assert pickle.loads(pickle.dumps(source)).item(0).media == items[0].media
 
 
@@ -140,7 +142,7 @@ def test_every_spelling_is_read(spelling, folder):
   assert {k: (v.kind, v.scalar) for k, v in after.items()} == {
     k: (v.kind, v.scalar) for k, v in before.items()
   }
-  assert sources.find(folder).item(3).media.startswith(b'film')
+  assert source_lib.find(folder).item(3).media.startswith(b'film')
 
 
 EVIL = 'evil_features.Evil'
@@ -214,7 +216,7 @@ def traps(folder, tmp_path, monkeypatch):
 
 def starts(folder, tmp_path):
   """Every way in which a start opens a source."""
-  yield lambda: len(sources.find(folder))
+  yield lambda: len(source_lib.find(folder))
   yield lambda: prepare.main(['--source', folder, '--out', str(tmp_path / 'o')])
   yield lambda: main.main(
     ['--config=configs/salt.py:B', f'--config.data.source={folder}', '--plan']
@@ -235,7 +237,7 @@ def test_no_spelling_runs_code(folder, tmp_path, traps):
         tree = spelling(tree)
       store(folder, tree)
       try:
-        sources.find(folder).item(0)
+        source_lib.find(folder).item(0)
       except ValueError as error:
         assert EVIL in str(error) or 'features.json' in str(error)
       assert not traps.exists(), (change, spelling)
@@ -244,7 +246,7 @@ def test_no_spelling_runs_code(folder, tmp_path, traps):
   info = load(folder, 'dataset_info.json')
   info |= {'features': at_top(json.loads(right)), 'moduleName': EVIL}
   store(folder, info, 'dataset_info.json')
-  assert len(sources.find(folder)) == 6
+  assert len(source_lib.find(folder)) == 6
   assert not traps.exists() and 'evil_features' not in sys.modules
 
 
@@ -267,7 +269,7 @@ def test_damaged_descriptions_are_named(folder):
   for text in ('', '{"featuresDict": ', '[' * 100_000, '[]', '{}'):
     store(folder, text)
     with pytest.raises(ValueError, match=r'features\.json'):
-      sources.find(folder)
+      source_lib.find(folder)
   store(folder, right)
   info = load(folder, 'dataset_info.json')
   (split,) = info['splits']
@@ -282,14 +284,14 @@ def test_damaged_descriptions_are_named(folder):
   ):
     store(folder, info | change, 'dataset_info.json')
     with pytest.raises(ValueError, match=r'1\.0\.0'):
-      len(sources.find(folder))
+      len(source_lib.find(folder))
   store(folder, info, 'dataset_info.json')
   with pytest.raises(ValueError, match=r"'valid'.*the splits are \['train'\]"):
-    len(sources.find(folder, split='valid'))
+    len(source_lib.find(folder, split='valid'))
   right['featuresDict']['features']['label'] = {
     'pythonClassName': TFDS + 'tensor_feature.Tensor',
     'tensor': {'shape': {}, 'dtype': 'float32'},
   }
   store(folder, right)
   with pytest.raises(ValueError, match="'label' is a Tensor of other"):
-    sources.find(folder)
+    source_lib.find(folder)

@@ -13,7 +13,8 @@ import av
 import numpy as np
 import pytest
 
-from vssl_jax.data import decode, timeline, transcode
+from vssl_jax.data.clips import decode, timeline
+from vssl_jax.data.tools import transcode
 
 FRAMES = 40
 BLOCK = 16  # pixels; 2 x 4 blocks hold the bits of a number
@@ -306,6 +307,7 @@ QUICK = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('case', QUICK, ids=str)
 def test_frames_are_those_of_a_sequential_decode(case, tmp_path):
   check(write(tmp_path / case.name, case), case)

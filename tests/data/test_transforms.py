@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from vssl_jax.data import transforms
+from vssl_jax.data.clips import transforms
 
 
 def test_spread_takes_the_published_windows():
@@ -42,6 +42,7 @@ def test_parts_stay_in_their_part_where_they_fit():
       assert which * 20 <= numbers[0] and numbers[-1] < (which + 1) * 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('count', 'parts'),
   [(300, 8), (530, 8), (46, 2), (250, 2), (129, 2), (128, 2), (40, 2), (90, 1)],

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from vssl_jax import config as config_lib
-from vssl_jax import encoders
+from vssl_jax import encoder
 from vssl_jax.models import vit
 
 SHAPE = (4, 16, 16, 3)
@@ -38,4 +38,4 @@ def encoder_of(**fields):
   key = jax.random.key(3)
   params = module.init(key, np.zeros((1, *SHAPE), np.uint8))['params']
   noisy = jax.tree.map(lambda x: x + 0.01, params)
-  return encoders.Encoder(module, noisy, 'ours', SHAPE, stride=1)
+  return encoder.Encoder(module, noisy, 'ours', SHAPE, stride=1)

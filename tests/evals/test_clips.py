@@ -8,10 +8,13 @@ import pytest
 
 from tests.evals import finetune_small as small
 from vssl_jax import config as config_lib
-from vssl_jax import encoders, main, weights
-from vssl_jax.evals import clips, finetune, finetune_start, job, memory, plans
+from vssl_jax import encoder, main, weights
+from vssl_jax.evals import clips, feature_memory
+from vssl_jax.evals.finetune import setup as finetune_setup
+from vssl_jax.evals.probe import setup as evals_setup
+from vssl_jax.planning import evaluations
 
-CLIP = encoders.Clip((8, 64, 96, 3), 2)
+CLIP = encoder.Clip((8, 64, 96, 3), 2)
 OPEN = ('frames', 'stride', 'fps', 'size', 'channels')
 
 
@@ -25,7 +28,7 @@ def keys(job='probe', clip=CLIP, **given):
 @pytest.mark.parametrize('job', ['probe', 'depth', 'finetune'])
 def test_open_keys_are_the_encoders(job):
   assert keys(job) == (8, 2, 0.0, (64, 96), 3)
-  second = encoders.Clip((16, 32, 32, 1), 1, 4.0)
+  second = encoder.Clip((16, 32, 32, 1), 1, 4.0)
   assert keys(job, second) == (16, 1, 4.0, (32, 32), 1)
 
 
@@ -34,17 +37,17 @@ def test_keys_that_are_set_stay():
   assert keys(stride=3) == (8, 3, 0.0, (64, 96), 3)
   # A rate replaces the stride, and a stride the rate.
   assert keys(fps=5.0) == (8, 1, 5.0, (64, 96), 3)
-  rate = encoders.Clip((16, 32, 32, 3), 1, 4.0)
+  rate = encoder.Clip((16, 32, 32, 3), 1, 4.0)
   assert keys(clip=rate, stride=2)[1:3] == (2, 0.0)
 
 
 @pytest.mark.parametrize(
   ('clip', 'given', 'message'),
   [
-    (encoders.Clip((8, 64, 96, 3)), {}, r'wanted --config\.data\.stride'),
+    (encoder.Clip((8, 64, 96, 3)), {}, r'wanted --config\.data\.stride'),
     (CLIP, {'channels': 1}, r'data\.channels: found 1, wanted 3'),
     (
-      encoders.Clip((8, 64, 96, 3), 1, 4.0),
+      encoder.Clip((8, 64, 96, 3), 1, 4.0),
       {'depth_units': 1000.0},
       r'but 4 per second; wanted --config\.data\.stride=<frames>$',
     ),
@@ -78,7 +81,7 @@ def test_the_clips_are_described_beside_the_encoders():
 def test_a_stride_that_is_not_known_is_not_said_to_be_the_encoders():
   c = config_lib.evaluation('probe')
   c.data.stride = 2
-  unknown = encoders.Clip((8, 64, 96, 3))
+  unknown = encoder.Clip((8, 64, 96, 3))
   found = clips.report(clips.follow(c, unknown).data.to_dict(), unknown)
   assert clips.describe(found) == (
     '8x64x96, stride 2; the encoder was trained on 8x64x96, with a stride that '
@@ -111,10 +114,10 @@ def test_jobs_refuse_clips_that_do_not_divide_into_patches(tmp_path):
     given.module, given.params, tmp_path, video=small.SHAPE, timing=(1, 0.0)
   )
   jobs = (
-    ('probe', lambda c: job.make(c, given)),
-    ('probe', plans.probe),
-    ('finetune', lambda c: finetune_start.write(c, given)),
-    ('finetune', finetune.plan),
+    ('probe', lambda c: evals_setup.make(c, given)),
+    ('probe', evaluations.probe),
+    ('finetune', lambda c: finetune_setup.write(c, given)),
+    ('finetune', evaluations.finetune),
   )
   for name, start in jobs:
     c = config_lib.evaluation(name)
@@ -129,15 +132,15 @@ def test_jobs_refuse_clips_that_do_not_divide_into_patches(tmp_path):
 def test_files_state_the_clips(tmp_path):
   given = small.encoder_of()
   weights.export(given.module, given.params, tmp_path, video=small.SHAPE)
-  assert encoders.clip_of(str(tmp_path)) == encoders.Clip(small.SHAPE)
+  assert encoder.clip_of(str(tmp_path)) == encoder.Clip(small.SHAPE)
   path = str(tmp_path / 'known')
-  loaded = encoders.load(str(tmp_path))
+  loaded = encoder.load(str(tmp_path))
   assert (loaded.stride, loaded.fps) == (0, 0.0)
   weights.export(
     given.module, given.params, path, video=small.SHAPE, timing=(1, 4.0)
   )
-  assert encoders.clip_of(path) == encoders.Clip(small.SHAPE, 1, 4.0)
-  assert encoders.load(path).clip == encoders.clip_of(path)
+  assert encoder.clip_of(path) == encoder.Clip(small.SHAPE, 1, 4.0)
+  assert encoder.load(path).clip == encoder.clip_of(path)
 
 
 @pytest.mark.parametrize(
@@ -158,32 +161,32 @@ def test_published_encoders_have_the_clips_of_their_papers(
   config = json.loads((tmp_path / 'config.json').read_text())
   del config['clip']  # which other people's files do not have
   (tmp_path / 'config.json').write_text(json.dumps(config))
-  clip = encoders.clip_of(str(tmp_path))
-  assert clip == encoders.Clip(small.SHAPE, *wanted)
+  clip = encoder.clip_of(str(tmp_path))
+  assert clip == encoder.Clip(small.SHAPE, *wanted)
 
 
 def test_fine_tuning_from_nothing_has_clips_of_its_own():
   _, c = config_lib.load('configs/finetune_fast.py')
-  clip = finetune_start.clip_of(c, None)
-  assert clip == encoders.Clip((8, 32, 32, 3), 1)
+  clip = finetune_setup.clip_of(c, None)
+  assert clip == encoder.Clip((8, 32, 32, 3), 1)
   given = small.encoder_of()
-  assert finetune_start.clip_of(c, given) == given.clip
+  assert finetune_setup.clip_of(c, given) == given.clip
 
 
 def test_programs_are_held_to_the_free_memory(monkeypatch):
   given = small.encoder_of()
-  encode = memory.Encode(given, None, 'a smaller probe.test_batch_size')
+  encode = feature_memory.Encode(given, None, 'a smaller probe.test_batch_size')
   video = jax.random.randint(jax.random.key(1), (8, *small.SHAPE), 0, 256)
   video = video.astype('uint8')
   np.testing.assert_allclose(encode(video), given(video), atol=1e-6)
   shapes = jax.eval_shape(encode, jax.ShapeDtypeStruct(video.shape, 'uint8'))
   assert shapes.shape == given(video).shape
-  monkeypatch.setattr(memory, 'free', lambda device: 2**16)
-  other = memory.Encode(given, None, 'a smaller probe.test_batch_size')
+  monkeypatch.setattr(feature_memory, 'free', lambda device: 2**16)
+  other = feature_memory.Encode(given, None, 'a smaller probe.test_batch_size')
   with pytest.raises(ValueError, match=r'8 clips at once need .* GiB') as error:
     other(video)
   assert 'wanted a smaller probe.test_batch_size' in str(error.value)
-  monkeypatch.setattr(memory, 'free', lambda device: None)
+  monkeypatch.setattr(feature_memory, 'free', lambda device: None)
   other(video)
 
 
@@ -192,10 +195,10 @@ def test_free_memory_is_that_of_the_machine_or_its_container(
 ):
   (tmp_path / 'memory.max').write_text('1000')
   (tmp_path / 'memory.current').write_text('400')
-  monkeypatch.setattr(memory, 'CGROUP', tmp_path)
-  assert memory.free(jax.local_devices()[0]) == 600
+  monkeypatch.setattr(feature_memory, 'CGROUP', tmp_path)
+  assert feature_memory.free(jax.local_devices()[0]) == 600
   (tmp_path / 'memory.max').write_text('max')
-  assert memory.free(jax.local_devices()[0]) > 2**20
+  assert feature_memory.free(jax.local_devices()[0]) > 2**20
 
 
 def test_a_device_without_memory_is_one_line(monkeypatch, capsys):

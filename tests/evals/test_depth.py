@@ -10,20 +10,24 @@ from jax.sharding import AxisType
 from PIL import Image
 
 from vssl_jax import config as config_lib
-from vssl_jax import encoders, sharding
-from vssl_jax.data import pipeline, rooms
-from vssl_jax.evals import depth, depth_report, job
+from vssl_jax import encoder as encoder_lib
+from vssl_jax import sharding
+from vssl_jax.data import pipeline
+from vssl_jax.data.tools import generated_rooms
+from vssl_jax.evals.depth import job as job_lib
+from vssl_jax.evals.depth import report
+from vssl_jax.evals.probe import setup
 from vssl_jax.models import vit
 
-LOOK = rooms.Look(height=16, width=16, frames=12)
+LOOK = generated_rooms.Look(height=16, width=16, frames=12)
 
 
 @pytest.fixture(scope='module')
 def scenes(tmp_path_factory):
   """Folders `train` and `test` of other rooms; one test frame is damaged."""
   folder = tmp_path_factory.mktemp('rooms')
-  rooms.write(folder / 'train', scenes=8, seed=0, look=LOOK)
-  rooms.write(folder / 'test', scenes=5, seed=1, look=LOOK)
+  generated_rooms.write(folder / 'train', scenes=8, seed=0, look=LOOK)
+  generated_rooms.write(folder / 'test', scenes=5, seed=1, look=LOOK)
   (folder / 'test/room_0004/depth/000003.png').write_bytes(b'')
   return folder
 
@@ -42,7 +46,7 @@ def encoder():
   shape = (4, 16, 16, 3)
   video = np.zeros((1, *shape), np.uint8)
   params = jax.jit(module.init)(jax.random.key(0), video)['params']
-  return encoders.Encoder(module, params, 'tiny', shape)
+  return encoder_lib.Encoder(module, params, 'tiny', shape)
 
 
 def config_of(scenes, workdir, **probe):
@@ -80,11 +84,11 @@ CASES = {
 def test_depth_is_learned_and_reported(
   name, scenes, encoder, tmp_path, monkeypatch, capsys
 ):
-  monkeypatch.setattr(encoders, 'load', lambda source: encoder)
+  monkeypatch.setattr(encoder_lib, 'load', lambda source: encoder)
   before = jax.tree.map(np.asarray, encoder.params)
   c = config_of(scenes, tmp_path, **CASES[name])
   c.encoder = 'tiny'
-  assert depth.run(c) == 0
+  assert job_lib.run(c) == 0
   found = json.loads((tmp_path / 'report.json').read_text())
   results = found['results']
   losses = np.asarray([entry['loss'] for entry in found['history']])
@@ -118,7 +122,7 @@ def measured(scenes, encoder, tmp_path_factory):
   """A config and the report of a single head that was hardly trained."""
   folder = tmp_path_factory.mktemp('measured')
   c = config_of(scenes, folder, epochs=1, holdout=0.0, lrs=(1e-3,))
-  return c, depth.evaluate(c, encoder)
+  return c, job_lib.evaluate(c, encoder)
 
 
 def test_the_baseline_and_the_pixels_are_counted_as_numpy_does(
@@ -152,7 +156,7 @@ def test_figures_do_not_depend_on_the_batches(encoder, measured):
   c, found = measured
   c = copy.deepcopy(c)
   c.probe.test_batch_size = 16
-  other = depth.evaluate(c, encoder)
+  other = job_lib.evaluate(c, encoder)
   for name in ('best', 'mean'):
     np.testing.assert_allclose(
       _numbers(other['results'][name]),
@@ -162,8 +166,8 @@ def test_figures_do_not_depend_on_the_batches(encoder, measured):
 
 
 def _numbers(row):
-  return [row[k] for k in depth_report.KEYS] + [
-    row['align_median'][k] for k in depth_report.KEYS
+  return [row[k] for k in report.KEYS] + [
+    row['align_median'][k] for k in report.KEYS
   ]
 
 
@@ -178,24 +182,24 @@ def _numbers(row):
 )
 def test_wrong_knobs_are_named(change, message, scenes, encoder, tmp_path):
   with pytest.raises(ValueError, match=message):
-    depth.evaluate(config_of(scenes, tmp_path, **change), encoder)
+    job_lib.evaluate(config_of(scenes, tmp_path, **change), encoder)
 
 
 def test_depth_needs_units_and_an_encoder(scenes, encoder, tmp_path):
   c = config_of(scenes, tmp_path)
   with pytest.raises(ValueError, match=r'config\.encoder is empty'):
-    depth.evaluate(c)
+    job_lib.evaluate(c)
   c.data.depth_units = 0.0
   with pytest.raises(ValueError, match=r'data\.depth_units is 0'):
-    depth.evaluate(c, encoder)
+    job_lib.evaluate(c, encoder)
 
 
 def test_the_tap_is_said_in_blocks():
   module = vit.Vit(width=16, depth=24, num_heads=2)
-  assert job.tap(module, 0.95) == 'after block 21 of 24 (0.95)'
-  assert job.tap(module, 0.0) == 'after block 24 of 24, final norm'
+  assert setup.tap(module, 0.95) == 'after block 21 of 24 (0.95)'
+  assert setup.tap(module, 0.0) == 'after block 24 of 24, final norm'
   plain = vit.Vit(width=16, depth=24, num_heads=2, final_norm=False)
-  assert job.tap(plain, 0.0) == 'after block 24 of 24'
+  assert setup.tap(plain, 0.0) == 'after block 24 of 24'
 
 
 class Halved(vit.Vit):
@@ -207,8 +211,8 @@ class Halved(vit.Vit):
 def test_blocks_that_decode_are_not_tapped():
   module = Halved(width=16, depth=12, num_heads=2)
   wanted = 'after block 8 of 12, before those that decode'
-  assert job.tap(module, 0.0) == wanted
-  assert job.tap(module, 0.5) == 'after block 4 of 12 (0.5)'
+  assert setup.tap(module, 0.0) == wanted
+  assert setup.tap(module, 0.5) == 'after block 4 of 12 (0.5)'
 
 
 def test_views_that_vote_alone_have_numbers_of_their_own():
@@ -216,11 +220,11 @@ def test_views_that_vote_alone_have_numbers_of_their_own():
     'view': np.repeat([0, 1], 4).astype(np.int32),
     'segment': np.tile(np.arange(4), 2).astype(np.int32),
   }
-  (same,) = job.voting([batch], 4, 1)
+  (same,) = setup.number_views([batch], 4, 1)
   assert same is batch
-  (found,) = job.voting([batch], 2, 2)
+  (found,) = setup.number_views([batch], 2, 2)
   np.testing.assert_array_equal(found['view'], [0, 0, 1, 1, 2, 2, 3, 3])
-  (found,) = job.voting([batch], 1, 4)
+  (found,) = setup.number_views([batch], 1, 4)
   np.testing.assert_array_equal(found['view'], np.arange(8))
 
 
@@ -242,21 +246,21 @@ def untrained(c):
   )
   shape = (c.data.frames, *c.data.size, 3)
   params = module.init(jax.random.key(0), np.zeros((1, *shape), np.uint8))
-  return encoders.Encoder(module, params['params'], 'untrained', shape)
+  return encoder_lib.Encoder(module, params['params'], 'untrained', shape)
 
 
 @pytest.mark.slow
 def test_later_frames_of_known_rooms_are_read_better_than_guessed(
   tmp_path, one_device
 ):
-  rooms.write(tmp_path / 'rooms', scenes=20, seed=0)
+  generated_rooms.write(tmp_path / 'rooms', scenes=20, seed=0)
   _, c = config_lib.load('configs/depth_fast.py')
   c.workdir = str(tmp_path)
   c.data.frames, c.data.size, c.data.stride = 8, (48, 48), 1
   c.data.isolate = False
   c.probe.train = c.probe.test = (str(tmp_path / 'rooms'),)
   c.probe.train_where, c.probe.test_where = 'frames=0-14', 'frames=16-23'
-  found = depth.evaluate(c, untrained(c))['results']
+  found = job_lib.evaluate(c, untrained(c))['results']
   assert found['selected']['rmse'] < 0.8 * found['mean']['rmse']
   assert found['selected']['abs_rel'] < 0.8 * found['mean']['abs_rel']
   assert found['selected']['delta_1'] > found['mean']['delta_1'] + 0.03
@@ -271,7 +275,7 @@ def test_depth_of_a_real_room_is_read(video_data, tmp_path, one_device):
   room = str(video_data / 'rgbd_7scenes' / 'redkitchen_a')
   c.probe.train = c.probe.test = (room,)
   c.probe.train_where, c.probe.test_where = 'frames=0-699', 'frames=860-999'
-  found = depth.evaluate(c, untrained(c))
+  found = job_lib.evaluate(c, untrained(c))
   results = found['results']
   # Some 11 % of the pixels of this room hold no depth.
   pixels = 8 * 64 * 64 * 4 * found['test']['examples']

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vssl_jax.evals import depth_error
+from vssl_jax.evals.depth import errors
 
 RNG = np.random.default_rng(0)
 
@@ -15,8 +15,8 @@ def clip(values):
 
 
 def figures(predicted, truth):
-  total = depth_error.Total()
-  total.add(depth_error.sums(predicted, truth), np.ones(len(predicted)))
+  total = errors.Total()
+  total.add(errors.sums(predicted, truth), np.ones(len(predicted)))
   return total.figures()
 
 
@@ -49,13 +49,13 @@ def random(rows):
 def test_figures_do_not_depend_on_the_batches():
   predicted, truth = random(7)
   together = figures(predicted, truth)
-  total = depth_error.Total()
+  total = errors.Total()
   for start, size in ((0, 1), (1, 4), (5, 2)):
     rows = slice(start, start + size)
-    total.add(depth_error.sums(predicted[rows], truth[rows]), np.ones(size))
+    total.add(errors.sums(predicted[rows], truth[rows]), np.ones(size))
   # Nor on padding, not even where it is worse than wrong.
   bad = jnp.full((2, 2, 4, 4), jnp.nan)
-  total.add(depth_error.sums(bad, jnp.ones_like(bad)), np.zeros(2))
+  total.add(errors.sums(bad, jnp.ones_like(bad)), np.zeros(2))
   for name, value in total.figures().items():
     np.testing.assert_allclose(value, together[name], rtol=1e-6)
   p, g = (np.asarray(x, np.float64) for x in (predicted, truth))
@@ -75,13 +75,13 @@ def test_aligning_undoes_a_scale_per_clip():
   factors = jnp.asarray([0.5, 2.0, 7.0])[:, None, None, None]
   # What stands where nothing was measured must not matter.
   predicted = jnp.where(truth > 0, truth * factors, 1e3)
-  aligned = depth_error.align(predicted, truth)
+  aligned = errors.align(predicted, truth)
   found = figures(aligned, truth)
   np.testing.assert_allclose(found['abs_rel'], 0, atol=1e-5)
   assert figures(predicted, truth)['abs_rel'] > 1
-  lost = depth_error.align(-truth, truth)
+  lost = errors.align(-truth, truth)
   np.testing.assert_array_equal(lost, -truth)
-  blank = depth_error.align(truth, jnp.zeros_like(truth))
+  blank = errors.align(truth, jnp.zeros_like(truth))
   assert np.isfinite(blank).all()
 
 
@@ -91,7 +91,7 @@ def test_aligning_undoes_a_scale_per_clip():
    ('l1', 4.5 / 3, [-1 / 3, 1 / 3, 1 / 3, 0])],
 )  # fmt: skip
 def test_losses_and_their_gradients(loss, wanted, slope):
-  function = getattr(depth_error, loss)
+  function = getattr(errors, loss)
   truth = jnp.concatenate([clip([2, 2, 2, 0]), clip([1, 1, 1, 1])])
   predicted = jnp.concatenate([clip([1, 2.5, 5, 9]), clip([3, 3, 3, 3])])
   weight = jnp.asarray([1.0, 0.0])

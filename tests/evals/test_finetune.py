@@ -13,18 +13,16 @@ import pytest
 import vssl_jax
 from tests.evals import finetune_small as small
 from vssl_jax import main, sharding, weights
-from vssl_jax.data import pipeline, synthetic
-from vssl_jax.evals import (
-  finetune,
-  finetune_start,
-  finetune_videos,
-  finetuned,
-  validation,
-)
+from vssl_jax.checkpoint import integrity, manager
+from vssl_jax.data import pipeline
+from vssl_jax.data.tools import synthetic
+from vssl_jax.evals.finetune import job, setup, validation
+from vssl_jax.evals.finetune import model as model_lib
+from vssl_jax.evals.finetune import videos as videos_lib
 from vssl_jax.models import classifier
-from vssl_jax.train import checkpoint, manifests, metrics
+from vssl_jax.utils import metrics
 
-pytestmark = pytest.mark.slow  # test_finetune_start.py is not
+pytestmark = pytest.mark.slow  # test_finetune_setup.py is not
 COLOURS = {'blue': (40, 40, 200), 'green': (40, 200, 40), 'red': (200, 40, 40)}
 
 
@@ -49,12 +47,12 @@ def finished(videos, tmp_path_factory):
   """A whole run from a given encoder."""
   workdir = tmp_path_factory.mktemp('finetune') / 'run'
   config = small.config_of(videos, workdir)
-  return config, finetune.evaluate(config, small.encoder_of())
+  return config, job.evaluate(config, small.encoder_of())
 
 
 def leaf_sums(workdir, folder='checkpoints'):
   """Leaf -> sum of bits, of the newest in a folder."""
-  newest = max(manifests.listing(workdir, (folder,)), key=lambda s: s.step)
+  newest = max(integrity.listing(workdir, (folder,)), key=lambda s: s.step)
   leaves = newest.manifest['leaves']
   return newest.step, {name: leaf['sum'] for name, leaf in leaves.items()}
 
@@ -82,7 +80,7 @@ def test_the_report_says_how_and_how_well(finished):
 def test_it_learns(finished, videos):
   """Training clips, without augmentation: more than chance + 3 errors."""
   config, _ = finished
-  model = finetuned.load(config.workdir)
+  model = model_lib.load(config.workdir)
   assert model.classes == ('blue', 'green', 'red')
   data = config.data.to_dict() | {'source': str(videos / 'train')}
   right = total = 0
@@ -96,7 +94,7 @@ def test_it_learns(finished, videos):
 
 def test_an_export_keeps_the_whole_model(finished, videos, tmp_path):
   config, _ = finished
-  model = finetuned.load(config.workdir)
+  model = model_lib.load(config.workdir)
   rng = np.random.default_rng(0)
   video = rng.integers(0, 256, (3, *small.SHAPE), np.uint8)
   for name, export in (
@@ -104,7 +102,7 @@ def test_an_export_keeps_the_whole_model(finished, videos, tmp_path):
     ('encoder', vssl_jax.load(config.workdir).export),
   ):
     export(tmp_path / name)
-    again = finetuned.load(str(tmp_path / name))
+    again = model_lib.load(str(tmp_path / name))
     assert again.classes == ('blue', 'green', 'red')
     assert again.encoder.mean == model.encoder.mean
     assert again.clip == model.clip
@@ -118,13 +116,13 @@ def test_the_best_checkpoint_is_kept_and_loaded(finished):
   first = max(history, key=lambda x: (x['accuracy'], -x['loss'], -x['epoch']))
   every = found['steps'] // 4
   assert found['results']['best']['step'] == first['epoch'] * every
-  saved = finetuned.load(config.workdir).saved
-  assert saved.path.name == checkpoint.BEST
+  saved = model_lib.load(config.workdir).saved
+  assert saved.path.name == manager.BEST
   assert saved.step == found['results']['best']['step']
   np.testing.assert_allclose(saved.manifest['valid']['loss'], first['loss'])
   encoder = vssl_jax.load(config.workdir)
   assert not encoder.module.final_norm
-  model = finetuned.load(config.workdir)
+  model = model_lib.load(config.workdir)
   clip = np.random.default_rng(0).integers(0, 256, (2, *small.SHAPE), np.uint8)
   tokens = encoder(clip)
   head = classifier.Classifier(3).apply(
@@ -138,26 +136,26 @@ def test_a_later_epoch_has_to_be_better(finished, videos, tmp_path):
   """Looks at states of known worth, forwards and again after a kill."""
   config, _ = finished
   mesh = sharding.make_mesh()
-  good = finetuned.load(config.workdir, mesh)
+  good = model_lib.load(config.workdir, mesh)
   untrained = jax.tree.map(jnp.zeros_like, good.params)
-  listed = finetune_videos.find(small.config_of(videos, tmp_path))
-  c = finetune_start.fill(small.config_of(videos, tmp_path), listed)
-  watcher = validation.Watcher(c, listed, 4)
+  listed = videos_lib.find(small.config_of(videos, tmp_path))
+  c = setup.fill(small.config_of(videos, tmp_path), listed)
+  hook = validation.Hook(c, listed, 4)
   run = types.SimpleNamespace(
     mesh=mesh,
-    checkpoints=checkpoint.Checkpoints(tmp_path),
+    checkpoints=manager.Checkpoints(tmp_path),
     logger=metrics.Logger(tmp_path, tensorboard=False),
   )
   phase = types.SimpleNamespace(
     name='labels', encoder=good.encoder, head=good.head
   )
   span = types.SimpleNamespace(phase=phase, start=0)
-  assert [step for step in range(1, 13) if watcher.due(step, 0)] == [4, 8, 12]
+  assert [step for step in range(1, 13) if hook.due(step, 0)] == [4, 8, 12]
 
   def look(step, params):
     state = types.SimpleNamespace(params=params)
-    watcher.look(run, span, state, step)
-    best = run.checkpoints.params_of(checkpoint.BEST).manifest
+    hook.look(run, span, state, step)
+    best = run.checkpoints.params_of(manager.BEST).manifest
     return best['step'], best['valid']['loss']
 
   # An untrained one gives every class the same probability.
@@ -169,7 +167,7 @@ def test_a_later_epoch_has_to_be_better(finished, videos, tmp_path):
   assert look(12, untrained)[0] == 8
   # A start from before the best was found does not know of it.
   assert look(8, untrained) == (8, pytest.approx(np.log(3), rel=1e-5))
-  watcher.close()
+  hook.close()
   run.logger.close()
 
 
@@ -181,38 +179,36 @@ def test_resumed_in_the_middle_it_ends_with_the_same_bits(
   shutil.copytree(config.workdir, workdir)
   (workdir / 'report.json').unlink()
   # Killed in the second epoch: nothing later is there.
-  for saved in manifests.listing(workdir):
-    if saved.step > 6 or saved.path.name == checkpoint.BEST:
+  for saved in integrity.listing(workdir):
+    if saved.step > 6 or saved.path.name == manager.BEST:
       shutil.rmtree(saved.path)
       saved.path.with_suffix('.json').unlink()
   again = small.config_of(videos, workdir)
   # The weights that it started from are in its folder; theirs may be gone.
-  result = finetune.evaluate(again, small.encoder_of())
+  result = job.evaluate(again, small.encoder_of())
   assert leaf_sums(workdir) == leaf_sums(config.workdir)
   assert result['results'] == found['results']
   # A tested run is not tested again.
   (workdir / 'params' / 'best.json').unlink()
-  assert (
-    finetune.evaluate(again, small.encoder_of())['results'] == found['results']
-  )
+  assert job.evaluate(again, small.encoder_of())['results'] == found['results']
   # Nothing is tested in place of the best.
   (workdir / 'report.json').unlink()
   with pytest.raises(ValueError, match=r'params/best: .* is damaged or'):
-    finetune.evaluate(again, small.encoder_of())
+    job.evaluate(again, small.encoder_of())
 
 
 def test_held_out_videos_are_validated_once_and_never_trained_on(
   videos, tmp_path
 ):
   c = small.config_of(videos, tmp_path)
-  listed = finetune_videos.find(c)
-  filled = finetune_start.fill(c, listed)
+  listed = videos_lib.find(c)
+  filled = setup.fill(c, listed)
   clips = pipeline.make(filled.data.to_dict(), batch_size=16, seed=0)
   stream = clips.iterator()
   trained = [next(stream) for _ in range(3 * listed.count // 8)]
   clips.close()
   seen = {int(i) for batch in trained for i in batch['index']}
-  passed = finetune_videos.one_view(filled, listed)
+  passed = videos_lib.one_view(filled, listed)
   held = [
     int(i)
     for batch in passed
@@ -233,8 +229,8 @@ def test_every_view_comes_once_whatever_the_batch_and_the_devices(
   finished, videos
 ):
   config, _ = finished
-  model = finetuned.load(config.workdir)
-  listed = finetune_videos.find(small.config_of(videos, config.workdir))
+  model = model_lib.load(config.workdir)
+  listed = videos_lib.find(small.config_of(videos, config.workdir))
   found = []
   for devices, size in ((1, 4), (2, 8)):
     mesh = jax.make_mesh(
@@ -246,10 +242,10 @@ def test_every_view_comes_once_whatever_the_batch_and_the_devices(
     c = small.config_of(videos, config.workdir, test_batch_size=size)
     c.finetune.update(dict(sampling='interleaved', clips=2, views=3))
     place = jax.device_put(model.params, sharding.replicated(mesh))
-    clips = finetune_videos.all_views(c, listed)
+    clips = videos_lib.all_views(c, listed)
     # Every video by its number and view; a second time would be an error.
-    counted = finetuned.count(
-      model, place, finetune.job_lib.voting(clips, 1, 2), 6, mesh
+    counted = model_lib.count(
+      model, place, job.setup_lib.number_views(clips, 1, 2), 6, mesh
     )
     clips.close()
     found.append((counted.loss(), *counted.predictions()))
@@ -268,11 +264,11 @@ def test_wrong_knobs_and_lists_are_named(videos, tmp_path):
     ({'train': (str(videos / 'train' / 'red'),)}, 'have no labels'),
   ):
     with pytest.raises(ValueError, match=message):
-      finetune.evaluate(small.config_of(videos, tmp_path, **change))
+      job.evaluate(small.config_of(videos, tmp_path, **change))
   with pytest.raises(ValueError, match=r'config\.workdir is empty'):
-    finetune.evaluate(small.config_of(videos, ''))
+    job.evaluate(small.config_of(videos, ''))
   with pytest.raises(ValueError, match=r'no model\.safetensors'):
-    finetuned.load(str(tmp_path))
+    model_lib.load(str(tmp_path))
 
 
 def test_plans_say_what_each_job_does(videos, tmp_path, capsys):

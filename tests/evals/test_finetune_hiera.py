@@ -7,27 +7,32 @@ import pytest
 
 from tests.evals import finetune_small as small
 from vssl_jax import config as config_lib
-from vssl_jax import encoders, methods, trees, weights
-from vssl_jax.data import options, synthetic
+from vssl_jax import encoder as encoder_lib
+from vssl_jax import methods, trees, weights
+from vssl_jax.data import options
+from vssl_jax.data.tools import synthetic
 from vssl_jax.evals import clips as clips_lib
-from vssl_jax.evals import finetune, finetune_start, finetuned
-from vssl_jax.models import framewise, hiera, vit
+from vssl_jax.evals.finetune import job, setup
+from vssl_jax.evals.finetune import model as model_lib
+from vssl_jax.models import framewise, vit
+from vssl_jax.models.hiera import encoder as hiera_encoder
 from vssl_jax.train import optimizer
 from vssl_jax.train import run as run_lib
+from vssl_jax.utils import config_io
 
 SHAPE = (4, 32, 32, 3)
 
 
 def encoder_of():
   """A Hiera as it was pre-trained: two poolings."""
-  module = hiera.make(
+  module = hiera_encoder.make(
     dict(channels=8, depths=(1, 1, 1, 1), num_heads=1),
     stride=(2, 2, 2),
     drop_path=0.3,
     dtype='float32',
   )
   params = jax.jit(module.init)(jax.random.key(3), np.zeros((1, *SHAPE), 'u1'))
-  return encoders.Encoder(module, params['params'], 'ours', SHAPE)
+  return encoder_lib.Encoder(module, params['params'], 'ours', SHAPE)
 
 
 def config_of(folder):
@@ -41,7 +46,7 @@ def config_of(folder):
 def test_the_run_starts_from_the_same_leaves_and_pools_once_more(tmp_path):
   """Invariant 11 of KDHiera: none is missing, none is left over."""
   c, given = config_of(tmp_path), encoder_of()
-  finetune_start.write(c, given)
+  setup.write(c, given)
   _, params, report = weights.load_published(c.method.source)
   assert not report.missing and not report.unused
   wanted = dict(trees.named_leaves(given.params))
@@ -50,8 +55,8 @@ def test_the_run_starts_from_the_same_leaves_and_pools_once_more(tmp_path):
   for name, value in found.items():
     np.testing.assert_array_equal(value, wanted[name])
   # As it is read back from the run's record.
-  section = config_lib.from_json(config_lib.to_json(c)).method
-  method = methods.build(section, SHAPE, encoders.module_of)
+  section = config_io.from_json(config_io.to_json(c)).method
+  method = methods.build(section, SHAPE, encoder_lib.module_of)
   (phase,) = method.phases()
   assert phase.encoder == given.module.clone(
     q_pool=3, drop_path=0.2, final_norm=False, dtype='bfloat16'
@@ -69,7 +74,7 @@ def test_the_head_starts_as_released():
   """Biases of .02, of the linear layer times the scale of its weights."""
   c = config_lib.fine_tuning()
   c.method.update(dict(steps=1, classes=400, family='hiera', head_scale=0.1))
-  (phase,) = methods.build(c.method, SHAPE, encoders.module_of).phases()
+  (phase,) = methods.build(c.method, SHAPE, encoder_lib.module_of).phases()
   params = phase.head.init(jax.random.key(0), jnp.zeros((1, 1, 64)))
   norm, head = params['params']['norm'], params['params']['head']
   np.testing.assert_array_equal(norm['scale'], 1)
@@ -87,11 +92,11 @@ def test_a_hiera_is_fine_tuned_and_tested(tmp_path):
   )
   c = small.config_of(tmp_path / 'videos', tmp_path / 'run', epochs=2)
   c.data.size = (32, 32)
-  found = finetune.evaluate(c, encoder_of())
+  found = job.evaluate(c, encoder_of())
   assert found['method']['family'] == 'hiera' and found['method']['q_pool'] == 3
   assert found['test']['evaluated'] == 16
   assert 0 <= found['results']['best']['accuracy'] <= 1
-  model = finetuned.load(str(tmp_path / 'run'))
+  model = model_lib.load(str(tmp_path / 'run'))
   assert model.encoder.q_pool == 3
   assert model(np.zeros(SHAPE, np.uint8)).shape == (1, len(model.classes))
 
@@ -99,14 +104,14 @@ def test_a_hiera_is_fine_tuned_and_tested(tmp_path):
 def test_another_encoder_is_refused(tmp_path):
   c = config_of(tmp_path)
   images = framewise.Framewise(vit.make('Ti', patch=(1, 8, 8)))
-  other = encoders.Encoder(images, {}, 'ours', SHAPE)
+  other = encoder_lib.Encoder(images, {}, 'ours', SHAPE)
   with pytest.raises(
     ValueError, match=r'ours: found a Framewise, wanted a Vit'
   ):
-    finetune_start.write(c, other)
+    setup.write(c, other)
   c.method.family = 'cnn'
   with pytest.raises(ValueError, match=r"method.family: found 'cnn', wanted"):
-    methods.build(c.method, SHAPE, encoders.module_of)
+    methods.build(c.method, SHAPE, encoder_lib.module_of)
 
 
 # Rate at the batch, epochs, warm-up, layer decay, drop path, dropout, views.
@@ -124,12 +129,12 @@ ROWS = {
 def test_pages_hold_the_published_values(spec):
   _, c = config_lib.load(f'configs/{spec}')
   assert c.job == 'finetune'
-  c = clips_lib.follow(c, finetune_start.clip_of(c, None))
+  c = clips_lib.follow(c, setup.clip_of(c, None))
   assert options.spec(c.data).shape == (16, 224, 224, 3)
   c.method.classes = 7
-  finetune_start.set_steps(c, 100)
+  setup.set_steps(c, 100)
   method = methods.build(
-    c.method, options.spec(c.data).shape, encoders.module_of
+    c.method, options.spec(c.data).shape, encoder_lib.module_of
   )
   (span,) = run_lib.spans(method)
   encoder = span.phase.encoder
@@ -145,8 +150,8 @@ def test_pages_hold_the_published_values(spec):
   assert c.finetune.batch_size == 256 and c.finetune.views == 3
   assert (c.method.mixup, c.method.cutmix, c.method.smoothing) == (0.8, 1, 0.1)
   size = spec.partition(':')[2] or ('L' if 'ssv2' in spec else 'B')
-  assert encoder.depths == hiera.SIZES[size]['depths']
-  assert encoder.channels == hiera.SIZES[size]['channels']
+  assert encoder.depths == hiera_encoder.SIZES[size]['depths']
+  assert encoder.channels == hiera_encoder.SIZES[size]['channels']
   ssv2 = 'ssv2' in spec
   assert c.data.flip != ssv2 and c.optim.rule == ('sgd' if ssv2 else 'adamw')
   assert c.optim.weight_decay == (1e-4 if ssv2 else 0.05)

@@ -9,7 +9,7 @@ import pytest
 from tests.train import test_processes
 from vssl_jax import config as config_lib
 from vssl_jax import weights
-from vssl_jax.data import synthetic
+from vssl_jax.data.tools import synthetic
 from vssl_jax.models import vit
 
 SHAPE = (4, 16, 16, 3)

@@ -4,8 +4,10 @@ import pathlib
 import numpy as np
 
 from vssl_jax import config as config_lib
-from vssl_jax.evals import finetune, report
-from vssl_jax.train import manifests
+from vssl_jax.checkpoint import integrity
+from vssl_jax.evals import report
+from vssl_jax.evals.finetune import job
+from vssl_jax.utils import config_io
 
 REPORT = {
   'encoder': 'runs/x',
@@ -113,7 +115,7 @@ def test_a_report_replaces_only_one_of_the_same_measurement(tmp_path):
   ]
   again = other | {'chance': 0.2, 'seconds': 3.0}
   assert report.write(again, tmp_path) == second
-  assert manifests.load(tmp_path / 'report.json') == REPORT
+  assert integrity.load(tmp_path / 'report.json') == REPORT
   (tmp_path / 'report-3.json').write_text('{"encoder": ')  # damaged
   changes = ({'clip': [4, 32, 32, 3]}, {'test': {'source': 'c'}})
   for number, change in enumerate(changes, start=4):
@@ -130,9 +132,9 @@ def test_the_file_is_json(tmp_path):
 def test_a_corrupt_report_is_not_taken_for_a_result(tmp_path, caplog):
   config = config_lib.fine_tuning()
   config.workdir = str(tmp_path)
-  found = {'finetune': config_lib.to_json(config)['finetune'], 'accuracy': 0.5}
+  found = {'finetune': config_io.to_json(config)['finetune'], 'accuracy': 0.5}
   path = pathlib.Path(report.write(found, tmp_path))
-  assert finetune._tested(config) == found
+  assert job._tested(config) == found
   path.write_text(path.read_text().replace('0.5', '0.7'))
-  assert finetune._tested(config) is None
+  assert job._tested(config) is None
   assert f'{path} is corrupt' in caplog.text

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from vssl_jax.evals import finetune_report, validation
-from vssl_jax.train import checkpoint, manifests
+from vssl_jax.checkpoint import integrity, manager
+from vssl_jax.evals.finetune import report, validation
 
 REPORT = {
   'encoder': 'ours',
@@ -30,7 +30,7 @@ REPORT = {
 
 def _told(step):
   best = {'accuracy': 0.5, 'interval': [0.1, 0.9], 'top5': 1.0, 'step': step}
-  return finetune_report.text({**REPORT, 'results': {'best': best}})
+  return report.text({**REPORT, 'results': {'best': best}})
 
 
 def test_the_report_says_when_a_better_epoch_was_lost():
@@ -47,22 +47,22 @@ def test_the_report_says_how_many_test_videos_chose_the_best():
   valid = REPORT['valid'] | {'held_out': False, 'chosen_by_test': True}
   found = {**REPORT, 'valid': valid, 'results': {'best': best}}
   chosen = {'count': 2, 'total': 9}
-  text = finetune_report.text({**found, 'chosen_by': chosen})
+  text = report.text({**found, 'chosen_by': chosen})
   assert '2 of the 9 test videos among them' in text and 'flatters' in text
   # Older reports do not say.
-  assert '4 of the 4 test videos among them' in finetune_report.text(found)
+  assert '4 of the 4 test videos among them' in report.text(found)
 
 
 def test_the_best_of_earlier_epochs_is_known_without_reading_it(
   tmp_path, monkeypatch
 ):
-  kept = checkpoint.Checkpoints(tmp_path)
+  kept = manager.Checkpoints(tmp_path)
   params = {'params': {'a': np.ones(3, np.float32)}}
   valid = {'correct': 3, 'total': 4, 'loss': 0.5}
   extra = {'valid': valid}
-  kept.save_params(params, 4, 'labels', name=checkpoint.BEST, extra=extra)
+  kept.save_params(params, 4, 'labels', name=manager.BEST, extra=extra)
   read = []
-  monkeypatch.setattr(manifests, '_hash_file', read.append)
+  monkeypatch.setattr(integrity, '_hash_file', read.append)
   assert validation._before(kept, 8) == valid
   assert validation._before(kept, 4) is None
   assert not read

@@ -11,9 +11,9 @@ import time
 
 import pytest
 
-from tests.train import conftest, test_processes
-from vssl_jax import config as config_lib
-from vssl_jax.data import synthetic
+from tests.train import small_runs, test_processes
+from vssl_jax.data.tools import synthetic
+from vssl_jax.utils import config_io
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Given after the settings: the second task finds no data.
@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 def read(page):
   text = pathlib.Path(page).with_name('config.json').read_text()
-  return config_lib.from_json(json.loads(text))
+  return config_io.from_json(json.loads(text))
 
 
 class Cluster:
@@ -63,7 +63,7 @@ class Cluster:
   def submit(self, page, config):
     self.log = self.clone / 'log'
     (self.clone / 'page.py').write_text(page)
-    text = json.dumps(config_lib.to_json(config))
+    text = json.dumps(config_io.to_json(config))
     (self.clone / 'config.json').write_text(text)
     self.job = self._run(
       'sbatch', '--parsable', '--nodes=1', '--ntasks-per-node=2',
@@ -110,7 +110,7 @@ def slurm(tmp_path):
 @pytest.fixture
 def config(tmp_path):
   synthetic.write(tmp_path / 'clips', clips=40, size=32, frames=8)
-  c = conftest.tiny_config(tmp_path / 'clips/train', tmp_path / 'run')
+  c = small_runs.tiny_config(tmp_path / 'clips/train', tmp_path / 'run')
   c.method.phases = ('pixel_teacher',)
   c.method.pixel_teacher.steps = 300
   c.checkpoint.every = 1000

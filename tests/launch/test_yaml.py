@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from tests import test_docs
-from vssl_jax import cluster
+from vssl_jax.utils import distributed
 
 LAUNCH = pathlib.Path(__file__).resolve().parents[2] / 'launch'
 JOBSETS = list(yaml.safe_load_all((LAUNCH / 'jobset.yaml').read_text()))
@@ -196,14 +196,14 @@ def test_pods_of_a_jobset_are_one_job(jobset):
   assert mounts == {volume['name'] for volume in pod['volumes']}
   env = {entry['name']: entry.get('value') for entry in container['env']}
   if jobset['metadata']['labels']['accelerator'] == 'gpu':
-    assert set(cluster.ADDRESS) <= env.keys()
+    assert set(distributed.ADDRESS) <= env.keys()
     assert int(env['JAX_NUM_PROCESSES']) == job['completions']
     name = jobset['metadata']['name']
     first = f'{name}-{replicated["name"]}-0-0.{name}'
     assert re.fullmatch(rf'{first}:\d+', env['JAX_COORDINATOR_ADDRESS'])
     assert env['JAX_PROCESS_ID'] is None  # from the pod's index
   else:
-    assert not env.keys() & set(cluster.ADDRESS)  # GKE says it
+    assert not env.keys() & set(distributed.ADDRESS)  # GKE says it
     chips = container['resources']['limits']['google.com/tpu']
     sides = pod['nodeSelector']['cloud.google.com/gke-tpu-topology'].split('x')
     product = int(sides[0]) * int(sides[1]) * int(sides[2])

@@ -7,9 +7,11 @@ import jax
 import numpy as np
 
 from tests.methods import pmd_small
-from vssl_jax import masking, methods
+from vssl_jax import methods
+from vssl_jax.masks import sampling
 from vssl_jax.methods import kdhiera_config
-from vssl_jax.models import framewise, hiera, vit
+from vssl_jax.models import framewise, vit
+from vssl_jax.models.hiera import encoder as encoder_lib
 
 # Units of 16 pixels in two time steps; a teacher's token has 8 of them.
 VIDEO, PATCH = (4, 32, 48, 3), (2, 8, 8)
@@ -82,18 +84,18 @@ def build(**knobs):
   )
 
 
-class Said(hiera.Hiera):
+class Said(encoder_lib.Hiera):
   """Says what its parameters hold for every unit, whatever it sees."""
 
   def __call__(self, video, units, *, features, deterministic=True):
     assert features
     ends = self.get_variable('params', 'ends')
-    return tuple(masking.gather(x, units) for x in ends)
+    return tuple(sampling.gather(x, units) for x in ends)
 
 
 def speaking(phase, size=2):
   """Returns the phase with `Said`, and what that says: ends of the stages."""
-  known = hiera.Hiera.__dataclass_fields__.keys() - {'parent', 'name'}
+  known = encoder_lib.Hiera.__dataclass_fields__.keys() - {'parent', 'name'}
   encoder = Said(**{n: getattr(phase.encoder, n) for n in known})
   rng = np.random.default_rng(6)
   ends = tuple(

@@ -25,7 +25,7 @@ KNOBS = dict(
   df_extra_mean=False,
   pg_positions='masked',
   align_norm='none',
-  rows_shape='patch',
+  memory_shape='patch',
 )
 
 # --- networks
@@ -283,7 +283,7 @@ def whole(views, maps, teachers, rows, substituted, grid, **knobs):
     out += knobs['lambda_base'] * base
     if name in rows:
       value, window = rows[name]
-      if knobs['rows_shape'] == 'tube':
+      if knobs['memory_shape'] == 'tube':
         value, window = (np.tile(x, (1, t)) for x in (value, window))
       terms, after, w = dare(views, target, name, value, window, knobs)
       metrics[f'loss/difficulty/{name}'] = np.mean(terms * ~substituted)
@@ -291,8 +291,10 @@ def whole(views, maps, teachers, rows, substituted, grid, **knobs):
       entropy = -scipy.special.xlogy(w, w).sum(1) / np.log((w > 0).sum(1))
       metrics[f'dare/entropy/{name}'] = entropy.mean()
       metrics[f'dare/max_weight/{name}'] = w.max()
-      metrics[f'rows/filled/{name}'] = (rows[name][0] != 0).any(1).mean()
-      if knobs['rows_shape'] == 'tube':
+      metrics[f'example_memory/filled/{name}'] = (
+        (rows[name][0] != 0).any(1).mean()
+      )
+      if knobs['memory_shape'] == 'tube':
         # Of the masked time steps of a position; an unmasked one keeps it.
         by_time = np.ma.masked_array(after, w == 0).reshape(len(w), t, -1)
         after = by_time.mean(1).filled(rows[name][0])

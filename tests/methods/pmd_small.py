@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vssl_jax import masking, methods, rngs, trees
+from vssl_jax import methods, rngs, trees
+from vssl_jax.masks import sampling
 from vssl_jax.methods import pmd_config
 from vssl_jax.models import framewise, vit
-from vssl_jax.models import student as student_lib
+from vssl_jax.models import mvd_student as mvd_student_lib
 
 # 9, 8, 6 and 4 of the 36 positions are visible in the four phases.
 VIDEO, PATCH, GRID = (4, 24, 24, 3), (2, 4, 4), (2, 6, 6)
@@ -89,7 +90,7 @@ def batch(size=3, rows=None, **fields):
     'crop': np.tile(np.float32([0, 0, 1, 1]), (size, 1)),
     'flip': np.zeros(size, bool),
     **{
-      f'rows/{name}{end}': np.asarray(x, np.float32)
+      f'example_memory/{name}{end}': np.asarray(x, np.float32)
       for name, pair in (rows or {}).items()
       for end, x in zip(('', '@window'), pair, strict=True)
     },
@@ -118,7 +119,7 @@ def step(number=3):
 def masks(specs, number=3, size=3):
   """Returns the masks of a step."""
   found = [s.draw(step(number), batch(size), GRID)[0] for s in specs]
-  return [masking.Mask(*map(np.asarray, mask)) for mask in found]
+  return [sampling.Mask(*map(np.asarray, mask)) for mask in found]
 
 
 def draw(tree, seed=1):
@@ -153,16 +154,16 @@ def double(tree):
   return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
 
 
-class Said(student_lib.Student):
+class Said(mvd_student_lib.Student):
   """Says what its parameters hold for every patch, whatever it sees."""
 
   def __call__(self, video, mask=None, *, at=None, deterministic=True):
     layers = self.get_variable('params', 'features')
     at = mask.masked if at is None else at
-    return student_lib.Output(
-      tuple(masking.gather(x, mask.visible) for x in layers),
+    return mvd_student_lib.Output(
+      tuple(sampling.gather(x, mask.visible) for x in layers),
       {
-        name: masking.gather(self.get_variable('params', name), at)
+        name: sampling.gather(self.get_variable('params', name), at)
         for name in self.decoder
       },
     )

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import pytest
 
 from vssl_jax import rngs
-from vssl_jax.methods import base, chain
+from vssl_jax.methods import chain
+from vssl_jax.methods import phase as phase_lib
 from vssl_jax.models import vit
 
 
 @dataclasses.dataclass(frozen=True)
-class Says(base.Method):
+class Says(phase_lib.Method):
   """Answers everything with its number."""
 
   number: float
@@ -28,23 +29,23 @@ class Says(base.Method):
     return {'number': jnp.full(len(video), self.number)}
 
   def loss(self, params, teachers, batch, rng, phase):
-    return jnp.asarray(self.number), base.Aux({})
+    return jnp.asarray(self.number), phase_lib.Aux({})
 
   def cost(self, phase, video):
-    return base.Cost(self.number)
+    return phase_lib.Cost(self.number)
 
   def encode(self, params, video, depth=None, phase=None):
     return jnp.full((1, 1, 1), self.number)
 
   def masks(self, teachers, batch, rng, phase):
-    return {str(self.number): base.Seen(None)}
+    return {str(self.number): phase_lib.Seen(None)}
 
   def reconstruct(self, params, batch, rng, phase):
-    return {str(self.number): base.Reconstruction(None, None, 'patch')}
+    return {str(self.number): phase_lib.Reconstruction(None, None, 'patch')}
 
 
 def _phase(name, **fields):
-  return base.Phase(name=name, steps=1, encoder=vit.make('Ti'), **fields)
+  return phase_lib.Phase(name=name, steps=1, encoder=vit.make('Ti'), **fields)
 
 
 def test_every_question_goes_to_the_part_that_has_the_phase():
@@ -74,9 +75,9 @@ def test_a_chain_of_one_is_that_one():
 
 def test_a_teacher_may_come_from_an_earlier_part_but_not_a_later_one():
   taught = _phase(
-    'b', teachers={'t': base.Teacher(vit.make('Ti'), source='@a')}
+    'b', teachers={'t': phase_lib.Teacher(vit.make('Ti'), source='@a')}
   )
   parts = Says(1.0, (_phase('a'),)), Says(2.0, (taught,))
-  assert base.check(chain.of(*parts).phases())
+  assert phase_lib.check(chain.of(*parts).phases())
   with pytest.raises(ValueError, match=r"source '@a'.*before it are \[\]"):
-    base.check(chain.of(*parts[::-1]).phases())
+    phase_lib.check(chain.of(*parts[::-1]).phases())

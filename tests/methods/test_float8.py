@@ -6,8 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from vssl_jax.methods import base
-from vssl_jax.models import float8, framewise, student, vit
+from vssl_jax.methods import phase as phase_lib
+from vssl_jax.models import fp8_matmul, framewise, mvd_student, vit
 from vssl_jax.train import run
 
 VIDEO = (2, 4, 32, 32, 3)
@@ -18,7 +18,7 @@ BOUND = {'bfloat16': 0.02, 'float8': 0.12}
 
 def _dot(x, w):
   dimensions = (((x.ndim - 1,), (0,)), ((), ()))
-  return float8.dot_general(jnp.asarray(x), jnp.asarray(w), dimensions)
+  return fp8_matmul.dot_general(jnp.asarray(x), jnp.asarray(w), dimensions)
 
 
 def _rounded(x, axis):
@@ -61,10 +61,10 @@ def test_no_clip_depends_on_its_neighbours():
 
 def test_no_value_is_too_large_for_8_bits():
   x = np.float32([[1e30, -1e30, 3e-30, 0]])
-  values, scale = float8.quantise(jnp.asarray(x))
+  values, scale = fp8_matmul.quantise(jnp.asarray(x))
   back = values.astype(jnp.float32) * scale
   np.testing.assert_allclose(back, [[1e30, -1e30, 0, 0]], rtol=1e-6)
-  zero, scale = float8.quantise(jnp.zeros((2, 3)))
+  zero, scale = fp8_matmul.quantise(jnp.zeros((2, 3)))
   assert not zero.astype(jnp.float32).any() and scale == 1
 
 
@@ -78,10 +78,12 @@ def _model(kind, depth=12):
 
 
 def _said(module, params, video, dtype):
-  teacher = base.Teacher(module, 'somewhere', dtype=dtype)
+  teacher = phase_lib.Teacher(module, 'somewhere', dtype=dtype)
   wanted = 'float32' if dtype == 'float32' else 'bfloat16'
   if dtype != 'float32':
-    teacher = base.Teacher(module.clone(dtype=wanted), 'somewhere', dtype=dtype)
+    teacher = phase_lib.Teacher(
+      module.clone(dtype=wanted), 'somewhere', dtype=dtype
+    )
   found = jax.jit(lambda p, v: teacher(p, v, features=True)[-1])(params, video)
   return np.asarray(found, np.float64)
 
@@ -123,10 +125,10 @@ def test_targets_in_8_bits_are_within_their_bound(kind):
 def test_what_is_no_type_or_no_vit_is_refused():
   module = _model('video')
   with pytest.raises(ValueError, match=r"dtype='float9', wanted one of \('fl"):
-    base.Teacher(module, 'somewhere', dtype='float9')
-  guide = student.Student(module, {})
+    phase_lib.Teacher(module, 'somewhere', dtype='float9')
+  guide = mvd_student.Student(module, {})
   with pytest.raises(ValueError, match=r"'float8' for a Student, which is no"):
-    base.Teacher(guide, 'somewhere', '', 'float8')
+    phase_lib.Teacher(guide, 'somewhere', '', 'float8')
 
 
 @pytest.mark.parametrize(
@@ -144,9 +146,9 @@ def test_devices_with_units_for_8_bits_are_known(platform, capability, able):
     compute_capability = capability
 
   Device.platform, Device.device_kind = platform, 'this device'
-  assert float8.has_units(Device()) == able
-  teacher = base.Teacher(_model('video'), 'somewhere', dtype='float8')
-  phase = base.Phase(
+  assert fp8_matmul.has_units(Device()) == able
+  teacher = phase_lib.Teacher(_model('video'), 'somewhere', dtype='float8')
+  phase = phase_lib.Phase(
     name='one', steps=1, encoder=_model('video'), teachers={'wise': teacher}
   )
   if able:

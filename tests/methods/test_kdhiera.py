@@ -11,7 +11,8 @@ from tests.methods import kdhiera_numpy as reference
 from tests.methods import kdhiera_small as small
 from tests.methods import pmd_numpy as vits
 from tests.methods import pmd_small
-from vssl_jax import losses, trees, unit_masks
+from vssl_jax import losses, trees
+from vssl_jax.masks import hiera_units
 
 STAGES = [(f'stage_{i}', i, i, 0.25) for i in (1, 2, 3, 4)]
 # Method's knobs; (head, stage, layer, weight); arguments of the reference.
@@ -266,7 +267,7 @@ def test_the_mask_depends_on_the_image_teacher_alone(tube):
   visible, masked = _drawn(tube)(image, batch['video'])
   assert visible.shape == (2, 16) and masked.shape == (2, 32)
   if not tube:
-    tokens = unit_masks.expand_units(
+    tokens = hiera_units.expand_units(
       jnp.int32(_units('default')[0][0]), small.UNITS
     )
     np.testing.assert_array_equal(visible, jnp.sort(tokens, 1))

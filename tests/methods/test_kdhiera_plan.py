@@ -11,10 +11,13 @@ import pytest
 from tests.methods import kdhiera_small as small
 from tests.methods import pmd_numpy as vits
 from tests.methods import pmd_small
-from vssl_jax import losses, methods, ranges, trees, unit_masks
-from vssl_jax.methods import kdhiera_config, pixel_phase
-from vssl_jax.models import framewise, hiera, vit
-from vssl_jax.show import pixels
+from vssl_jax import losses, methods, trees
+from vssl_jax.masks import hiera_units
+from vssl_jax.methods import kdhiera_config, masked_pixels
+from vssl_jax.models import framewise, vit
+from vssl_jax.models.hiera import encoder
+from vssl_jax.utils import ranges
+from vssl_jax.visualize import reconstructions
 
 CLIP, UNITS = (16, 224, 224, 3), (8, 7, 7)
 LAYERS = {'B': (3, 6, 9, 12), 'L': (6, 12, 18, 24)}
@@ -119,7 +122,7 @@ def test_teachers_from_nothing():
   )
   method = small.build(scores='column_mean', **own)
   image, video, last = method.phases()
-  assert isinstance(image, pixel_phase.PixelTeacher)
+  assert isinstance(image, masked_pixels.PixelTeacher)
   assert (image.name, video.name) == ('image_teacher', 'video_teacher')
   assert last.teachers['image'].module.image.width == 16
   assert last.init == last.opt == 'fresh'
@@ -188,7 +191,7 @@ def test_hiera_mae_is_a_case():
     )
 
   loss, metrics, mask, predicted, drawn = run(params)
-  wanted = unit_masks.random_units(
+  wanted = hiera_units.random_units(
     small.step().per_example('mask', batch), small.UNITS, 0.6
   )
   np.testing.assert_array_equal(mask.visible, wanted.visible)
@@ -201,7 +204,7 @@ def test_hiera_mae_is_a_case():
   spread = np.sqrt(x.var(-1, ddof=1, keepdims=True) + 1e-6)
   middle = x.mean(-1, keepdims=True)
   x = (x - middle) / spread
-  tokens = np.asarray(unit_masks.expand_units(mask.masked, small.UNITS))
+  tokens = np.asarray(hiera_units.expand_units(mask.masked, small.UNITS))
   target = np.take_along_axis(x, tokens[..., None], 1)
   np.testing.assert_allclose(
     loss, np.mean((predicted - target) ** 2), rtol=1e-5
@@ -216,7 +219,7 @@ def test_hiera_mae_is_a_case():
   colours = colours + np.take_along_axis(middle, hidden[..., None], 1)
   colours = colours.reshape(2, 32, 64, 3) * vits.STD + vits.MEAN
   truth = np.take_along_axis(raw, hidden[..., None, None], 1)
-  shown = pixels.restore(np.asarray(drawn.predicted), truth, 'patch')
+  shown = reconstructions.restore(np.asarray(drawn.predicted), truth, 'patch')
   np.testing.assert_allclose(shown, colours, atol=1e-4)
 
 
@@ -250,7 +253,7 @@ def test_masked_features_are_predicted_by_one_decoder_for_each_teacher():
     return method.loss(params, teachers, batch, rng, phase), targets, mask, said
 
   (loss, aux), targets, mask, said = run(params, teachers)
-  tokens = unit_masks.expand_units(mask.masked, small.UNITS)
+  tokens = hiera_units.expand_units(mask.masked, small.UNITS)
   norm = losses.TARGET_NORMS['ln']
   for i, layer in enumerate((2, 4)):
     x = jnp.take_along_axis(targets[f'image/{layer}'], tokens[..., None], 1)
@@ -357,8 +360,11 @@ def test_bad_configs_are_refused_by_name(knobs, message):
 def test_a_hiera_cannot_teach():
   config = kdhiera_config.default()
   config.image.teacher, config.video.teacher = 'images', 'videos'
-  teacher = hiera.make('T')
-  for given in (framewise.Framewise(hiera.make('T', **hiera.IMAGE)), teacher):
+  teacher = encoder.make('T')
+  for given in (
+    framewise.Framewise(encoder.make('T', **encoder.IMAGE)),
+    teacher,
+  ):
     there = {'images': given, 'videos': teacher}
     with pytest.raises(ValueError, match='found a Hiera'):
       methods.build(config, CLIP, there.__getitem__)
@@ -399,5 +405,5 @@ def test_a_teacher_of_another_grid_is_refused(patch, message):
 
 def test_the_student_is_a_hiera():
   (phase,) = small.build().phases()
-  assert isinstance(phase.encoder, hiera.Hiera)
+  assert isinstance(phase.encoder, encoder.Hiera)
   assert phase.encoder.patch == small.PATCH

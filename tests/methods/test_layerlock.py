@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 
 from tests.methods import layerlock_numpy as reference
-from vssl_jax import colours, losses, masking, methods, rngs, trees
 from vssl_jax import config as config_lib
+from vssl_jax import losses, methods, rngs, trees
+from vssl_jax.checkpoint import retention
+from vssl_jax.masks import sampling
 from vssl_jax.methods import layerlock_config
-from vssl_jax.train import freezing, keeping
+from vssl_jax.train import freezing
+from vssl_jax.utils import colours
 
 VIDEO, PATCH, GRID = (4, 16, 16, 3), (2, 4, 4), (2, 4, 4)
 TOKENS, DECODING = 32, 1
@@ -499,7 +502,7 @@ def test_vjepa_predicts_the_layer_above_of_its_average():
     p = phase.predictor.apply(
       {'params': params['predictor']}, z, mask, GRID, token=0
     )
-    target = masking.gather(losses.layer_norm0(layer), mask.masked)
+    target = sampling.gather(losses.layer_norm0(layer), mask.masked)
     return loss, losses.l1(p, target)
 
   loss, wanted = both(params, average)
@@ -528,7 +531,7 @@ def test_4b_has_the_published_size():
   assert method.pixel_head.features == 2 * 16 * 16 * 3
   assert [p.lock_depth for p in method.phases()] == list(range(38))
   # 38 copies of the parameters would be half a terabyte.
-  kept = keeping.phases(config.checkpoint.keep_phases, method.phases())
+  kept = retention.phases(config.checkpoint.keep_phases, method.phases())
   assert kept == ('pixels', 'lock_37')
 
 

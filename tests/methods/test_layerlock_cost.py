@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from vssl_jax import config as config_lib
-from vssl_jax import encoders, methods, sharding
+from vssl_jax import encoder, methods, sharding
 from vssl_jax.methods import layerlock_config
-from vssl_jax.train import ahead
+from vssl_jax.train import phase_setup
 from vssl_jax.train import run as run_lib
 
 CLIP = (16, 224, 224, 3)
@@ -38,7 +38,7 @@ def _method(size, schedule, total, **knobs):
   config.encoder.size, config.total, config.schedule = size, total, schedule
   config.vit.update(knobs.pop('vit', {}))
   config.update(knobs)
-  return methods.build(config, CLIP, encoders.module_of)
+  return methods.build(config, CLIP, encoder.module_of)
 
 
 @pytest.mark.parametrize('size', TABLE)
@@ -80,12 +80,12 @@ def _compiled(depth, batch=16, **knobs):
   c.method.schedule = f'((0, 1), ({depth}, 1))' if depth else '((0, 2),)'
   c.optim.warmup = 0
   assert c.optim.clip  # neither clipping nor the logged norm needs them back
-  method = methods.build(c.method, SMALL, encoders.module_of)
+  method = methods.build(c.method, SMALL, encoder.module_of)
   span = run_lib.spans(method)[-1]
-  shapes = ahead.outline(c, method, span, SMALL)
+  shapes = phase_setup.build(c, method, span, SMALL)
   one = np.array(jax.devices()[:1]).reshape(1, 1)
   mesh = jax.sharding.Mesh(one, ('data', 'fsdp'), axis_types=sharding.AUTO)
-  compiled = ahead.lower(c, method, shapes, SMALL, mesh).compile()
+  compiled = phase_setup.lower(c, method, shapes, SMALL, mesh).compile()
   closed = method.cost(span.phase, SMALL).total * batch
   return compiled.cost_analysis()['flops'], closed
 

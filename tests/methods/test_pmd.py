@@ -11,7 +11,7 @@ from tests.methods import pmd_numpy as reference
 from tests.methods import pmd_small as small
 from vssl_jax import config as config_lib
 from vssl_jax import losses, trees
-from vssl_jax.methods import teachers as teachers_lib
+from vssl_jax.methods import distillation_teachers as distillation_teachers_lib
 from vssl_jax.train import freezing, optimizer
 
 CASES = {
@@ -28,7 +28,7 @@ def _case(kind):
   phase = small.phase(method, name)
   params = small.draw(small.shapes(method, phase))
   teachers = small.teachers(phase)
-  rows = small.rows() if phase.row_specs else {}
+  rows = small.rows() if phase.memory_specs else {}
   return method, phase, params, teachers, rows, small.batch(rows=rows)
 
 
@@ -36,7 +36,7 @@ def _case(kind):
 def _program(kind):
   """Returns (params, step) -> loss, aux, gradients by all that enters."""
   method, phase, _, teachers, _, batch = _case(kind)
-  given = {k: v for k, v in batch.items() if 'rows' in k}
+  given = {k: v for k, v in batch.items() if 'example_memory' in k}
   given['video'] = batch['video'] / jnp.float32(255)
 
   @jax.jit
@@ -113,9 +113,9 @@ def test_the_whole_loss_in_numpy(kind):
     )
   drawn = {n for n in aux.metrics if n.startswith('mask/')}
   assert aux.metrics.keys() - drawn == metrics.keys()
-  assert aux.rows.keys() == rows.keys()
+  assert aux.memory.keys() == rows.keys()
   for name, value in rows.items():
-    np.testing.assert_allclose(aux.rows[name], value, rtol=5e-6)
+    np.testing.assert_allclose(aux.memory[name], value, rtol=5e-6)
   if kind == 'mvd':
     assert metrics.keys() == {
       f'{what}/{name}'
@@ -239,7 +239,7 @@ def _says():
 
   @jax.jit
   def run(video):
-    told = {n: teachers_lib.stream(phase, n, teachers[n], video)
+    told = {n: distillation_teachers_lib.stream(phase, n, teachers[n], video)
             for n in ('image', 'video')}  # fmt: skip
     out = phase.student.apply({'params': params}, video, mask)
     return told, out

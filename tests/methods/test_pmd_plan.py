@@ -9,7 +9,7 @@ import pytest
 
 from tests.methods import pmd_small as small
 from vssl_jax import methods, trees
-from vssl_jax.methods import pixel_phase, pmd_config
+from vssl_jax.methods import masked_pixels, pmd_config
 from vssl_jax.models import framewise, vit
 
 CLIP, GRID, TOKENS = (16, 224, 224, 3), (8, 14, 14), 1568
@@ -53,7 +53,11 @@ def test_the_four_phases():
     before = {'previous': f'@{phases[i - 1].name}'} if i else {}
     assert sources == teachers | before
     carried = 'carry' if i else 'fresh'
-    assert (phase.init, phase.opt, phase.rows) == (carried, carried, 'fresh')
+    assert (phase.init, phase.opt, phase.example_memory) == (
+      carried,
+      carried,
+      'fresh',
+    )
     assert phase.horizon == 'run' and phase.warmup is None
     assert {t.dtype for t in phase.teachers.values()} == {'bfloat16'}
     assert len(phase.masks) == 1
@@ -62,10 +66,10 @@ def test_the_four_phases():
     if i:  # the whole student, but for its alignment
       guide = phase.teachers['previous']
       assert guide.subtree == '' and set(guide.module.decoder) == set(teachers)
-    for spec in phase.row_specs.values():
+    for spec in phase.memory_specs.values():
       assert (spec.shape, spec.dtype, spec.window) == ((1568,), 'float32', 7500)
       assert spec.fill == 0
-    assert set(phase.row_specs) == set(phase.align) == set(teachers)
+    assert set(phase.memory_specs) == set(phase.align) == set(teachers)
 
 
 def test_the_first_mask_hides_what_every_other_hides():
@@ -89,12 +93,16 @@ def test_knobs_of_the_plan():
   def changed(**knobs):
     return small.build(**knobs).phases()
 
-  _, second, third, _ = changed(opt='fresh', rows='carry')
+  _, second, third, _ = changed(opt='fresh', example_memory='carry')
   for phase in (second, third):
-    assert (phase.init, phase.opt, phase.rows) == ('carry', 'fresh', 'carry')
+    assert (phase.init, phase.opt, phase.example_memory) == (
+      'carry',
+      'fresh',
+      'carry',
+    )
     assert phase.horizon == 'phase'
-  specs = changed(rows_dtype='float16', rows_shape='tube', window=7)
-  found = specs[0].row_specs['image']
+  specs = changed(memory_dtype='float16', memory_shape='tube', window=7)
+  found = specs[0].memory_specs['image']
   assert (found.dtype, found.shape, found.window) == ('float16', (36,), 7)
   many = changed(masks='random', masks_per_clip=2)[1]
   assert [s.name for s in many.masks] == ['random_1', 'random_2']
@@ -109,7 +117,7 @@ def test_knobs_of_the_plan():
   )
   (only,) = changed(**small.MVD)
   assert set(only.teachers) == {'image', 'video'} and not only.align
-  assert not only.row_specs and not only.previous_masks
+  assert not only.memory_specs and not only.previous_masks
   assert (only.name, only.init, only.opt) == ('mask_90', 'fresh', 'fresh')
 
 
@@ -123,10 +131,11 @@ def test_teachers_from_nothing():
   assert video.masks[0].counts(GRID) == COUNTS[90]
   for phase in (image, video):
     assert (
-      isinstance(phase, pixel_phase.PixelTeacher) and phase.pixel_loss == 'mse'
+      isinstance(phase, masked_pixels.PixelTeacher)
+      and phase.pixel_loss == 'mse'
     )
-    assert (phase.init, phase.opt, phase.rows) == ('fresh',) * 3
-    assert not phase.teachers and not phase.row_specs
+    assert (phase.init, phase.opt, phase.example_memory) == ('fresh',) * 3
+    assert not phase.teachers and not phase.memory_specs
     assert phase.horizon == 'phase' and phase.steps == 3
   # MAE on the first frame of every tubelet; VideoMAE.
   assert image.encoder.every == 2 and image.encoder.image.patch == (1, 4, 4)
@@ -273,8 +282,8 @@ def test_what_is_frozen_is_the_teachers_and_the_guide():
       ({knob: 'x'}, f"method.{knob}: found 'x', wanted one of")
       for knob in (
         'masks', 'feature_loss', 'target_norm', 'dare', 'pg_positions',
-        'previous_mask', 'align_norm', 'rows_shape', 'rows_frame',
-        'rows_dtype', 'rows', 'opt',
+        'previous_mask', 'align_norm', 'memory_shape', 'memory_frame',
+        'memory_dtype', 'example_memory', 'opt',
       )
     ),
   ],

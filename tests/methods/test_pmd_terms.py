@@ -13,7 +13,7 @@ import pytest
 from tests.methods import pmd_numpy as reference
 from tests.methods import pmd_small as small
 from vssl_jax import losses, trees
-from vssl_jax.methods import difficulty
+from vssl_jax.methods import pmd_terms
 
 FIELDS = set(reference.KNOBS)
 
@@ -29,7 +29,7 @@ class Case:
     self.params = small.said(self.phase, 1) | small.maps(self.phase, 2)
     self.told = small.told(self.phase, 3)
     self.rows = {}
-    for name, spec in self.phase.row_specs.items():
+    for name, spec in self.phase.memory_specs.items():
       self.rows[name] = small.rows(cells=spec.shape[0])[name]
 
   def loss(self, params, told, batch, number=3):
@@ -45,7 +45,7 @@ class Case:
     batch = self.batch(**fields)
     loss, aux = self.loss(self.params, self.told, batch, number)
     metrics = {k: v for k, v in aux.metrics.items() if 'mask/' not in k[:5]}
-    return loss, metrics, aux.rows
+    return loss, metrics, aux.memory
 
   def wanted(self, number=3, **fields):
     return self.reference(self.params, number, **fields)
@@ -104,7 +104,7 @@ HARD = {'loss/difficulty/image', 'loss/difficulty/video'}
 WEIGHTS = {f'dare/{x}/{n}' for x in ('entropy', 'max_weight')
            for n in ('image', 'video')}  # fmt: skip
 ALIGNED = {'loss/alignment/image', 'loss/alignment/video'}
-FILLED = {'rows/filled/image', 'rows/filled/video'}
+FILLED = {'example_memory/filled/image', 'example_memory/filled/video'}
 GUIDED = {'loss/progressive', 'pg/both_masked', 'pg/visible_to_previous'}
 
 
@@ -152,7 +152,9 @@ def test_a_term_of_no_weight_is_not_made(knobs, gone):
   assert metrics.keys() - others.keys() == gone
   assert all(others[n] == metrics[n] for n in others)
   assert ('previous' in case.real.teachers) == ('lambda_pg' not in knobs)
-  assert bool(rows) == bool(case.real.row_specs) == ('lambda_df' not in knobs)
+  assert (
+    bool(rows) == bool(case.real.memory_specs) == ('lambda_df' not in knobs)
+  )
   assert bool(case.real.align) == ('lambda_al' not in knobs)
   roles = set(small.shapes(case.method, case.real))
   shared = {'encoder', 'decoder_image', 'decoder_video'}
@@ -201,7 +203,7 @@ def _gradients():
       lambda *x: case.loss(*x[:2], batch | x[2])[0], argnums=(0, 1, 2)
     )(params, told, rows)
 
-  memory = {k: v for k, v in batch.items() if 'rows' in k}
+  memory = {k: v for k, v in batch.items() if 'example_memory' in k}
   return case, run(case.params, case.told, memory)
 
 
@@ -254,7 +256,7 @@ BY_HAND = dict(
 
 def _by_hand(loss, value, window, **knobs):
   knobs = dict(alpha=0.95, tau=0.5) | knobs
-  return difficulty.weigh(loss, HIDDEN, value, window, **knobs)
+  return pmd_terms.weigh(loss, HIDDEN, value, window, **knobs)
 
 
 def test_difficulty_by_hand():
@@ -303,7 +305,7 @@ def test_evenness_is_one_of_equal_weights_and_none_of_a_single_one():
     ([1, 0, 0, 0], 0.0),
     ([0.5, 0.5, 0, 0], np.log(2) / np.log(3)),
   ):
-    found = difficulty.evenness(jnp.array([weights], float), hidden)
+    found = pmd_terms.evenness(jnp.array([weights], float), hidden)
     np.testing.assert_allclose(found, want, atol=1e-6)
 
 
@@ -367,7 +369,7 @@ def test_memory_of_one_clip_comes_to_its_loss_by_a_ratio():
 
 def test_rows_of_tubes_are_the_mean_over_time_of_all_rows():
   """Invariant 14: over visits with other masks and other losses."""
-  patch, tube = Case(), Case(rows_shape='tube')
+  patch, tube = Case(), Case(memory_shape='tube')
   zeros = {n: (0 * v, 0 * w) for n, (v, w) in patch.rows.items()}
   patch.rows = zeros
   tube.rows = {n: (v[:, :36], w[:, :36]) for n, (v, w) in zeros.items()}
@@ -382,7 +384,7 @@ def test_rows_of_tubes_are_the_mean_over_time_of_all_rows():
     # The next window looks at the memory of this visit.
     patch.rows = {n: (x, x) for n, x in rows.items()}
     tube.rows = {n: (x, x) for n, x in means.items()}
-  assert tube.phase.row_specs['image'].shape == (36,)
+  assert tube.phase.memory_specs['image'].shape == (36,)
 
 
 # --- the other terms
@@ -402,8 +404,8 @@ def test_alignment_by_hand():
   """Invariant 7: all pairs of layers are their mean and a spread."""
   mapped = {1: jnp.array([[[1.0, 3.0]]])}
   layers = {5: jnp.array([[[0.0, 2.0]]]), 6: jnp.array([[[2.0, 0.0]]])}
-  mean, spread = difficulty.condense(list(layers.values()))
-  assert difficulty.align(mapped, ((range(1, 2), mean),)) == 2.0
+  mean, spread = pmd_terms.condense(list(layers.values()))
+  assert pmd_terms.align(mapped, ((range(1, 2), mean),)) == 2.0
   assert spread == 1.0
 
 
@@ -419,12 +421,12 @@ def test_alignment_to_the_mean_layer_is_that_of_all_pairs(seed):
   )
   groups, spread = [], 0.0
   for students, numbers in pairs:
-    mean, around = difficulty.condense(
+    mean, around = pmd_terms.condense(
       [jnp.float32(teacher[m]) for m in numbers]
     )
     groups.append((students, mean))
     spread += jnp.mean(around)
-  found = difficulty.align(
+  found = pmd_terms.align(
     {n: jnp.float32(x) for n, x in mapped.items()}, tuple(groups)
   )
   assert spread > 0
@@ -432,17 +434,17 @@ def test_alignment_to_the_mean_layer_is_that_of_all_pairs(seed):
 
 
 def test_thirds_of_the_layers():
-  assert difficulty.thirds(12) == (range(1, 5), range(5, 9), range(9, 13))
-  assert difficulty.thirds(24) == (range(1, 9), range(9, 17), range(17, 25))
-  assert difficulty.thirds(3) == (range(1, 2), range(2, 3), range(3, 4))
+  assert pmd_terms.thirds(12) == (range(1, 5), range(5, 9), range(9, 13))
+  assert pmd_terms.thirds(24) == (range(1, 9), range(9, 17), range(17, 25))
+  assert pmd_terms.thirds(3) == (range(1, 2), range(2, 3), range(3, 4))
   for depth in range(3, 60):
-    every = [n for third in difficulty.thirds(depth) for n in third]
+    every = [n for third in pmd_terms.thirds(depth) for n in third]
     assert every == list(range(1, depth + 1))
-    assert all(difficulty.thirds(depth))
-    for number, third in enumerate(difficulty.thirds(depth)):
+    assert all(pmd_terms.thirds(depth))
+    for number, third in enumerate(pmd_terms.thirds(depth)):
       assert third == reference.third(depth, number)
   with pytest.raises(ValueError, match='3 blocks or more, found 2'):
-    difficulty.thirds(2)
+    pmd_terms.thirds(2)
 
 
 def test_the_guide_is_told_apart_by_what_it_saw():
@@ -507,8 +509,8 @@ def test_rows_follow_the_crop(shape):
   """They are read and written where the crop lies in the picture."""
   crop = np.float32([[0, 0, 1, 1], [0, 0.5, 0.5, 1], [0.1, 0.2, 0.9, 0.95]])
   where = dict(crop=crop, flip=np.array([True, False, True]))
-  case = Case(rows_frame='crop', rows_shape=shape)
-  grid = Case(rows_shape=shape)
+  case = Case(memory_frame='crop', memory_shape=shape)
+  grid = Case(memory_shape=shape)
   cells = [_under(*x) for x in zip(crop, where['flip'], strict=True)]
   t = 1 if shape == 'tube' else 2
 

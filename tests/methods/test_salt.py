@@ -6,14 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vssl_jax import losses, mask_specs, masking, methods, rngs, trees
-from vssl_jax.methods import base, salt_config
+from vssl_jax import losses, methods, rngs, trees
+from vssl_jax.masks import sampling, specs
+from vssl_jax.methods import phase as phase_lib
+from vssl_jax.methods import salt_config
 from vssl_jax.models import predictor, vit
 
 VIDEO = (4, 32, 32, 3)
 GRID = (2, 4, 4)
 VIT = dict(width=24, depth=2, num_heads=2, patch=(2, 8, 8), dtype='float32')
-SPECS = mask_specs.parse('short:8/12+long:4/20')
+SPECS = specs.parse('short:8/12+long:4/20')
 
 
 def _config(**sections):
@@ -122,7 +124,7 @@ class Oracle(nn.Module):
   @nn.compact
   def __call__(self, tokens, mask, grid, token=0):
     values = self.param('values', nn.initializers.zeros, SHAPE)
-    return masking.gather(values, mask.masked)
+    return sampling.gather(values, mask.masked)
 
 
 def _with_teacher(phase, module):
@@ -333,7 +335,7 @@ def test_vjepa_is_a_student_of_its_own_average():
     latent_student=dict(teacher='@ema/encoder', ema=(0.9, 1.0)),
   )
   (phase,) = method.phases()
-  assert phase.ema == {'encoder': base.Ema('encoder', (0.9, 1.0))}
+  assert phase.ema == {'encoder': phase_lib.Ema('encoder', (0.9, 1.0))}
   assert phase.teachers['target'].module.width == phase.encoder.width
 
 
@@ -376,7 +378,7 @@ def test_videomae_by_knobs():
     vit=dict(positions='sinusoid_1d', qkv_bias='qv', init='videomae'),
   )
   (phase,) = method.phases()
-  assert isinstance(phase.masks[0], mask_specs.Tube)
+  assert isinstance(phase.masks[0], specs.Tube)
   loss, aux = _run(method, phase)
   assert np.isfinite(loss)
   assert aux.metrics['mask/tube/visible_tokens'] == 8

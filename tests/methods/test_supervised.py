@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import scipy.special
 
-from vssl_jax import methods, mixing, rngs
-from vssl_jax.methods import supervised_config
+from vssl_jax import methods, rngs
+from vssl_jax.methods import mixup, supervised_config
 from vssl_jax.models import classifier
 
 VIDEO, CLASSES = (2, 8, 8, 3), 5
 MIXES = {
-  'labels': mixing.Mix(mixup=0.0, cutmix=0.0, smoothing=0.0),
-  'smooth': mixing.Mix(mixup=0.0, cutmix=0.0, smoothing=0.1),
-  'mixup': mixing.Mix(cutmix=0.0, smoothing=0.1),
-  'cutmix': mixing.Mix(mixup=0.0, smoothing=0.1),
+  'labels': mixup.Mix(mixup=0.0, cutmix=0.0, smoothing=0.0),
+  'smooth': mixup.Mix(mixup=0.0, cutmix=0.0, smoothing=0.1),
+  'mixup': mixup.Mix(cutmix=0.0, smoothing=0.1),
+  'cutmix': mixup.Mix(mixup=0.0, smoothing=0.1),
 }
 # Clips 0 and 5, 1 and 4, 2 and 3 are partners.
 LABEL, UNKNOWN = np.array([0, 3, 1, 2, 2, 4]), np.array([0, 3, 1, -1, 2, 4])
@@ -99,7 +99,7 @@ def test_loss_and_gradient_in_numpy(mix):
     method().phase, encoder=Pixels(), head=Linear(CLASSES), mix=MIXES[mix]
   )
   rng = rngs.Rng(KEY, jnp.int32(6))
-  drawn = mixing.draw(phase.mix, rng.stream('mix'), *VIDEO[1:3])
+  drawn = mixup.draw(phase.mix, rng.stream('mix'), *VIDEO[1:3])
   assert mix in ('labels', 'smooth') or 0.1 < drawn.share < 0.9
   kernel = np.random.default_rng(1).normal(size=KERNEL) / 5
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vssl_jax.methods import base
-from vssl_jax.models import decoder, framewise, layers, student, vit
+from vssl_jax.methods import phase
+from vssl_jax.models import decoder, framewise, layers, mvd_student, vit
 
 VIDEO = (4, 16, 16, 3)
 SMALL = {'width': 32, 'depth': 2, 'num_heads': 2, 'mlp_width': 64}
@@ -14,7 +14,7 @@ VIT = vit.make(SMALL, patch=(2, 8, 8))
 IMAGE = framewise.Framewise(
   vit.make(SMALL, patch=(1, 8, 8), positions='sincos_2d', class_token=True)
 )
-PAIR = student.Student(
+PAIR = mvd_student.Student(
   VIT.clone(positions='sinusoid_1d'),
   {'image': decoder.VideoMaeDecoder(32, width=16, depth=1, num_heads=2)},
 )
@@ -24,6 +24,7 @@ def _largest(tree):
   return max(float(jnp.abs(x).max()) for x in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'module', [VIT, IMAGE, PAIR], ids=['vit', 'image', '2']
 )
@@ -34,7 +35,7 @@ def test_a_float32_teacher_computes_in_float32(module):
   params = jax.jit(exact.init)(jax.random.key(0), video)['params']
 
   def error(dtype):
-    teacher = base.Teacher(module, '@before', '', dtype)
+    teacher = phase.Teacher(module, '@before', '', dtype)
     out = jax.jit(lambda params: teacher(params, video))(params)
     wanted = jax.jit(lambda params: exact.apply({'params': params}, video))(
       params

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vssl_jax import masking
+from vssl_jax.masks import sampling
 from vssl_jax.models import decoder, vit
 
 KEY = jax.random.key(0)
@@ -19,6 +19,7 @@ def _uniform(values, bound):
   np.testing.assert_allclose(values.std(), bound / np.sqrt(3), rtol=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('family', ['videomae', 'mae', 'vjepa', '4ds'])
 def test_bias_of_patch_embeddings(family):
   """A convolution of VideoMAE, MVD and MAE: 1 / sqrt(2 * 8 * 8 * 3)."""
@@ -48,7 +49,7 @@ def test_projection_into_the_decoder(fields, bound):
     8, width=128, depth=1, num_heads=1, mlp_width=8, **fields
   )
   index = jnp.arange(2, dtype=jnp.int32)[None]
-  mask = masking.Mask(index, index + 2)
+  mask = sampling.Mask(index, index + 2)
   tokens = jnp.zeros((1, 2, 256))
   params = jax.jit(lambda: network.init(KEY, tokens, mask, (1, 2, 2)))()
   _uniform(params['params']['embed']['kernel'], bound)

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vssl_jax import masking, trees
+from vssl_jax import trees
+from vssl_jax.masks import sampling
 from vssl_jax.models import decoder, framewise, positions, vit
 
 KEY = jax.random.key(0)
 GRID = (3, 2, 3)  # every second of 6 frames of 8 x 12 pixels
-MASK = masking.Mask(  # 2 of 6 tokens of each frame are seen, 3 are predicted
+MASK = sampling.Mask(  # 2 of 6 tokens of each frame are seen, 3 are predicted
   jnp.array([[0, 4, 7, 11, 12, 13], [1, 2, 6, 9, 15, 17]], jnp.int32),
   jnp.array(
     [[1, 2, 3, 6, 8, 9, 15, 16, 17], [0, 3, 5, 7, 8, 10, 12, 13, 14]], jnp.int32
@@ -174,7 +175,7 @@ def test_a_decoder_decodes_each_frame_alone():
   module = framewise.FramewiseDecoder(inner)
   z = jax.random.normal(KEY, (2, 6, 24))
   params = start(module, z, MASK, GRID)
-  one = masking.Mask(MASK.visible[:, :2], MASK.masked[:, :3])
+  one = sampling.Mask(MASK.visible[:, :2], MASK.masked[:, :3])
   own = jax.eval_shape(lambda: inner.init(KEY, z[:, :2], one, (1, 2, 3)))
   assert not trees.difference(params, own['params'])
 
@@ -187,7 +188,7 @@ def test_a_decoder_decodes_each_frame_alone():
     alone = inner.apply(
       {'params': params},
       z[:, 2 * t : 2 * t + 2],
-      masking.Mask(
+      sampling.Mask(
         MASK.visible[:, 2 * t : 2 * t + 2] - 6 * t,
         MASK.masked[:, 3 * t : 3 * t + 3] - 6 * t,
       ),

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from vssl_jax import trees
-from vssl_jax.models import attention, classifier, framewise, hiera, unrolled
+from vssl_jax.models import attention, classifier, framewise
+from vssl_jax.models.hiera import encoder as encoder_lib
+from vssl_jax.models.hiera import token_order
 
 KEY = jax.random.key(0)
 TINY = dict(channels=8, depths=(1, 1, 1, 1), num_heads=1)
@@ -17,7 +19,7 @@ GRID = (4, 2, 2)
 
 
 def small(**overrides):
-  return hiera.make(TINY, **{'dtype': 'float32', **overrides})
+  return encoder_lib.make(TINY, **{'dtype': 'float32', **overrides})
 
 
 @pytest.fixture(scope='module')
@@ -63,7 +65,7 @@ def shapes(encoder, clip):
 
 @pytest.mark.parametrize('size', COUNTS)
 def test_parameter_counts(size):
-  encoder = hiera.make(size)
+  encoder = encoder_lib.make(size)
   found = shapes(encoder, (16, 224, 224))
   head = jax.eval_shape(
     classifier.Classifier(400).init, KEY, jnp.zeros((1, 1, encoder.width))
@@ -82,7 +84,7 @@ def test_parameter_counts(size):
   ('size', 'wanted'), [('T', 27_910_216), ('B', 51_524_968)]
 )
 def test_parameter_counts_of_images(size, wanted):
-  encoder = hiera.make(size, **hiera.IMAGE)
+  encoder = encoder_lib.make(size, **encoder_lib.IMAGE)
   found = trees.count(shapes(encoder, (1, 224, 224)))
   assert found + 2 * encoder.width + 1000 * (encoder.width + 1) == wanted
 
@@ -97,7 +99,7 @@ def test_two_and_three_poolings_have_the_same_parameters():
 def test_where_a_token_goes():
   """Token (1, 9, 3) of 8 x 56 x 56, the 3,643rd, goes to unit 56, place 52."""
   raster = np.arange(8 * 56 * 56).reshape(1, 8, 56, 56, 1)
-  found = np.asarray(unrolled.unroll(jnp.asarray(raster), 3))
+  found = np.asarray(token_order.unroll(jnp.asarray(raster), 3))
   assert found.shape == (1, 392, 64, 1)
   assert found[0, 56, 52, 0] == 3643
   # The released code has units as the faster axis.
@@ -109,7 +111,9 @@ def test_where_a_token_goes():
 def test_order_in_a_unit_by_its_bits(levels):
   side = 2**levels
   raster = np.arange(2 * 3 * side * 2 * side).reshape(1, 2, 3 * side, -1, 1)
-  found = np.asarray(unrolled.unroll(jnp.asarray(raster), levels))[0, :, :, 0]
+  found = np.asarray(token_order.unroll(jnp.asarray(raster), levels))[
+    0, :, :, 0
+  ]
   for (t, y, x), value in np.ndenumerate(raster[0, ..., 0]):
     unit = (t * 3 + y // side) * 2 + x // side
     place = 0
@@ -117,18 +121,18 @@ def test_order_in_a_unit_by_its_bits(levels):
       place = 4 * place + 2 * (y >> k & 1) + (x >> k & 1)
     assert found[unit, place] == value
   # And back.
-  rolled = unrolled.reroll(jnp.asarray(found)[None, :, :, None])
+  rolled = token_order.reroll(jnp.asarray(found)[None, :, :, None])
   assert rolled.shape == (1, 12, 1, side, side, 1)
-  whole = unrolled.together(rolled, (2, 3, 2))
+  whole = token_order.together(rolled, (2, 3, 2))
   np.testing.assert_array_equal(whole, raster)
 
 
 def test_pooling_is_that_of_neighbours():
   rng = np.random.default_rng(0)
   x = rng.standard_normal((2, 3, 16, 16, 5)).astype(np.float32)
-  flat = unrolled.unroll(jnp.asarray(x), 3).reshape(2, 12 * 64, 5)
-  found = unrolled.pool(flat, 12).reshape(2, 12, 16, 5)
-  found = unrolled.together(unrolled.reroll(found), (3, 2, 2))
+  flat = token_order.unroll(jnp.asarray(x), 3).reshape(2, 12 * 64, 5)
+  found = token_order.pool(flat, 12).reshape(2, 12, 16, 5)
+  found = token_order.together(token_order.reroll(found), (3, 2, 2))
   wanted = x.reshape(2, 3, 8, 2, 8, 2, 5).max((3, 5))
   np.testing.assert_array_equal(found, wanted)
 
@@ -172,7 +176,7 @@ def check_stages(found, last):
   assert found['tokens'].dtype == jnp.float32
   # All units kept is the whole clip.
   for a, b in zip(found['every'], found['dense'], strict=True):
-    together = unrolled.together(jnp.asarray(a), GRID)
+    together = token_order.together(jnp.asarray(a), GRID)
     np.testing.assert_allclose(together, b, atol=1e-5)
 
 
@@ -440,7 +444,7 @@ def test_starts():
 
 @pytest.mark.slow
 def test_an_image_model_on_frames(video):
-  image = small(**hiera.IMAGE)
+  image = small(**encoder_lib.IMAGE)
   module = framewise.Framewise(image)
   frames = video[:, ::2].reshape(8, 1, 64, 64, 3)
   shape = jax.eval_shape(image.init, KEY, frames)['params']
@@ -467,9 +471,9 @@ def test_an_image_model_on_frames(video):
 
 def test_what_is_no_hiera_says_so(video):
   with pytest.raises(ValueError, match=r"'XL'.*'B\+'"):
-    hiera.make('XL')
+    encoder_lib.make('XL')
   with pytest.raises(ValueError, match="'q_pol'; nearest: 'q_pool'"):
-    hiera.make('B', q_pol=3)
+    encoder_lib.make('B', q_pol=3)
   with pytest.raises(ValueError, match='of 4 stages'):
     small(depths=[1, 2, 3])
   with pytest.raises(ValueError, match='q_pool is 4'):

@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vssl_jax import losses, masking, trees, unit_masks
-from vssl_jax.models import hiera, hiera_mae, layers
+from vssl_jax import losses, trees
+from vssl_jax.masks import hiera_units, sampling, tubelets
+from vssl_jax.models.hiera import decoder as decoder_lib
+from vssl_jax.models.hiera import encoder as encoder_lib
 
 KEY = jax.random.key(0)
 GRID = (4, 2, 2)
-MASK = masking.Mask(
+MASK = sampling.Mask(
   jnp.array([[0, 3, 6], [1, 2, 15]], jnp.int32),
   jnp.array([[1, 9, 10, 14], [0, 5, 7, 8]], jnp.int32),
 )
@@ -18,7 +20,7 @@ MASK = masking.Mask(
 
 def small(**overrides):
   fields = dict(out_width=5, width=8, depth=2, num_heads=2, dtype='float32')
-  return hiera_mae.Decoder(**{**fields, **overrides})
+  return decoder_lib.Decoder(**{**fields, **overrides})
 
 
 def random(shape, seed=0):
@@ -60,7 +62,7 @@ def call(params, ends, mask=MASK):
   ],
 )
 def test_parameter_counts(size, wanted):
-  encoder, decoder = hiera.make(size), hiera_mae.Decoder(768)
+  encoder, decoder = encoder_lib.make(size), decoder_lib.Decoder(768)
   # The encoder's are counted in test_hiera.
   trunk = {
     'T': 27_168_672, 'S': 34_266_528, 'B': 50_783_424, 'B+': 69_031_648,
@@ -72,7 +74,7 @@ def test_parameter_counts(size, wanted):
   ]
   unit = jnp.zeros((1, 1), jnp.int32)
   made = jax.eval_shape(
-    lambda: decoder.init(KEY, ends, masking.Mask(unit, unit), (8, 7, 7))
+    lambda: decoder.init(KEY, ends, sampling.Mask(unit, unit), (8, 7, 7))
   )
   assert trunk + trees.count(made) == wanted
   if encoder.width == 768:  # without what brings the stages together
@@ -117,25 +119,25 @@ def test_order_of_units_does_not_matter(ends, params):
   found = call(params, ends)
   # Visible units in another order, with their stages.
   order = np.array([2, 0, 1])
-  mask = masking.Mask(MASK.visible[:, order], MASK.masked)
+  mask = sampling.Mask(MASK.visible[:, order], MASK.masked)
   again = call(params, [x[:, order] for x in ends], mask)
   np.testing.assert_allclose(again, found, atol=1e-5)
   # Masked units in another order give their four tokens in that order.
   order = np.array([3, 1, 0, 2])
-  mask = masking.Mask(MASK.visible, MASK.masked[:, order])
+  mask = sampling.Mask(MASK.visible, MASK.masked[:, order])
   again = call(params, ends, mask).reshape(2, 4, 4, 5)
   wanted = np.asarray(found).reshape(2, 4, 4, 5)[:, order]
   np.testing.assert_allclose(again, wanted, atol=1e-5)
 
 
 def test_each_token_knows_where_it_stands(ends, params):
-  moved = masking.Mask(MASK.visible, MASK.masked.at[0, 0].set(4))
+  moved = sampling.Mask(MASK.visible, MASK.masked.at[0, 0].set(4))
   change = np.abs(call(params, ends, moved) - call(params, ends))
   change = change.reshape(2, 4, 4, 5).max((2, 3))
   assert change[0].min() > 1e-4  # others attend to it
   assert change[1].max() == 0
   table = jax.tree.map(np.copy, params)
-  spot = np.asarray(unit_masks.expand_units(MASK.masked[:1, :1], GRID))[0]
+  spot = np.asarray(hiera_units.expand_units(MASK.masked[:1, :1], GRID))[0]
   t, y, x = np.unravel_index(spot, (4, 4, 4))
   assert list(zip(t, y, x, strict=True)) == [
     (0, 0, 2), (0, 0, 3), (0, 1, 2), (0, 1, 3),
@@ -154,9 +156,9 @@ def test_three_poolings_leave_too_little(ends):
 
 
 def test_targets_are_first_frames_normed_by_all_values_of_a_patch():
-  encoder = hiera.make('T')
+  encoder = encoder_lib.make('T')
   video = np.random.default_rng(0).integers(0, 256, (2, 4, 32, 32, 3), np.uint8)
-  found = np.asarray(hiera_mae.targets(video, encoder))
+  found = np.asarray(decoder_lib.targets(video, encoder))
   assert found.shape == (2, 2 * 2 * 2, 768)
   seen = (video / 255.0 - encoder.mean) / encoder.std
   patch = seen[1, 2, 16:, :16]  # the second token in time, lower left
@@ -165,17 +167,17 @@ def test_targets_are_first_frames_normed_by_all_values_of_a_patch():
   np.testing.assert_allclose(found[1, 6], wanted, atol=1e-4)
   other = video.copy()
   other[:, 1::2] = 0  # no second frame of a token is looked at
-  np.testing.assert_array_equal(hiera_mae.targets(other, encoder), found)
+  np.testing.assert_array_equal(decoder_lib.targets(other, encoder), found)
 
 
 @pytest.mark.parametrize('kind', ['none', 'patch', 'patch_channel'])
 def test_what_is_predicted_comes_back_as_pixels(kind):
-  encoder = hiera.make('T')
+  encoder = encoder_lib.make('T')
   video = np.random.default_rng(0).integers(0, 256, (2, 4, 32, 32, 3), np.uint8)
   every, *side = encoder.patch
-  clip = layers.to_unit(jnp.asarray(video[:, ::every]))
+  clip = tubelets.to_unit(jnp.asarray(video[:, ::every]))
   raw = losses.pixel_targets(clip, (1, *side), kind)
   index = jnp.array([[7, 0, 3], [1, 2, 6]], jnp.int32)
-  predicted = masking.gather(hiera_mae.targets(video, encoder, kind), index)
-  found = hiera_mae.as_raw(predicted, index, video, encoder, kind)
-  np.testing.assert_allclose(found, masking.gather(raw, index), atol=2e-5)
+  predicted = sampling.gather(decoder_lib.targets(video, encoder, kind), index)
+  found = decoder_lib.as_raw(predicted, index, video, encoder, kind)
+  np.testing.assert_allclose(found, sampling.gather(raw, index), atol=2e-5)

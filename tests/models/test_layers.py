@@ -5,31 +5,32 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vssl_jax.masks import tubelets
 from vssl_jax.models import layers
 
 
 def test_to_unit_scales_bytes_and_leaves_floats_alone():
   pixels = np.array([0, 51, 255], np.uint8)
-  np.testing.assert_allclose(layers.to_unit(pixels), [0, 0.2, 1], rtol=1e-6)
+  np.testing.assert_allclose(tubelets.to_unit(pixels), [0, 0.2, 1], rtol=1e-6)
   floats = np.array([0.25, 7.0], np.float32)
-  np.testing.assert_array_equal(layers.to_unit(floats), floats)
+  np.testing.assert_array_equal(tubelets.to_unit(floats), floats)
   with pytest.raises(TypeError, match='int32'):
-    layers.to_unit(np.array([1], np.int32))
+    tubelets.to_unit(np.array([1], np.int32))
 
 
 def test_grid_of():
-  assert layers.grid_of((1, 16, 224, 224, 3), (2, 16, 16)) == (8, 14, 14)
+  assert tubelets.grid_of((1, 16, 224, 224, 3), (2, 16, 16)) == (8, 14, 14)
   with pytest.raises(ValueError, match=r'\(16, 224, 220\)'):
-    layers.grid_of((1, 16, 224, 220, 3), (2, 16, 16))
+    tubelets.grid_of((1, 16, 224, 220, 3), (2, 16, 16))
   with pytest.raises(ValueError, match='batch axis'):
-    layers.grid_of((16, 224, 224, 3), (2, 16, 16))
+    tubelets.grid_of((16, 224, 224, 3), (2, 16, 16))
   with pytest.raises(ValueError, match='multiple of the patch'):
-    layers.grid_of((1, 0, 32, 32, 3), (2, 16, 16))
+    tubelets.grid_of((1, 0, 32, 32, 3), (2, 16, 16))
 
 
 def test_patchify_orders_tokens_and_values_in_raster_order():
   video = np.arange(4 * 4 * 6 * 3, dtype=np.int32).reshape(1, 4, 4, 6, 3)
-  rows = np.asarray(layers.patchify(video, (2, 2, 3)))
+  rows = np.asarray(tubelets.patchify(video, (2, 2, 3)))
   assert rows.shape == (1, 8, 36)
   n = 0
   for t in range(2):
@@ -42,7 +43,7 @@ def test_patchify_orders_tokens_and_values_in_raster_order():
 
 def test_normalise_is_per_colour():
   patch = jnp.array([[[0.5, 0.2, 1.0, 0.1, 0.6, 0.0]]])
-  out = layers.normalise(patch, (0.5, 0.2, 0.0), (0.1, 0.2, 0.5))
+  out = tubelets.normalise(patch, (0.5, 0.2, 0.0), (0.1, 0.2, 0.5))
   np.testing.assert_allclose(out[0, 0], [0, 0, 2, -4, 2, 0], atol=1e-6)
 
 

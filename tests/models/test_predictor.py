@@ -5,16 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vssl_jax import masking, trees
+from vssl_jax import trees
+from vssl_jax.masks import sampling
 from vssl_jax.models import decoder, predictor, vit
 
 KEY = jax.random.key(0)
 GRID = (2, 3, 3)
-MASK = masking.Mask(
+MASK = sampling.Mask(
   jnp.array([[0, 4, 17], [3, 9, 10]], jnp.int32),
   jnp.array([[1, 2, 5, 16], [0, 1, 2, 8]], jnp.int32),
 )
-FULL = masking.Mask(jnp.zeros((1, 8), jnp.int32), jnp.zeros((1, 16), jnp.int32))
+FULL = sampling.Mask(
+  jnp.zeros((1, 8), jnp.int32), jnp.zeros((1, 16), jnp.int32)
+)
 
 
 def small(kind, **overrides):
@@ -87,7 +90,7 @@ def test_order_of_tokens_does_not_matter(kind):
   params = start(module, z)
   out = call(module, params, z, MASK)
   seen, hidden = jnp.array([1, 2, 0]), jnp.array([3, 0, 2, 1])
-  moved = masking.Mask(MASK.visible[:, seen], MASK.masked[:, hidden])
+  moved = sampling.Mask(MASK.visible[:, seen], MASK.masked[:, hidden])
   again = call(module, params, z[:, seen], moved)
   np.testing.assert_allclose(out[:, hidden], again, atol=1e-5)
   assert jnp.abs(out - again).max() > 1e-2  # the rows are not all alike

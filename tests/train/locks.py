@@ -8,8 +8,8 @@ import jax
 
 from vssl_jax import config as config_lib
 from vssl_jax import trees
-from vssl_jax.methods import schedules
-from vssl_jax.train import checkpoint, manifests
+from vssl_jax.checkpoint import integrity, manager
+from vssl_jax.methods import lock_schedule
 
 SCHEDULE = '((0, 4), (1, 4), (2, 4))'
 
@@ -28,7 +28,7 @@ def tiny(clips, workdir, schedule=SCHEDULE, width=16):
   m.vit.update(dict(patch=(2, 8, 8), dtype='float32'))
   m.decoder_blocks, m.masks = 1, 'random:0.75'
   m.schedule = schedule
-  m.total = sum(n for _, n in schedules.parse(schedule))
+  m.total = sum(n for _, n in lock_schedule.parse(schedule))
   m.rewarm = (0.5, 0.1)
   c.optim.update(dict(lr=1e-2, lr_start=0.0, lr_end=1e-4, lr_batch=8))
   c.optim.update(dict(warmup=2, weight_decay=0.5, weight_decay_end=0.5))
@@ -41,7 +41,7 @@ def tiny(clips, workdir, schedule=SCHEDULE, width=16):
 
 def states(workdir):
   """Returns {step: the state saved after it}."""
-  found = manifests.listing(pathlib.Path(workdir))
+  found = integrity.listing(pathlib.Path(workdir))
   return {s.step: s for s in found if 'opt' in s.shapes()}
 
 
@@ -58,7 +58,7 @@ def logged(workdir, key):
 
 def truncate(workdir, step):
   """Removes what came after a step."""
-  for saved in manifests.listing(pathlib.Path(workdir)):
+  for saved in integrity.listing(pathlib.Path(workdir)):
     if saved.step > step:
       shutil.rmtree(saved.path)
       saved.path.with_suffix('.json').unlink()
@@ -68,7 +68,7 @@ def read(saved, start):
   """Returns {name: array} of the leaves of a state that begin so."""
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   shapes = trees.named_leaves(saved.shapes())
-  return checkpoint.read_leaves(
+  return manager.read_leaves(
     saved,
     {
       name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)

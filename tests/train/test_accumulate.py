@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.train import test_step, toy
+from tests.train import test_train_step, toy
 from vssl_jax import methods, rngs
-from vssl_jax.methods import base
-from vssl_jax.train import freezing, optimizer, step
+from vssl_jax.methods import phase as phase_lib
+from vssl_jax.train import freezing, optimizer, train_step
 
 KEY, VIDEO, CLIPS, CLASSES = jax.random.key(3), (2, 16, 16, 3), 8, 3
 QUIET = dict(drop_path=0.0, dropout=0.0, mixup=0.0, cutmix=0.0)
@@ -70,7 +70,7 @@ def _step(method, micro, batch, number):
   tx = optimizer.make(
     optim, labels, lambda _: jnp.float32(1), lambda _: jnp.float32(0)
   )
-  update = step.make_update(
+  update = train_step.make_update(
     method,
     phase,
     tx,
@@ -80,8 +80,8 @@ def _step(method, micro, batch, number):
     num_examples=CLIPS,
     accumulate=micro,
   )
-  guard = step.init_guard()
-  state = step.TrainState(
+  guard = train_step.init_guard()
+  state = train_step.TrainState(
     jnp.int32(number), params, tx.init(params), {}, {}, guard
   )
   after, metrics = jax.jit(update)(state, {}, batch)
@@ -98,7 +98,7 @@ def _gradient(method):
   def loss(params, batch, number, micro_batch):
     rng = rngs.Rng(KEY, number, micro_batch)
     value, aux = method.loss(params, {}, batch, rng, method.phase)
-    assert isinstance(aux, base.Aux)
+    assert isinstance(aux, phase_lib.Aux)
     return value
 
   return jax.jit(jax.value_and_grad(loss))
@@ -125,15 +125,17 @@ class Noise(toy.Toy):
 
   def loss(self, params, teachers, batch, rng, phase):
     slope = jax.random.uniform(rng.per_batch('noise'))
-    return slope * jnp.sum(params['head']['bias']), base.Aux({})
+    return slope * jnp.sum(params['head']['bias']), phase_lib.Aux({})
 
 
 @pytest.mark.parametrize('micro', [1, 2, 4])
 def test_each_micro_batch_has_a_key_of_its_own(micro):
   phase, number = toy.phase(), 5
-  state, update = test_step._make_for(Noise((phase,)), phase, micro, lr=1.0)
+  state, update = test_train_step._make_for(
+    Noise((phase,)), phase, micro, lr=1.0
+  )
   state = dataclasses.replace(state, step=jnp.int32(number))
-  after, _ = jax.jit(update)(state, {}, test_step._batch())
+  after, _ = jax.jit(update)(state, {}, test_train_step._batch())
   key = rngs.Rng(jax.random.key(0), jnp.int32(number)).stream('noise')
   keys = [jax.random.fold_in(key, m) for m in range(micro)]
   drawn = [jax.random.uniform(k) for k in (keys if micro > 1 else [key])]

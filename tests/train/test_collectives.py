@@ -14,9 +14,9 @@ import jax
 import pytest
 
 from vssl_jax import config as config_lib
-from vssl_jax import encoders, methods, sharding, trees
+from vssl_jax import encoder, methods, sharding, trees
 from vssl_jax.data import options
-from vssl_jax.train import ahead
+from vssl_jax.train import phase_setup
 from vssl_jax.train import run as run_lib
 
 PAGE = pathlib.Path(__file__).parents[2] / 'configs/layerlock_4b.py'
@@ -41,10 +41,12 @@ def _twin(layout='loops', target='latent'):
 def _collectives(config, phase):
   """Returns {kind: Counter of arrays by their sides} and the parameters."""
   video = options.spec(config.data.to_dict()).shape
-  method = methods.build(config.method, video, encoders.module_of)
+  method = methods.build(config.method, video, encoder.module_of)
   mesh = sharding.make_mesh()
-  shapes = ahead.outline(config, method, run_lib.spans(method)[phase], video)
-  lowered = ahead.lower(config, method, shapes, video, mesh)
+  shapes = phase_setup.build(
+    config, method, run_lib.spans(method)[phase], video
+  )
+  lowered = phase_setup.lower(config, method, shapes, video, mesh)
   found = collections.defaultdict(collections.Counter)
   for line in lowered.compile().as_text().splitlines():
     match = re.search(rf'= (.*?) ({KINDS})(?:-start)?\(', line)

@@ -9,7 +9,8 @@ import pytest
 from tests.train import toy
 from vssl_jax import sharding
 from vssl_jax.data import pipeline
-from vssl_jax.train import health, metrics, trainer
+from vssl_jax.train import health, loop
+from vssl_jax.utils import metrics
 
 
 def _panel(features, labels=None):
@@ -61,7 +62,7 @@ def test_constant_features_raise_it():
 @pytest.mark.slow
 def test_a_run_logs_the_panel(tiny):
   tiny.health.update(dict(every=4.0, clips=32))
-  assert trainer.train(tiny) == 0
+  assert loop.train(tiny) == 0
   text = (pathlib.Path(tiny.workdir) / 'metrics.jsonl').read_text()
   lines = [json.loads(line) for line in text.splitlines()]
   looked = [x for x in lines if 'health/rankme' in x]

@@ -6,7 +6,7 @@ import pytest
 
 from vssl_jax import trees, weights
 from vssl_jax.models import framewise, resizing, vit
-from vssl_jax.train import ahead, begin
+from vssl_jax.train import phase_setup, phase_start
 from vssl_jax.train import run as run_lib
 
 
@@ -32,11 +32,13 @@ def test_its_positions_fit_the_clips_of_the_run(tiny, folder):
     with jax.set_mesh(run.mesh):
       (phase,) = run.method.phases()
       teacher = phase.teachers['target']
-      params = begin.teachers(run, phase)['target']
+      params = phase_start.teachers(run, phase)['target']
   finally:
     run.clips.close()
     run.logger.close()
-  assert not trees.difference(params, ahead.teacher_shapes(teacher, run.video))
+  assert not trees.difference(
+    params, phase_setup.teacher_shapes(teacher, run.video)
+  )
   stored = weights.load_published(folder)[1]['positions']
   assert stored.shape == (1, 3, 3, 12)
   np.testing.assert_array_equal(

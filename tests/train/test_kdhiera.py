@@ -9,10 +9,11 @@ from PIL import Image
 
 from tests.train import locks
 from vssl_jax import config as config_lib
-from vssl_jax import encoders, main, trees
+from vssl_jax import encoder as encoder_lib
+from vssl_jax import main, trees
 from vssl_jax.data import options
-from vssl_jax.show import report
-from vssl_jax.train import begin
+from vssl_jax.train import phase_start
+from vssl_jax.visualize import report
 
 # Programs of three phases are compiled, twice.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -53,7 +54,7 @@ def config_of(clips, workdir):
 def finished(clips, tmp_path_factory):
   """A whole run, and what taught in it before and after."""
   config = config_of(clips, tmp_path_factory.mktemp('kdhiera') / 'run')
-  heard, real = {}, begin.teachers
+  heard, real = {}, phase_start.teachers
 
   def teachers(run, phase):
     found = real(run, phase)
@@ -61,7 +62,7 @@ def finished(clips, tmp_path_factory):
     return found
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(begin, 'teachers', teachers)
+    patch.setattr(phase_start, 'teachers', teachers)
     assert main._train(config) == 0
   return config, heard
 
@@ -113,7 +114,7 @@ def test_pictures_of_the_masks(finished):
 
 
 def test_the_encoder_is_loaded_by_the_name_of_its_run(finished):
-  encoder = encoders.load(finished[0].workdir)
+  encoder = encoder_lib.load(finished[0].workdir)
   tokens = encoder(np.zeros((2, 4, 32, 32, 3), np.uint8))
   assert tokens.shape == (2, 2 * 4 * 4, 128) and encoder.grid == (2, 4, 4)
 
@@ -144,5 +145,5 @@ def test_the_student_outlives_its_teachers(finished, tmp_path):
     config.method[name].teacher = f'{teachers}@{name}_teacher'
   assert main._train(config) == 0
   shutil.rmtree(teachers)
-  tokens = encoders.load(config.workdir)(np.zeros((4, 32, 32, 3), np.uint8))
+  tokens = encoder_lib.load(config.workdir)(np.zeros((4, 32, 32, 3), np.uint8))
   assert tokens.shape == (1, 2 * 4 * 4, 128)

@@ -7,7 +7,7 @@ import pytest
 
 from vssl_jax import trees
 from vssl_jax.models import classifier, vit
-from vssl_jax.train import freezing, layer_decay, optimizer
+from vssl_jax.train import freezing, optimizer
 
 
 def params_of(size, **fields):
@@ -26,7 +26,7 @@ def params_of(size, **fields):
 
 def test_the_factors_of_b():
   found = params_of('B', positions='learned', final_norm=False)
-  by_name = dict(trees.named_leaves(layer_decay.scales(found, 0.75)))
+  by_name = dict(trees.named_leaves(optimizer.layer_scales(found, 0.75)))
   wanted = {
     'encoder/embed/kernel': 0.02376,
     'encoder/positions': 0.02376,
@@ -100,7 +100,7 @@ def test_frozen_blocks_count_and_stay_where_they_are(frozen, scope):
 
 def test_an_encoder_without_blocks_and_a_wrong_decay_are_named():
   with pytest.raises(ValueError, match='no leaves named block_00'):
-    layer_decay.scales({'encoder': {'kernel': jnp.ones(3)}}, 0.75)
+    optimizer.layer_scales({'encoder': {'kernel': jnp.ones(3)}}, 0.75)
   for decay in (0.0, 1.5):
     with pytest.raises(ValueError, match=rf'layer_decay: found {decay}'):
-      layer_decay.scale(decay)
+      optimizer.scale_by_layer(decay)

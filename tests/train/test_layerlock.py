@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from tests.train import locks
-from vssl_jax import encoders, trees
-from vssl_jax.train import ahead, begin, trainer
+from vssl_jax import encoder as encoder_lib
+from vssl_jax import trees
+from vssl_jax.train import loop, phase_setup, phase_start
 from vssl_jax.train import run as run_lib
 
 # Whole runs. What freezing does in one step stands in test_freezing.py.
@@ -23,7 +24,7 @@ def _copy(config):
 def finished(clips, tmp_path_factory):
   """A whole run of three phases, every second step kept."""
   config = locks.tiny(clips, tmp_path_factory.mktemp('lock') / 'run')
-  assert trainer.train(config) == 0
+  assert loop.train(config) == 0
   return config
 
 
@@ -86,8 +87,8 @@ def _begun(config, number):
       span = run_lib.spans(run.method)[number]
       saved = run.checkpoints.newest()
       examples = run.clips.num_examples
-      outline = ahead.outline(config, run.method, span, run.video, examples)
-      state = begin.state(run, outline, saved, False)
+      build = phase_setup.build(config, run.method, span, run.video, examples)
+      state = phase_start.state(run, build, saved, False)
     return dict(trees.named_leaves(state)), locks.read(saved, '')
   finally:
     run.clips.close()
@@ -163,7 +164,7 @@ def test_without_locks_the_losses_are_those_before_the_first(
   """Invariant 6, bit for bit; the matched MAE baseline."""
   config = locks.tiny(clips, tmp_path / 'run', '((0, 12),)')
   config.checkpoint.every = 1000
-  assert trainer.train(config) == 0
+  assert loop.train(config) == 0
   want, got = (
     locks.logged(finished.workdir, 'loss'),
     locks.logged(config.workdir, 'loss'),
@@ -180,7 +181,7 @@ def test_without_locks_the_losses_are_those_before_the_first(
 def test_resume_is_bit_exact(finished, tmp_path, step):
   """Invariant 9: the optimizer's tree differs from phase to phase."""
   config = _cut(finished, tmp_path, step)
-  assert trainer.train(config) == 0
+  assert loop.train(config) == 0
   want, got = (
     locks.states(finished.workdir)[12],
     locks.states(config.workdir)[12],
@@ -193,7 +194,7 @@ def test_a_run_goes_on_in_loops(finished, tmp_path):
   """Inside a lock, from the same checkpoint: the layout has no names."""
   config = _cut(finished, tmp_path, 10)
   config.method.layout = 'loops'
-  assert trainer.train(config) == 0
+  assert loop.train(config) == 0
   want, got = (
     locks.logged(finished.workdir, 'loss'),
     locks.logged(config.workdir, 'loss'),
@@ -216,7 +217,7 @@ def half(clips, tmp_path_factory):
   config = locks.tiny(clips, folder, '((0, 1), (1, 1), (2, 2))')
   config.checkpoint.every = 1
   config.method.frozen_dtype = config.method.vit.dtype = 'bfloat16'
-  assert trainer.train(config) == 0
+  assert loop.train(config) == 0
   return config
 
 
@@ -234,7 +235,7 @@ def test_frozen_matrices_are_kept_in_half_the_bytes(half):
       else:
         assert x.dtype != 'bfloat16', name
   # Rounded once, then the same bits, in the next lock too.
-  encoder = encoders.load(f'{half.workdir}@lock_02')
+  encoder = encoder_lib.load(f'{half.workdir}@lock_02')
   frozen = encoder.params['block_00']['mlp']['fc1']['kernel']
   name = 'params/encoder/block_00/mlp/fc1/kernel'
   before = locks.read(found[1], name)[name]
@@ -246,7 +247,7 @@ def test_frozen_matrices_are_kept_in_half_the_bytes(half):
 
 def test_a_run_with_frozen_matrices_in_half_resumes(half, tmp_path):
   config = _cut(half, tmp_path, 3)
-  assert trainer.train(config) == 0
+  assert loop.train(config) == 0
   want, got = locks.states(half.workdir)[4], locks.states(config.workdir)[4]
   assert locks.sums(want) == locks.sums(got)
 
@@ -258,7 +259,7 @@ def test_vjepa_with_locks_and_an_average_that_catches_up(clips, tmp_path):
   config.checkpoint.every = 1
   m.base, m.masks, m.ema = 'vjepa', 'short:2/4', (0.5, 0.5)
   m.predictor.update(dict(width=16, depth=1, num_heads=2))
-  assert trainer.train(config) == 0
+  assert loop.train(config) == 0
   found = locks.states(config.workdir)
 
   def apart(step, block):

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh
 from tests.train import locks
 from tests.train import test_processes as programs
 from vssl_jax import sharding, trees
-from vssl_jax.train import checkpoint
+from vssl_jax.checkpoint import manager
 
 # Wide enough that matrices are split over devices.
 WIDE = dict(schedule='((0, 2), (1, 2))', width=128)
@@ -71,7 +71,7 @@ def test_a_state_has_the_same_bits_on_every_mesh(saved, shape, step):
   target = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, at
   )
-  restored = dict(trees.named_leaves(checkpoint.restore(state, target)))
+  restored = dict(trees.named_leaves(manager.restore(state, target)))
   alone = locks.read(state, '')
   assert restored.keys() == alone.keys()
   for name, x in restored.items():

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import vssl_jax
-from vssl_jax.train import manifests
+from vssl_jax.checkpoint import integrity
 
 RECORD = {
   'config': {'method': {'name': 'x'}, 'data': {'stride': 2, 'fps': 0.0}},
@@ -36,7 +36,7 @@ def deep(times, kind='{"a":', end='}'):
 def test_records_that_are_none(tmp_path, content, message):
   text = content if isinstance(content, str) else json.dumps(content)
   (tmp_path / 'run.json').write_text(text)
-  with pytest.raises(manifests.CorruptError, match=message) as caught:
+  with pytest.raises(integrity.CorruptError, match=message) as caught:
     vssl_jax.load(str(tmp_path))
   assert str(tmp_path / 'run.json') in str(caught.value)
   assert len(str(caught.value)) < 600
@@ -45,7 +45,7 @@ def test_records_that_are_none(tmp_path, content, message):
 def test_a_record_without_end_is_not_read(tmp_path):
   with (tmp_path / 'run.json').open('wb') as file:
     file.truncate(2**40)
-  with pytest.raises(manifests.CorruptError, match='wanted at most'):
+  with pytest.raises(integrity.CorruptError, match='wanted at most'):
     vssl_jax.load(str(tmp_path))
 
 
@@ -71,9 +71,9 @@ def test_manifests_of_other_kinds_cannot_be_used(tmp_path, key, value):
   }
   path = tmp_path / '00000003.json'
   path.write_text(json.dumps(whole))
-  assert 'corrupt' not in manifests.read(path)
+  assert 'corrupt' not in integrity.read(path)
   path.write_text(json.dumps(whole | {key: value}))
-  found = manifests.read(path)
+  found = integrity.read(path)
   assert key in found['corrupt']
-  saved = manifests.Saved(tmp_path / '00000003', found)
-  assert manifests.damage(saved) == found['corrupt']
+  saved = integrity.Saved(tmp_path / '00000003', found)
+  assert integrity.damage(saved) == found['corrupt']

@@ -11,7 +11,7 @@ from tests.train import locks
 from vssl_jax import config as config_lib
 from vssl_jax import trees
 from vssl_jax.methods import chain
-from vssl_jax.train import begin, trainer
+from vssl_jax.train import loop, phase_start
 
 # Programs of six phases are compiled.
 pytestmark = pytest.mark.slow
@@ -53,7 +53,7 @@ class Finished:
 
   def __init__(self, config):
     self.config, self.heard, self.traced = config, {}, []
-    real, loss = begin.teachers, chain.Chain.loss
+    real, loss = phase_start.teachers, chain.Chain.loss
 
     def teachers(run, phase):
       found = real(run, phase)
@@ -65,9 +65,9 @@ class Finished:
       return loss(method, params, teachers, batch, rng, phase)
 
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(begin, 'teachers', teachers)
+      patch.setattr(phase_start, 'teachers', teachers)
       patch.setattr(chain.Chain, 'loss', traced)
-      assert trainer.train(config) == 0
+      assert loop.train(config) == 0
 
 
 def _start(number):
@@ -84,8 +84,10 @@ def finished(clips, tmp_path_factory):
 
 
 def _rows(finished, step, end=''):
-  found = locks.read(locks.states(finished.config.workdir)[step], 'rows/')
-  return found[f'rows/video{end}']
+  found = locks.read(
+    locks.states(finished.config.workdir)[step], 'example_memory/'
+  )
+  return found[f'example_memory/video{end}']
 
 
 def test_every_phase_is_traced_once(finished):
@@ -182,7 +184,7 @@ def test_what_is_logged(finished):
   workdir, second = finished.config.workdir, _start(1)
   guided = locks.logged(workdir, 'loss/progressive')
   assert sorted(guided) == list(range(second + 1, END + 1))
-  filled = locks.logged(workdir, 'rows/filled/video')
+  filled = locks.logged(workdir, 'example_memory/filled/video')
   even = locks.logged(workdir, 'dare/entropy/video')
   start = _start(0)
   for done in range(1, STEPS + 1):
@@ -206,8 +208,8 @@ def test_a_run_resumes_in_the_middle_of_a_window(finished, tmp_path):
   # Past a first window: the copies hold something that could be lost.
   step = min(s for done, s in inside.items() if done > WINDOW and done % WINDOW)
   locks.truncate(config.workdir, step)
-  assert trainer.train(config) == 0
+  assert loop.train(config) == 0
   want = locks.sums(locks.states(finished.config.workdir)[END])
   got = locks.sums(locks.states(config.workdir)[END])
-  assert any(n.startswith('rows/') for n in want)
+  assert any(n.startswith('example_memory/') for n in want)
   assert {n for n in want | got if want.get(n) != got.get(n)} == set()

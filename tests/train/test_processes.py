@@ -14,18 +14,19 @@ import time
 import numpy as np
 import pytest
 
-from tests.train import conftest, toy
-from vssl_jax import config as config_lib
-from vssl_jax.train import checkpoint, manifests, rewind, trainer
+from tests.train import small_runs, toy
+from vssl_jax.checkpoint import integrity, manager
+from vssl_jax.train import loop, rewind
 from vssl_jax.train import run as run_lib
+from vssl_jax.utils import config_io
 
 PAGE = """
 import json, pathlib
-from vssl_jax import config
+from vssl_jax.utils import config_io
 
 def get_config(variant=''):
   text = pathlib.Path(__file__).with_name('config.json').read_text()
-  return config.from_json(json.loads(text))
+  return config_io.from_json(json.loads(text))
 """
 
 # Two processes on two cores that other tests use too.
@@ -36,7 +37,7 @@ def _start(folder, config, *flags, devices=1, **env):
   """Starts the program on a config."""
   folder.mkdir(exist_ok=True)
   (folder / 'page.py').write_text(PAGE)
-  (folder / 'config.json').write_text(json.dumps(config_lib.to_json(config)))
+  (folder / 'config.json').write_text(json.dumps(config_io.to_json(config)))
   env = dict(os.environ, JAX_NUM_CPU_DEVICES=str(devices), **env)
   return subprocess.Popen(
     [sys.executable, '-m', 'vssl_jax.main', '--config=page.py', *flags],
@@ -68,7 +69,7 @@ def _wait_for(workdir, step):
 
 
 def _sums(workdir):
-  states = [s for s in manifests.listing(workdir) if 'opt' in s.shapes()]
+  states = [s for s in integrity.listing(workdir) if 'opt' in s.shapes()]
   newest = max(states, key=lambda s: s.step)
   leaves = newest.manifest['leaves']
   return newest.step, {name: leaf['sum'] for name, leaf in leaves.items()}
@@ -82,7 +83,7 @@ def _losses(workdir):
 
 def _one_phase(clips, workdir):
   """Readers and a worker, whom a signal to the group reaches too."""
-  config = conftest.tiny_config(clips, workdir)
+  config = small_runs.tiny_config(clips, workdir)
   config.method.phases = ('pixel_teacher',)
   config.method.pixel_teacher.steps = 60
   config.checkpoint.every = 1000
@@ -102,8 +103,8 @@ def whole(clips, tmp_path_factory):
 @pytest.mark.parametrize(
   ('number', 'status', 'line'),
   [
-    (signal.SIGTERM, trainer.PREEMPTED, 'SIGTERM: saved step '),
-    (signal.SIGINT, trainer.INTERRUPTED, 'Ctrl-C: saved step '),
+    (signal.SIGTERM, loop.PREEMPTED, 'SIGTERM: saved step '),
+    (signal.SIGINT, loop.INTERRUPTED, 'Ctrl-C: saved step '),
   ],
 )
 def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(
@@ -136,7 +137,7 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(
 @pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_it_at_once(clips, tmp_path, number):
-  config = conftest.tiny_config(clips, tmp_path / 'run')
+  config = small_runs.tiny_config(clips, tmp_path / 'run')
   config.method.pixel_teacher.steps = 5000
   config.checkpoint.every = 1
   process = _start(tmp_path / 'a', config)
@@ -145,7 +146,7 @@ def test_a_second_signal_ends_it_at_once(clips, tmp_path, number):
   process.send_signal(number)
   process.communicate(timeout=600)
   assert process.returncode in (-number, 128 + number)
-  saver = checkpoint.Checkpoints(config.workdir)
+  saver = manager.Checkpoints(config.workdir)
   assert saver.newest().step >= 9
 
 
@@ -174,7 +175,7 @@ def _pair(folder, config, *flags):
 
 
 def _truncate(workdir, step):
-  for saved in manifests.listing(workdir):
+  for saved in integrity.listing(workdir):
     if saved.step > step:
       shutil.rmtree(saved.path)
       saved.path.with_suffix('.json').unlink()
@@ -192,7 +193,7 @@ def _same_losses(workdir, want, steps):
 def alone(clips, tmp_path_factory):
   """What one process with one device does, every second step kept."""
   folder = tmp_path_factory.mktemp('alone')
-  config = conftest.tiny_config(clips, folder / 'run')
+  config = small_runs.tiny_config(clips, folder / 'run')
   config.checkpoint.update(dict(every=2, keep=100))
   _finish(_start(folder / 'a', config))
   return config, _losses(config.workdir)
@@ -201,7 +202,7 @@ def alone(clips, tmp_path_factory):
 @pytest.mark.slow
 def test_two_processes_train_and_resume_like_one(clips, tmp_path, alone):
   """Two processes with two devices each: same losses, also from a restart."""
-  config = conftest.tiny_config(clips, tmp_path / 'run')
+  config = small_runs.tiny_config(clips, tmp_path / 'run')
   config.checkpoint.update(dict(every=2, keep=100))
   outputs = _finish(*_pair(tmp_path / 'a', config))
   assert 'pixel_teacher 6/6' in outputs[0]
@@ -220,7 +221,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
   clips, tmp_path, alone, starts
 ):
   """One process goes on from two's state, and two from one's (R5)."""
-  config = conftest.tiny_config(clips, tmp_path / 'run')
+  config = small_runs.tiny_config(clips, tmp_path / 'run')
   config.checkpoint.update(dict(every=2, keep=100))
 
   def run(processes):
@@ -253,16 +254,16 @@ run.methods.build = lambda *_: toy.Toy(plan)
 @pytest.mark.slow
 def test_two_processes_rewind_and_replay_like_one(clips, tmp_path, monkeypatch):
   monkeypatch.setattr(sys.modules[__name__], 'PAGE', TOY)
-  one = conftest.tiny_config(clips, tmp_path / 'one')
-  two = conftest.tiny_config(clips, tmp_path / 'two')
+  one = small_runs.tiny_config(clips, tmp_path / 'one')
+  two = small_runs.tiny_config(clips, tmp_path / 'two')
   for config in (one, two):
-    config.checkpoint.update(dict(every=2, keep=100, probe_every=2))
+    config.checkpoint.update(dict(every=2, keep=100, record_every=2))
     config.optim.warmup = 0
   plan = toy.phase(steps=6), toy.phase(name='two', steps=6)
   monkeypatch.setattr(run_lib.methods, 'build', lambda *_: toy.Toy(plan))
-  assert trainer.train(one) == 0
+  assert loop.train(one) == 0
   before = _losses(one.workdir)
-  assert trainer.train(one, rewind.Rewind(4, 2)) == 0
+  assert loop.train(one, rewind.Rewind(4, 2)) == 0
   want = _losses(one.workdir)
   assert want[4] != before[4]
   _finish(*_pair(tmp_path / 'a', two))
@@ -276,7 +277,7 @@ def test_two_processes_rewind_and_replay_like_one(clips, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('bad', [dict(JAX_COORDINATOR_ADDRESS='127.0.0.1:1')])
 def test_half_a_cluster_is_an_error(clips, tmp_path, bad):
-  config = conftest.tiny_config(clips, tmp_path / 'run')
+  config = small_runs.tiny_config(clips, tmp_path / 'run')
   process = _start(tmp_path / 'a', config, **bad)
   output = process.communicate(timeout=600)[0]
   assert process.returncode == 2
@@ -284,7 +285,7 @@ def test_half_a_cluster_is_an_error(clips, tmp_path, bad):
 
 
 def test_errors_are_one_line_and_not_status_0(clips, tmp_path):
-  config = conftest.tiny_config(clips, tmp_path / 'run')
+  config = small_runs.tiny_config(clips, tmp_path / 'run')
   config.data.source = str(tmp_path / 'nowhere')
   process = _start(tmp_path / 'a', config)
   output = process.communicate(timeout=600)[0]
@@ -296,8 +297,8 @@ def test_errors_are_one_line_and_not_status_0(clips, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('seed', range(3))
 def test_sigkill_at_any_moment_loses_only_unsaved_steps(clips, tmp_path, seed):
-  whole = conftest.tiny_config(clips, tmp_path / 'whole')
-  cut = conftest.tiny_config(clips, tmp_path / 'cut')
+  whole = small_runs.tiny_config(clips, tmp_path / 'whole')
+  cut = small_runs.tiny_config(clips, tmp_path / 'cut')
   for config in (whole, cut):
     config.method.pixel_teacher.steps = 40
     config.checkpoint.every = 3

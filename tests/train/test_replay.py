@@ -8,26 +8,20 @@ import jax
 import numpy as np
 import pytest
 
-from tests.train import conftest, toy
+from tests.train import small_runs, toy
 from vssl_jax import main, sharding, trees
-from vssl_jax.data import synthetic
-from vssl_jax.methods import base
-from vssl_jax.train import (
-  checkpoint,
-  manifests,
-  probes,
-  replay,
-  rewind,
-  trainer,
-)
+from vssl_jax.checkpoint import integrity, manager
+from vssl_jax.data.tools import synthetic
+from vssl_jax.methods import phase
+from vssl_jax.train import loop, replay, rewind, step_records
 from vssl_jax.train import run as run_lib
 
 
 def _method():
-  average = {'mean': base.Ema('encoder', (0.9, 1.0))}
-  teacher = {'one': base.Teacher(toy.Mean(), '@one')}
+  average = {'mean': phase.Ema('encoder', (0.9, 1.0))}
+  teacher = {'one': phase.Teacher(toy.Mean(), '@one')}
   two = dict(frozen=('encoder/layer_0',), ema=average, teachers=teacher)
-  kept = dict(steps=6, row_specs={'seen': base.RowSpec((), window=3)})
+  kept = dict(steps=6, memory_specs={'seen': phase.MemorySpec((), window=3)})
   return toy.Toy((toy.phase(**kept), toy.phase(name='two', **kept, **two)))
 
 
@@ -40,8 +34,8 @@ def videos(tmp_path_factory):
 
 def _config(videos, workdir):
   """Every second state is kept and every second step recorded."""
-  config = conftest.tiny_config(videos, workdir)
-  config.checkpoint.update(dict(every=2, probe_every=2, keep=100))
+  config = small_runs.tiny_config(videos, workdir)
+  config.checkpoint.update(dict(every=2, record_every=2, keep=100))
   config.optim.warmup = 0
   return config
 
@@ -52,7 +46,7 @@ def recorded(videos, tmp_path_factory):
   config = _config(videos, tmp_path_factory.mktemp('recorded') / 'run')
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(run_lib.methods, 'build', lambda *_: _method())
-    assert trainer.train(config) == 0
+    assert loop.train(config) == 0
     yield config
 
 
@@ -77,7 +71,7 @@ def _files(config):
 
 def test_what_is_recorded(recorded):
   """Not the first step of a phase: no state of that phase is kept then."""
-  records = probes.listing(_path(recorded))
+  records = step_records.listing(_path(recorded))
   assert [(r['step'], r['phase']) for r in records] == [
     (3, 'one'),
     (5, 'one'),
@@ -120,12 +114,12 @@ def test_the_same_bits_come_again_and_nothing_is_written(
 
 def test_a_flipped_bit_of_a_record_is_found(run, capsys):
   path = _path(run, 'probes', '00000003.json')
-  record = manifests.load(path)
+  record = integrity.load(path)
   record['after']['opt/inner_states/train/inner_state/0/count'] = [0, 1]
   name = next(n for n in record['after'] if n.endswith('layer_1/kernel'))
   record['after'][name][1] ^= 1 << 7
   record['machine']['jaxlib'] = '0.0.1'
-  manifests.write_atomic(path, record)
+  integrity.write_atomic(path, record)
   assert replay.replay(run, 3) == 1
   said = capsys.readouterr().out
   assert said.count('arrays equal') == 2
@@ -136,7 +130,7 @@ def test_a_flipped_bit_of_a_record_is_found(run, capsys):
 
 def test_a_flipped_bit_of_a_parameter_is_found(run, capsys):
   """In a state that was saved whole, hashes and all."""
-  saver = checkpoint.Checkpoints(run.workdir, keep=100)
+  saver = manager.Checkpoints(run.workdir, keep=100)
   saved = next(s for s in saver.whole() if s.step == 4)
   mesh = sharding.make_mesh(1, -1)
   at = sharding.replicated(mesh)
@@ -144,7 +138,7 @@ def test_a_flipped_bit_of_a_parameter_is_found(run, capsys):
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
     saved.shapes(),
   )
-  leaves = dict(trees.named_leaves(checkpoint.restore(saved, target)))
+  leaves = dict(trees.named_leaves(manager.restore(saved, target)))
   name = 'params/encoder/layer_0/kernel'
   value = np.array(leaves[name])
   value.view(np.uint32).flat[5] ^= 1 << 20
@@ -177,10 +171,10 @@ def test_other_pixels_are_found(run, videos, capsys):
 
 def test_a_rewind_takes_the_records_along(run):
   """Later steps take other batches then."""
-  assert trainer.train(run, rewind.Rewind(10, 1)) == 0
+  assert loop.train(run, rewind.Rewind(10, 1)) == 0
   aside = _path(run, 'rewound', '1-from-00000012', 'probes')
   assert [p.name for p in aside.iterdir()] == ['00000009.json', '00000011.json']
-  assert [r['step'] for r in probes.listing(_path(run))] == [3, 5, 9, 11]
+  assert [r['step'] for r in step_records.listing(_path(run))] == [3, 5, 9, 11]
   assert replay.replay(run, 9) == replay.replay(run, 11) == 0
 
 
@@ -188,11 +182,11 @@ def test_records_that_no_state_is_left_for_are_removed(recorded, tmp_path):
   config = recorded.copy_and_resolve_references()
   config.workdir = str(tmp_path / 'run')
   config.checkpoint.keep = 2
-  assert trainer.train(config) == 0
-  kept = manifests.listing(config.workdir, ('checkpoints',))
+  assert loop.train(config) == 0
+  kept = integrity.listing(config.workdir, ('checkpoints',))
   assert sorted(s.step for s in kept) == [10, 12]
   # The step after 10 was recorded while the state after 8 was there.
-  assert [r['step'] for r in probes.listing(_path(config))] == [9, 11]
+  assert [r['step'] for r in step_records.listing(_path(config))] == [9, 11]
 
 
 @pytest.mark.parametrize(
@@ -204,9 +198,9 @@ def test_records_that_no_state_is_left_for_are_removed(recorded, tmp_path):
   ],
 )
 def test_what_cannot_be_taken_again_is_said(run, step, kept, message):
-  for saved in manifests.listing(run.workdir, ('checkpoints',)):
+  for saved in integrity.listing(run.workdir, ('checkpoints',)):
     if saved.step not in kept:
-      manifests.path_of(saved.path).unlink()
+      integrity.path_of(saved.path).unlink()
   with pytest.raises(run_lib.TrainingError, match=message):
     replay.replay(run, step)
 
@@ -240,7 +234,7 @@ def test_the_flag_reaches_it(run, monkeypatch, capsys, flags, status, text):
 def test_a_real_step_comes_again(videos, tmp_path, capsys):
   """SALT's, in both phases, from data to update."""
   config = _config(videos, tmp_path / 'run')
-  assert trainer.train(config) == 0
+  assert loop.train(config) == 0
   for step in (5, 11):
     assert replay.replay(config, step) == 0
   assert capsys.readouterr().out.count('arrays equal') == 6

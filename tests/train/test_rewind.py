@@ -8,11 +8,13 @@ import shutil
 import jax.numpy as jnp
 import pytest
 
-from tests.train import conftest, toy
+from tests.train import small_runs, toy
 from vssl_jax import main
+from vssl_jax.checkpoint import integrity
 from vssl_jax.data import pipeline
-from vssl_jax.train import manifests, metrics, rewind, trainer
+from vssl_jax.train import loop, rewind
 from vssl_jax.train import run as run_lib
+from vssl_jax.utils import metrics
 
 BAD = 7  # the batch that does harm: step 8 of the log
 STEPS = 12
@@ -33,7 +35,9 @@ class Spiking(toy.Toy):
 @pytest.fixture(scope='module')
 def spiked(clips, tmp_path_factory):
   """A run of two phases with a spike in the second; every state is kept."""
-  config = conftest.tiny_config(clips, tmp_path_factory.mktemp('spiked') / 'a')
+  config = small_runs.tiny_config(
+    clips, tmp_path_factory.mktemp('spiked') / 'a'
+  )
   config.checkpoint.update(dict(every=1, keep=100))
   config.optim.update(dict(clip=0.0, warmup=0))
   stream = pipeline.make(config.data.to_dict(), batch_size=8, seed=0)
@@ -43,7 +47,7 @@ def spiked(clips, tmp_path_factory):
   method = Spiking(plan, poison=poison)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(run_lib.methods, 'build', lambda *_: method)
-    assert trainer.train(config) == 0
+    assert loop.train(config) == 0
     yield config
 
 
@@ -57,14 +61,14 @@ def run(spiked, tmp_path):
 
 
 def _keep(config, *steps):
-  for saved in manifests.listing(config.workdir, ('checkpoints',)):
+  for saved in integrity.listing(config.workdir, ('checkpoints',)):
     if saved.step not in steps:
       shutil.rmtree(saved.path)
-      manifests.path_of(saved.path).unlink()
+      integrity.path_of(saved.path).unlink()
 
 
 def _end(config):
-  saved = manifests.listing(config.workdir, ('checkpoints',))
+  saved = integrity.listing(config.workdir, ('checkpoints',))
   last = max(saved, key=lambda s: s.step)
   return last.step, {k: v['sum'] for k, v in last.manifest['leaves'].items()}
 
@@ -86,7 +90,7 @@ def mended(spiked, tmp_path_factory):
   config = spiked.copy_and_resolve_references()
   config.workdir = str(tmp_path_factory.mktemp('mended') / 'run')
   shutil.copytree(spiked.workdir, config.workdir)
-  assert trainer.train(config, rewind.Rewind(BAD + 1, 2)) == 0
+  assert loop.train(config, rewind.Rewind(BAD + 1, 2)) == 0
   return config
 
 
@@ -104,13 +108,13 @@ def test_the_spike_is_there_and_then_it_is_not(spiked, mended):
 def test_what_came_later_is_set_aside_and_written_down(mended):
   workdir = pathlib.Path(mended.workdir)
   aside = workdir / 'rewound' / f'1-from-{STEPS:08d}'
-  moved = manifests.listing(aside)
+  moved = integrity.listing(aside)
   assert sorted((s.step, s.path.parent.name) for s in moved) == [
     *((n, 'checkpoints') for n in range(BAD + 1, STEPS)),
     (STEPS, 'checkpoints'),
     (STEPS, 'params'),
   ]
-  assert not any(manifests.damage(s) for s in moved)
+  assert not any(integrity.damage(s) for s in moved)
   assert (workdir / 'params' / 'one.json').exists()
   record = _record(mended)
   assert record['left_out'] == [[BAD, BAD + 2]]
@@ -129,7 +133,7 @@ def test_what_came_later_is_set_aside_and_written_down(mended):
 def test_from_another_checkpoint_the_bits_are_the_same(run, mended):
   """Also from one in the phase before."""
   _keep(run, 4, 9, 12)
-  assert trainer.train(run, rewind.Rewind(BAD + 1, 2)) == 0
+  assert loop.train(run, rewind.Rewind(BAD + 1, 2)) == 0
   assert _end(run) == _end(mended)
 
 
@@ -142,7 +146,7 @@ def test_it_can_be_resumed_and_the_same_command_given_again(
     config.workdir = str(tmp_path / f'{i}')
     shutil.copytree(mended.workdir, config.workdir)
     _keep(config, 9 - i)
-    assert trainer.train(config, back) == 0
+    assert loop.train(config, back) == 0
     assert _end(config) == _end(mended)
     assert len(_record(config)['rewinds']) == 1
   assert 'was done at an earlier start' in capsys.readouterr().out
@@ -152,18 +156,18 @@ def test_killed_in_the_middle_the_same_command_does_the_rest(
   run, mended, monkeypatch
 ):
   with monkeypatch.context() as patch:
-    patch.setattr(manifests, 'write_atomic', _killed_at(run.workdir))
+    patch.setattr(integrity, 'write_atomic', _killed_at(run.workdir))
     with pytest.raises(KeyboardInterrupt):
-      trainer.train(run, rewind.Rewind(BAD + 1, 2))
+      loop.train(run, rewind.Rewind(BAD + 1, 2))
   assert _record(run)['left_out'] == []
   assert _end(run)[0] == BAD
-  assert trainer.train(run, rewind.Rewind(BAD + 1, 2)) == 0
+  assert loop.train(run, rewind.Rewind(BAD + 1, 2)) == 0
   assert _end(run) == _end(mended)
 
 
 def _killed_at(workdir):
   """The second time that run.json is written, after what is moved is."""
-  write, seen = manifests.write_atomic, []
+  write, seen = integrity.write_atomic, []
 
   def killed(path, *args, **kwargs):
     if path == pathlib.Path(workdir) / 'run.json':
@@ -180,8 +184,8 @@ def test_a_second_rewind_adds_to_the_first(mended, tmp_path):
   config = mended.copy_and_resolve_references()
   config.workdir = str(tmp_path / 'run')
   shutil.copytree(mended.workdir, config.workdir)
-  assert trainer.train(config, rewind.Rewind(6, 1)) == 0
-  assert trainer.train(config, rewind.Rewind(11, 3)) == 0
+  assert loop.train(config, rewind.Rewind(6, 1)) == 0
+  assert loop.train(config, rewind.Rewind(11, 3)) == 0
   record = _record(config)
   # Step 6 took batch 5. Then step 11 took batch 13: 5, 7 and 8 were left out.
   assert record['left_out'] == [[5, 6], [7, 9], [13, 16]]
@@ -193,7 +197,7 @@ def test_a_second_rewind_adds_to_the_first(mended, tmp_path):
 
 def test_without_skipping_the_same_bits_come_again(run, spiked):
   """As after a faulty machine."""
-  assert trainer.train(run, rewind.Rewind(4, 0)) == 0
+  assert loop.train(run, rewind.Rewind(4, 0)) == 0
   assert _end(run) == _end(spiked)
   assert _record(run)['left_out'] == []
 
@@ -210,7 +214,7 @@ def test_where_there_is_nothing_to_go_back_to(run, kept, asked, message):
   _keep(run, *kept)
   before = _record(run), _end(run)
   with pytest.raises(run_lib.TrainingError, match=message):
-    trainer.train(run, rewind.Rewind(asked))
+    loop.train(run, rewind.Rewind(asked))
   assert (_record(run)['left_out'], _end(run)) == ([], before[1])
 
 
@@ -219,12 +223,12 @@ def test_a_record_of_another_past_is_refused(mended, tmp_path):
   config.workdir = str(tmp_path / 'run')
   shutil.copytree(mended.workdir, config.workdir)
   path = pathlib.Path(config.workdir) / 'run.json'
-  manifests.write_atomic(path, manifests.load(path) | {'left_out': []})
+  integrity.write_atomic(path, integrity.load(path) | {'left_out': []})
   with pytest.raises(run_lib.TrainingError, match=r'00000012 left out .*7, 9'):
-    trainer.train(config)
+    loop.train(config)
   path.unlink()  # the checkpoint knows too
   _keep(config, 10)
-  assert trainer.train(config) == 0
+  assert loop.train(config) == 0
   assert _end(config) == _end(mended)
   assert _record(config)['left_out'] == [[BAD, BAD + 2]]
 

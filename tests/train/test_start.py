@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.train import conftest, locks, test_kdhiera, test_pmd, toy
-from vssl_jax import encoders, methods, trees, weights
-from vssl_jax.methods import base
+from tests.train import locks, small_runs, test_kdhiera, test_pmd, toy
+from vssl_jax import encoder as encoder_lib
+from vssl_jax import methods, trees, weights
+from vssl_jax.methods import phase as phase_lib
 from vssl_jax.models import vit
-from vssl_jax.train import ahead, begin, plan, step, trainer
+from vssl_jax.planning import report
+from vssl_jax.train import loop, phase_setup, phase_start, train_step
 from vssl_jax.train import run as run_lib
 
 
@@ -42,20 +44,20 @@ def _begun(config, **fields):
       span = dataclasses.replace(
         span, phase=dataclasses.replace(span.phase, **fields)
       )
-      shapes = ahead.outline(config, run.method, span, run.video, 40)
-      return begin.state(run, shapes, None, False)
+      shapes = phase_setup.build(config, run.method, span, run.video, 40)
+      return phase_start.state(run, shapes, None, False)
   finally:
     run.clips.close()
     run.logger.close()
 
 
 def _student(clips, workdir):
-  c = conftest.tiny_config(clips, workdir)
+  c = small_runs.tiny_config(clips, workdir)
   c.method.phases = ('latent_student',)
   student = c.method.latent_student
   student.teacher, student.ema = '@ema/encoder', (0.5, 0.5)
   student.polyak, student.steps = 0.5, 3
-  c.checkpoint.update(dict(every=1, keep=100, probe_every=0))
+  c.checkpoint.update(dict(every=1, keep=100, record_every=0))
   return c
 
 
@@ -68,7 +70,7 @@ def test_averages_start_from_the_weights_that_were_loaded(clips, tmp_path):
   (phase,) = methods.build(c.method, video, lambda _: None).phases()
   source = _export(phase, video, tmp_path / 'source')
   c.method.latent_student.init_from = str(tmp_path / 'source')
-  assert trainer.train(c) == 0
+  assert loop.train(c) == 0
   states = locks.states(c.workdir)
   assert sorted(states) == [1, 2, 3]
   for saved in states.values():
@@ -90,9 +92,9 @@ def test_averages_are_derived_from_the_parameters(source, carried, wanted):
   """All leaves but those that are carried; none of a role that was loaded."""
   params = {'w': jnp.full(3, 1.0, jnp.bfloat16), 'b': jnp.full(2, 2.0)}
   ema = {'slow': {'w': jnp.zeros(3), 'b': jnp.zeros(2)}}
-  state = step.TrainState(0, {'encoder': params}, (), ema, {}, {})
+  state = train_step.TrainState(0, {'encoder': params}, (), ema, {}, {})
   phase = _phase('one', ema=STILL, init_from=source)
-  average = begin._averages(phase, state, carried)['slow']
+  average = phase_start._averages(phase, state, carried)['slow']
   for name, value in zip('wb', wanted, strict=True):
     np.testing.assert_array_equal(average[name], value)
     assert average[name].dtype == jnp.float32
@@ -100,7 +102,7 @@ def test_averages_are_derived_from_the_parameters(source, carried, wanted):
 
 
 CONFIGS = {
-  'salt': conftest.tiny_config,
+  'salt': small_runs.tiny_config,
   'layerlock': locks.tiny,
   'pmd': test_pmd._config,
   'kdhiera': test_kdhiera.config_of,
@@ -117,7 +119,7 @@ def test_averages_of_every_method_start_from_the_weights(name, clips, tmp_path):
   source = _export(phase, video, tmp_path / 'source')
   state = _begun(
     c,
-    ema={'slow': base.Ema('encoder', (0.9, 0.9))},
+    ema={'slow': phase_lib.Ema('encoder', (0.9, 0.9))},
     init_from={'encoder': str(tmp_path / 'source')},
   )
   for tree in (state.params['encoder'], state.ema['slow']):
@@ -129,16 +131,18 @@ def test_averages_of_every_method_start_from_the_weights(name, clips, tmp_path):
 
 def _trained(clips, workdir, *plan):
   """Trains the toy; returns {step: {name: leaf}} of every state."""
-  c = conftest.tiny_config(clips, workdir)
-  c.checkpoint.update(dict(every=1, keep=100, probe_every=0))
+  c = small_runs.tiny_config(clips, workdir)
+  c.checkpoint.update(dict(every=1, keep=100, record_every=0))
   c.optim.warmup = 0
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(run_lib.methods, 'build', lambda *_: toy.Toy(plan))
-    assert trainer.train(c) == 0
+    assert loop.train(c) == 0
   return {n: locks.read(s, '') for n, s in locks.states(c.workdir).items()}
 
 
-STILL = {'slow': base.Ema('encoder', (1.0, 1.0))}  # keeps what it starts from
+STILL = {
+  'slow': phase_lib.Ema('encoder', (1.0, 1.0))
+}  # keeps what it starts from
 
 
 @pytest.mark.slow
@@ -181,15 +185,15 @@ def test_a_fresh_phase_has_averages_of_its_own_start(clips, tmp_path):
 
 
 def test_phases_start_from_earlier_ones_of_the_same_function():
-  c = conftest.tiny_config('nowhere', 'nowhere')
+  c = small_runs.tiny_config('nowhere', 'nowhere')
   first, source = _phase('first'), {'encoder': '@first'}
-  begin.check_sources(c, (first, _phase('second', init_from=source)))
+  phase_start.check_sources(c, (first, _phase('second', init_from=source)))
   for phases, message in (
     ((_phase('second', init_from=source), first), "'@first', wanted a phase"),
     ((first, _phase('second', TURNED, init_from=source)), 'rope_pairing is'),
   ):
     with pytest.raises(ValueError, match=message):
-      begin.check_sources(c, phases)
+      phase_start.check_sources(c, phases)
 
 
 SAME = {
@@ -221,9 +225,9 @@ def test_weights_of_another_function_are_refused(clips, tmp_path, field):
   remedy = f'--config.{key}={theirs!r}' if key else 'no config key sets it'
   wanted = f'{field} is {theirs!r} there and {ours!r} here ({remedy})'
   with pytest.raises(ValueError, match=re.escape(wanted)) as plan_error:
-    plan.describe(c)
+    report.describe(c)
   with pytest.raises(ValueError, match=re.escape(wanted)) as train_error:
-    trainer.train(c)
+    loop.train(c)
   for error in (plan_error, train_error):
     assert '\n' not in str(error.value) and str(source) in str(error.value)
   assert not (tmp_path / 'run' / 'run.json').exists()
@@ -234,20 +238,20 @@ TURNED = VIT.clone(rope_pairing='vjepa2')
 
 
 def _phase(name, encoder=VIT, **fields):
-  return base.Phase(name=name, steps=1, encoder=encoder, **fields)
+  return phase_lib.Phase(name=name, steps=1, encoder=encoder, **fields)
 
 
 @pytest.mark.parametrize(
   ('second', 'message'),
   [
     (
-      {'teachers': {'wise': base.Teacher(TURNED, '@first')}},
+      {'teachers': {'wise': phase_lib.Teacher(TURNED, '@first')}},
       "teacher 'wise' has the parameters of @first.*rope_pairing is 'paired'",
     ),
     (
       {
-        'teachers': {'wise': base.Teacher(TURNED, '@ema/slow')},
-        'ema': {'slow': base.Ema('encoder', (0.5, 0.5))},
+        'teachers': {'wise': phase_lib.Teacher(TURNED, '@ema/slow')},
+        'ema': {'slow': phase_lib.Ema('encoder', (0.5, 0.5))},
       },
       "teacher 'wise' has the parameters of @ema/slow.*'vjepa2' here",
     ),
@@ -257,18 +261,18 @@ def _phase(name, encoder=VIT, **fields):
 def test_weights_of_a_phase_go_into_the_same_function(second, message):
   """Teachers, averages and what is carried; precision and memory may differ."""
   with pytest.raises(ValueError, match=message):
-    base.check((_phase('first'), _phase('second', **second)))
+    phase_lib.check((_phase('first'), _phase('second', **second)))
   alike = VIT.clone(dtype='float32', remat='full', drop_path=0.1, depth=2)
   alone = _phase('second', TURNED, init='fresh')
   for phase in (alone, _phase('second', alike)):
-    assert base.check((_phase('first'), phase))[1] is phase
+    assert phase_lib.check((_phase('first'), phase))[1] is phase
 
 
 def test_a_source_that_changed_is_no_teacher(tmp_path):
   video = (4, 16, 16, 3)
   params = _random(TURNED, video)
   weights.export(TURNED, params, tmp_path, video=video, layout='vssl_vit')
-  loaded = encoders.load_as(str(tmp_path), TURNED.clone(dtype='float32'))
+  loaded = encoder_lib.load_as(str(tmp_path), TURNED.clone(dtype='float32'))
   assert loaded.module.dtype == 'float32'
   with pytest.raises(ValueError, match="rope_pairing is 'vjepa2' there"):
-    encoders.load_as(str(tmp_path), VIT)
+    encoder_lib.load_as(str(tmp_path), VIT)

@@ -11,7 +11,7 @@ import signal
 import pytest
 
 from vssl_jax import main
-from vssl_jax.train import trainer
+from vssl_jax.train import loop
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ class _Stop:
 @pytest.mark.slow
 def test_a_stopped_run_spends_no_time_on_pictures(unlike):
   unlike.method.phases = ('pixel_teacher',)
-  status = main.JOBS['train'](unlike, watchers=[_Stop()])
-  assert status == trainer.PREEMPTED
+  status = main.JOBS['train'](unlike, hooks=[_Stop()])
+  assert status == loop.PREEMPTED
   assert any(_looks(unlike.workdir).values())  # there was something to draw
   assert not (pathlib.Path(unlike.workdir) / 'drift.png').exists()

@@ -5,7 +5,7 @@ import dataclasses
 import flax.linen as nn
 import jax.numpy as jnp
 
-from vssl_jax.methods import base
+from vssl_jax.methods import phase as phase_lib
 
 
 class Mean(nn.Module):
@@ -24,14 +24,14 @@ class Mean(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Toy(base.Method):
+class Toy(phase_lib.Method):
   """Encoder and head whose product is pulled to 1; rows count visits."""
 
   plan: tuple
   noise: float = 0.0
 
   def phases(self):
-    return base.check(self.plan)
+    return phase_lib.check(self.plan)
 
   def init(self, rng, video, phase):
     encoder = phase.encoder.init(rng, video)['params']
@@ -47,14 +47,16 @@ class Toy(base.Method):
     for name, teacher in phase.teachers.items():
       target = teacher(teachers[name], batch['video'])[:, 0, 0]
     per_clip = jnp.square(y - target)
-    rows = {name: batch[f'rows/{name}'] + 1 for name in phase.row_specs}
-    return jnp.mean(per_clip), base.Aux({'loss/toy': jnp.mean(y)}, rows)
+    rows = {
+      name: batch[f'example_memory/{name}'] + 1 for name in phase.memory_specs
+    }
+    return jnp.mean(per_clip), phase_lib.Aux({'loss/toy': jnp.mean(y)}, rows)
 
   def cost(self, phase, video):
-    return base.Cost(1.0)
+    return phase_lib.Cost(1.0)
 
 
 def phase(**kwargs):
   """A phase of the toy with short defaults."""
   fields = dict(name='one', steps=10, encoder=Mean())
-  return base.Phase(**(fields | kwargs))
+  return phase_lib.Phase(**(fields | kwargs))

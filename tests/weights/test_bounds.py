@@ -14,7 +14,8 @@ from tests.weights import pth
 from tests.weights import test_published as published
 from vssl_jax import weights
 from vssl_jax.models import vit
-from vssl_jax.weights import archives, npz, read, unpickle
+from vssl_jax.weights.readers import archives, npz, torch_pickle
+from vssl_jax.weights.readers import tensors as tensors_lib
 
 # Each took minutes, or all memory, before; now some milliseconds.
 pytestmark = pytest.mark.timeout(60)
@@ -23,7 +24,7 @@ X = np.arange(12, dtype=np.float32).reshape(3, 4)
 
 def refused(read_file, match):
   """Returns the message, which must fit on a screen."""
-  with pytest.raises(read.WeightsError, match=match) as caught:
+  with pytest.raises(tensors_lib.WeightsError, match=match) as caught:
     read_file()
   text = str(caught.value)
   assert len(text) < 1000
@@ -121,7 +122,9 @@ HARMLESS = {
 
 @pytest.mark.parametrize('name', PICKLES)
 def test_pickles_that_take_for_ever(tmp_path, monkeypatch, name):
-  monkeypatch.setattr(unpickle, 'MAX_STEPS', 40_000)  # the real one is larger
+  monkeypatch.setattr(
+    torch_pickle, 'MAX_STEPS', 40_000
+  )  # the real one is larger
   body, message = PICKLES[name]
   file = tmp_path / 'model.pth'
   pth.write(file, b'\x80\x02' + body + b'.', [X])
@@ -136,7 +139,7 @@ def test_pickles_with_strange_parts_are_read(tmp_path, name):
   tensor = REBUILD + b'(' + STORAGE + b'K\x00K\x0c\x85K\x01\x85\x89}tR'
   body = HARMLESS[name] + text('x') + tensor + b's'
   pth.write(file, b'\x80\x04' + body + b'.', [X])
-  found = unpickle.load(file)
+  found = torch_pickle.load(file)
   np.testing.assert_array_equal(np.asarray(found['x']), X.ravel())
 
 
@@ -145,13 +148,13 @@ def test_tensors_that_share_their_numbers(tmp_path):
   file, x = tmp_path / 'model.pth', np.zeros(1000, np.float32)
   shared = pth.FakeTensor(x)
   pth.save(file, {'a': shared, 'b': shared})
-  assert np.asarray(unpickle.load(file)['b']).shape == (1000,)
+  assert np.asarray(torch_pickle.load(file)['b']).shape == (1000,)
   windows = {
     f'{i}': pth.FakeTensor(x, offset=i, shape=(900,), strides=(1,))
     for i in range(60)
   }
   pth.save(file, windows)
-  assert len(unpickle.load(file)) == 60  # one storage each
+  assert len(torch_pickle.load(file)) == 60  # one storage each
   storages = [np.zeros(1000, np.float32)]
   items = b''.join(
     text(f'{i}') + REBUILD + b'(' + STORAGE.replace(b'K\x0c', b'M\xe8\x03')
@@ -159,7 +162,9 @@ def test_tensors_that_share_their_numbers(tmp_path):
     for i in range(60)
   )  # fmt: skip
   pth.write(file, b'\x80\x02}(' + items + b'u.', storages)
-  refused(lambda: unpickle.load(file), 'tensors of 216000 bytes in a file of')
+  refused(
+    lambda: torch_pickle.load(file), 'tensors of 216000 bytes in a file of'
+  )
 
 
 def test_one_large_storage_is_not_read_for_every_tensor(tmp_path, monkeypatch):
@@ -176,15 +181,15 @@ def test_one_large_storage_is_not_read_for_every_tensor(tmp_path, monkeypatch):
   monkeypatch.setattr(
     archives.zlib, 'crc32', lambda x: counted.append(len(x)) or crc32(x)
   )
-  found = unpickle.load(file)
+  found = torch_pickle.load(file)
   for i in range(100):
     np.testing.assert_array_equal(np.asarray(found[f'{i}']), [i, i + 1])
   assert counted.count(4000) == 1
   data = bytearray(file.read_bytes())
   data[data.find(flat.tobytes()) + 13] ^= 1
   file.write_bytes(bytes(data))
-  again = unpickle.load(file)
-  with pytest.raises(read.WeightsError, match='its checksum differs'):
+  again = torch_pickle.load(file)
+  with pytest.raises(tensors_lib.WeightsError, match='its checksum differs'):
     np.asarray(again['0'])
 
 
@@ -266,7 +271,7 @@ def test_names_and_shapes_that_cost_nothing(tmp_path, tensors, message):
   file = tmp_path / 'model.safetensors'
   marks = {'encoder.embeddings.patch_embeddings.proj.weight': X}
   fc1 = {'encoder.layer.0.mlp.fc1.weight': X}
-  read.write_safetensors(file, marks | fc1 | tensors)
+  tensors_lib.write_safetensors(file, marks | fc1 | tensors)
   said = refused(lambda: weights.load_published(file, num_heads=2), message)
   assert said.startswith(f'{file}: ')
 
@@ -276,10 +281,10 @@ def test_many_names_beside_a_decoder_of_many_blocks(tmp_path):
   published.published_files(tmp_path)
   file = tmp_path / 'model.safetensors'
   small = np.zeros(1, np.int8)
-  tensors = dict(read.safetensors(file))
+  tensors = dict(tensors_lib.safetensors(file))
   tensors |= {f'decoder.decoder_layers.{i}.x': small for i in range(300)}
   tensors |= {f'x{i}': small for i in range(2000)}
-  read.write_safetensors(file, tensors)
+  tensors_lib.write_safetensors(file, tensors)
   refused(lambda: weights.load_published(tmp_path), 'no use for 2300 names')
 
 
@@ -290,14 +295,14 @@ def test_messages_on_headers_are_short(tmp_path):
                 f'[{"9" * 4000}], "data_offsets": [0, 4]}}'):  # fmt: skip
     header = f'{{"{"k" * 10**6}": {entry}}}'.encode()
     file.write_bytes(struct.pack('<Q', len(header)) + header + bytes(4))
-    refused(lambda: read.safetensors(file), 'described by|has shape')
+    refused(lambda: tensors_lib.safetensors(file), 'described by|has shape')
 
 
 def test_archives_with_endless_lists_of_entries(tmp_path):
   size = archives.MAX_DIRECTORY + 46
   end = struct.pack('<4s4H2LH', b'PK\x05\x06', 0, 0, 1, 1, size, 0, 0)
   for file, load in ((tmp_path / 'x.npz', npz.load),
-                     (tmp_path / 'x.pth', unpickle.load)):  # fmt: skip
+                     (tmp_path / 'x.pth', torch_pickle.load)):  # fmt: skip
     file.write_bytes(bytes(size) + end)
     refused(lambda file=file, load=load: load(file), 'a list of entries of')
   # The same in the records of large archives, as torch writes them.
@@ -309,7 +314,7 @@ def test_archives_with_endless_lists_of_entries(tmp_path):
     '<4s4H2LH', b'PK\x05\x06', 0, 0, 1, 1, 2**32 - 1, 2**32 - 1, 0
   )
   file.write_bytes(bytes(size) + large + locator + end)
-  refused(lambda: unpickle.load(file), 'a list of entries of')
+  refused(lambda: torch_pickle.load(file), 'a list of entries of')
 
 
 def test_npz_with_axes_without_end(tmp_path):
@@ -334,7 +339,7 @@ def test_large_archives_of_torch_are_still_read(tmp_path):
   )
   locator = struct.pack('<4sLQL', b'PK\x06\x07', 0, end, 1)
   file.write_bytes(data[:end] + large + locator + data[end:])
-  np.testing.assert_array_equal(np.asarray(unpickle.load(file)['a']), X)
+  np.testing.assert_array_equal(np.asarray(torch_pickle.load(file)['a']), X)
 
 
 def test_the_hostile_pickles_of_these_tests_are_pickles():

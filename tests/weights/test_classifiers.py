@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from vssl_jax import encoders, weights
-from vssl_jax.evals import finetuned
+from vssl_jax import encoder as encoder_lib
+from vssl_jax import weights
+from vssl_jax.evals.finetune import model as model_lib
 from vssl_jax.models import classifier, vit
-from vssl_jax.weights import read
+from vssl_jax.weights.readers import tensors as tensors_lib
 
 VIDEO = (4, 16, 16, 3)
 CLASSES = ('wave', 'jump', 'run', '3')
@@ -41,8 +42,8 @@ def fine_tuned(layout):
   params = jax.tree.map(
     lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), shapes
   )
-  clip = encoders.Clip(VIDEO, 1, 5.0)
-  return finetuned.Model(module, head, params, CLASSES, clip)
+  clip = encoder_lib.Clip(VIDEO, 1, 5.0)
+  return model_lib.Model(module, head, params, CLASSES, clip)
 
 
 def logits_by_hand(model, video):
@@ -57,18 +58,19 @@ def logits_by_hand(model, video):
   return scaled @ linear['kernel'] + linear['bias']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('layout', FIELDS)
 def test_an_export_keeps_classifier_names_and_colours(layout, tmp_path):
   model = fine_tuned(layout)
   assert model.export(tmp_path) == layout
-  again = finetuned.load(str(tmp_path))
+  again = model_lib.load(str(tmp_path))
   assert again.classes == CLASSES
   assert again.clip == model.clip
   video = np.random.default_rng(1).integers(0, 256, (3, *VIDEO), np.uint8)
   wanted = logits_by_hand(model, video)
   np.testing.assert_allclose(model(video), wanted, atol=1e-4)
   encoder = again.encoder.clone(dtype='float32')
-  again = finetuned.Model(
+  again = model_lib.Model(
     encoder, again.head, again.params, again.classes, again.clip
   )
   np.testing.assert_allclose(again(video), wanted, atol=1e-4)
@@ -84,13 +86,13 @@ def test_the_encoder_of_such_files_loads_and_is_exported_whole(
 ):
   model = fine_tuned(layout)
   model.export(tmp_path / 'a')
-  encoder = encoders.load(str(tmp_path / 'a'))
+  encoder = encoder_lib.load(str(tmp_path / 'a'))
   assert encoder.classifier.classes == CLASSES
   encoder.export(tmp_path / 'b')
   for name in ('config.json', 'model.safetensors'):
     a, b = ((tmp_path / x / name).read_bytes() for x in 'ab')
     assert a == b, name
-  assert encoders.random(encoder).classifier is None
+  assert encoder_lib.random(encoder).classifier is None
 
 
 def test_layouts_without_such_a_classifier_are_refused(tmp_path):
@@ -98,7 +100,9 @@ def test_layouts_without_such_a_classifier_are_refused(tmp_path):
   module = model.encoder.clone(
     positions='rope_3d', rope_pairing='vjepa2', qkv_bias='full', final_norm=True
   )
-  with pytest.raises(read.WeightsError, match='no place for a linear class'):
+  with pytest.raises(
+    tensors_lib.WeightsError, match='no place for a linear class'
+  ):
     weights.export(
       module,
       {},
@@ -113,14 +117,18 @@ def test_encoders_without_a_classifier_are_no_model(tmp_path):
   weights.export(model.encoder, model.params['encoder'], tmp_path, video=VIDEO)
   assert weights.load_classifier(tmp_path) is None
   with pytest.raises(ValueError, match='without a classifier'):
-    finetuned.load(str(tmp_path))
+    model_lib.load(str(tmp_path))
 
 
 def spoiled(folder, **tensors):
   """Changes tensors of an exported folder; None takes one out."""
   file = folder / 'model.safetensors'
-  kept = {k: np.array(x) for k, x in read.safetensors(file).items()} | tensors
-  read.write_safetensors(file, {k: x for k, x in kept.items() if x is not None})
+  kept = {
+    k: np.array(x) for k, x in tensors_lib.safetensors(file).items()
+  } | tensors
+  tensors_lib.write_safetensors(
+    file, {k: x for k, x in kept.items() if x is not None}
+  )
 
 
 @pytest.mark.parametrize(
@@ -135,10 +143,10 @@ def test_a_classifier_that_is_not_finite_is_refused_by_name(
   tmp_path, layout, name, value
 ):
   fine_tuned(layout).export(tmp_path)
-  x = np.array(read.safetensors(tmp_path / 'model.safetensors')[name])
+  x = np.array(tensors_lib.safetensors(tmp_path / 'model.safetensors')[name])
   x.flat[0] = value
   spoiled(tmp_path, **{name: x})
-  for load in (encoders.load, finetuned.load):
+  for load in (encoder_lib.load, model_lib.load):
     with pytest.raises(ValueError, match=f'NaN or Inf in 1 of 4.*{name}'):
       load(str(tmp_path))
 
@@ -147,7 +155,7 @@ def test_integers_are_no_classifier(tmp_path):
   fine_tuned('videomae').export(tmp_path)
   spoiled(tmp_path, **{'classifier.weight': np.ones((4, 24), np.int8)})
   with pytest.raises(ValueError, match=r'integers in 1 .*classifier\.weight'):
-    encoders.load(str(tmp_path))
+    encoder_lib.load(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -157,8 +165,10 @@ def test_integers_are_no_classifier(tmp_path):
 def test_half_a_classifier_is_named(tmp_path, change):
   fine_tuned('vssl_vit').export(tmp_path)
   spoiled(tmp_path, **change)
-  with pytest.raises(read.WeightsError, match=r'found a classifier of .*want'):
-    encoders.load(str(tmp_path))
+  with pytest.raises(
+    tensors_lib.WeightsError, match=r'found a classifier of .*want'
+  ):
+    encoder_lib.load(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -175,8 +185,8 @@ def test_configs_of_classifiers_that_lie(tmp_path, config, message):
   fine_tuned('vssl_vit').export(tmp_path)
   path = tmp_path / 'config.json'
   path.write_text(json.dumps(json.loads(path.read_text()) | config))
-  with pytest.raises(read.WeightsError, match=f'config.json: {message}'):
-    encoders.load(str(tmp_path))
+  with pytest.raises(tensors_lib.WeightsError, match=f'config.json: {message}'):
+    encoder_lib.load(str(tmp_path))
 
 
 def test_an_export_is_not_hidden_behind_another_models_index(tmp_path):
@@ -186,6 +196,8 @@ def test_an_export_is_not_hidden_behind_another_models_index(tmp_path):
   index = tmp_path / 'model.safetensors.index.json'
   index.write_text(json.dumps({'weight_map': {'x': 'old.safetensors'}}))
   before = sorted(tmp_path.iterdir())
-  with pytest.raises(read.WeightsError, match=r'found model\.safetensors\.ind'):
+  with pytest.raises(
+    tensors_lib.WeightsError, match=r'found model\.safetensors\.ind'
+  ):
     model.export(tmp_path)
   assert sorted(tmp_path.iterdir()) == before

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from tests.weights import test_published as published
-from vssl_jax import colours, weights
-from vssl_jax.weights import read
+from vssl_jax import weights
+from vssl_jax.utils import colours
+from vssl_jax.weights.readers import tensors
 
 MEAN, STD = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
 GIVEN = {'image_mean': MEAN, 'image_std': STD}
@@ -78,6 +79,6 @@ def test_pixels_are_normalised_as_the_processor_does(folder, name, config):
 )  # fmt: skip
 def test_colours_that_cannot_be(folder, config, message):
   (folder / 'preprocessor_config.json').write_text(json.dumps(config))
-  with pytest.raises(read.WeightsError, match=message) as caught:
+  with pytest.raises(tensors.WeightsError, match=message) as caught:
     weights.describe(folder)
   assert str(folder) in str(caught.value)

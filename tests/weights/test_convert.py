@@ -5,14 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vssl_jax import masking, trees
+from vssl_jax import trees
+from vssl_jax.masks import sampling
 from vssl_jax.models import decoder, predictor, resizing, vit
-from vssl_jax.weights import convert, pairs, read, tables
+from vssl_jax.weights import convert
+from vssl_jax.weights.name_maps import rules, video
+from vssl_jax.weights.readers import tensors as tensors_lib
 
 KEY = jax.random.key(0)
 SMALL = {'width': 24, 'depth': 2, 'num_heads': 2, 'patch': (2, 4, 4)}
 FULL = {'rope_pairing': 'vjepa2'}
-TORCH = [x for x in tables.LAYOUTS if x.family in ('vjepa2', 'videomae')]
+TORCH = [x for x in video.LAYOUTS if x.family in ('vjepa2', 'videomae')]
 QV = {'positions': 'sinusoid_1d', 'qkv_bias': 'qv', 'init': 'videomae'}
 
 
@@ -36,7 +39,7 @@ def head_shapes(family):
   )
   if family == 'videomae':
     head = decoder.VideoMaeDecoder(96, width=16, depth=2, num_heads=2)
-  z, mask = jnp.zeros((1, 1, 24)), masking.Mask(index, index)
+  z, mask = jnp.zeros((1, 1, 24)), sampling.Mask(index, index)
   return jax.eval_shape(lambda: head.init(KEY, z, mask, (1, 1, 1)))['params']
 
 
@@ -64,7 +67,7 @@ def test_round_trip_through_every_layout(layout, part):
 
 
 def test_forms_by_hand():
-  rows = [pairs.Row('k', 'w', 'dense'), pairs.Row('c', 'v', 'conv')]
+  rows = [rules.Row('k', 'w', 'dense'), rules.Row('c', 'v', 'conv')]
   conv = np.arange(2 * 3 * 2 * 2 * 2.0).reshape(2, 3, 2, 2, 2)  # O I T H W
   tensors = {'w': np.array([[1.0, 2, 3], [4, 5, 6]]), 'v': conv}
   shapes = {
@@ -78,7 +81,7 @@ def test_forms_by_hand():
 
 
 def test_fused_projections_are_cut_in_the_order_q_k_v():
-  rows = tables.ORIGINAL_VJEPA2['encoder'].rows(1)
+  rows = video.ORIGINAL_VJEPA2['encoder'].rows(1)
   by_name = {r.ours: r for r in rows}
   fused = np.arange(18.0).reshape(6, 3)
   tensors = {'blocks.0.attn.qkv.weight': fused}
@@ -92,7 +95,7 @@ def test_fused_projections_are_cut_in_the_order_q_k_v():
 
 
 def small_case():
-  rows = tables.VJEPA2['encoder'].rows(2)
+  rows = video.VJEPA2['encoder'].rows(2)
   shapes = encoder_shapes(**FULL)
   tensors = convert.to_theirs(random_like(shapes), rows, (2, 4, 4))
   return rows, shapes, tensors
@@ -102,7 +105,8 @@ def test_missing_and_unused_keys_are_errors_unless_allowed():
   rows, shapes, tensors = small_case()
   gone = tensors.pop('encoder.layer.1.mlp.fc1.bias')
   with pytest.raises(
-    read.WeightsError, match=r'block_01/mlp/fc1/bias \(encoder\.layer\.1\.mlp'
+    tensors_lib.WeightsError,
+    match=r'block_01/mlp/fc1/bias \(encoder\.layer\.1\.mlp',
   ):
     convert.to_ours(tensors, rows, shapes)
   tree, report = convert.to_ours(
@@ -113,7 +117,9 @@ def test_missing_and_unused_keys_are_errors_unless_allowed():
   assert '1 missing (block_01/mlp/fc1/bias' in str(report)
   tensors['encoder.layer.1.mlp.fc1.bias'] = gone
   tensors['encoder.extra'] = gone
-  with pytest.raises(read.WeightsError, match=r'no use for 1.*encoder\.extra'):
+  with pytest.raises(
+    tensors_lib.WeightsError, match=r'no use for 1.*encoder\.extra'
+  ):
     convert.to_ours(tensors, rows, shapes)
   _, report = convert.to_ours(
     tensors, rows, shapes, allow_unused=[r'encoder\.extra']
@@ -125,22 +131,26 @@ def test_a_shape_that_does_not_fit_is_named():
   rows, shapes, tensors = small_case()
   key = 'encoder.layer.0.attention.query.weight'
   tensors[key] = tensors[key][:, :20]
-  with pytest.raises(read.WeightsError, match=rf'{key} gives shape \(20, 24\)'):
+  with pytest.raises(
+    tensors_lib.WeightsError, match=rf'{key} gives shape \(20, 24\)'
+  ):
     convert.to_ours(tensors, rows, shapes)
   tensors[key] = tensors[key].ravel()
-  with pytest.raises(read.WeightsError, match=r'wanted 2 axes'):
+  with pytest.raises(tensors_lib.WeightsError, match=r'wanted 2 axes'):
     convert.to_ours(tensors, rows, shapes)
 
 
 def test_a_tree_that_the_layout_cannot_hold():
   params = random_like(encoder_shapes(positions='learned'))
-  rows = tables.VIDEOMAE['encoder'].rows(2)
-  with pytest.raises(read.WeightsError, match=r'no place for.*positions'):
+  rows = video.VIDEOMAE['encoder'].rows(2)
+  with pytest.raises(
+    tensors_lib.WeightsError, match=r'no place for.*positions'
+  ):
     convert.to_theirs(params, rows, (2, 4, 4))
 
 
 def test_learned_positions_are_resized_and_reported():
-  row = [pairs.Row('positions', 'positions')]
+  row = [rules.Row('positions', 'positions')]
   table = np.array([0.0, 1.0, 3.0]).reshape(3, 1, 1, 1)
   shapes = {'positions': jax.ShapeDtypeStruct((6, 1, 1, 1), jnp.float32)}
   tree, report = convert.to_ours({'positions': table}, row, shapes)
@@ -153,5 +163,5 @@ def test_learned_positions_are_resized_and_reported():
   smaller = resizing.resize(np.arange(4.0).reshape(4, 1, 1, 1), (2, 1, 1))
   np.testing.assert_allclose(smaller.ravel(), [0.5, 2.5], atol=1e-6)
   wider = {'positions': jax.ShapeDtypeStruct((6, 1, 1, 2), jnp.float32)}
-  with pytest.raises(read.WeightsError, match='wants'):
+  with pytest.raises(tensors_lib.WeightsError, match='wants'):
     convert.to_ours({'positions': table}, row, wider)

@@ -8,9 +8,15 @@ import numpy as np
 import pytest
 
 from tests.weights import pth
-from vssl_jax import colours, encoders, masking, trees, weights
-from vssl_jax.models import framewise, hiera, hiera_mae, unrolled
-from vssl_jax.weights import hiera_files, read
+from vssl_jax import encoder as encoder_lib
+from vssl_jax import trees, weights
+from vssl_jax.masks import sampling
+from vssl_jax.models import framewise
+from vssl_jax.models.hiera import decoder, token_order
+from vssl_jax.models.hiera import encoder as hiera_encoder
+from vssl_jax.utils import colours
+from vssl_jax.weights import hiera_files
+from vssl_jax.weights.readers import tensors as tensors_lib
 
 DEPTHS = (1, 1, 2, 1)
 WIDTHS = (8, 16, 32, 64)
@@ -113,7 +119,7 @@ def file(mae, tmp_path):
 
 def test_every_number_has_its_place(mae, file):
   module, params, report = weights.load_published(file, num_heads=1)
-  assert isinstance(module, hiera.Hiera)
+  assert isinstance(module, hiera_encoder.Hiera)
   assert (module.channels, module.depths, module.q_pool) == (8, DEPTHS, 2)
   assert (module.kernel, module.stride) == ((3, 7, 7), (2, 4, 4))
   assert (module.mean, module.std) == ((0.45,) * 3, (0.225,) * 3)
@@ -140,12 +146,14 @@ def test_every_number_has_its_place(mae, file):
 
 
 def test_the_decoder_beside_it(mae, file):
-  with pytest.raises(ValueError, match='num_heads 16'):  # of the released
+  with pytest.raises(
+    ValueError, match='num_heads: found 16'
+  ):  # of the released
     weights.load_published(file, part='head')
   module, params, report = weights.load_published(
     file, part='head', num_heads=8
   )
-  assert isinstance(module, hiera_mae.Decoder)
+  assert isinstance(module, decoder.Decoder)
   assert (module.width, module.depth, module.num_heads) == (24, 2, 8)
   assert module.out_width == 768
   rest = {n for n in mae if n.startswith(('blocks.', 'patch_', 'pos_'))}
@@ -160,7 +168,9 @@ def test_the_decoder_beside_it(mae, file):
   wanted = np.einsum(
     'yixjc,ocij->yxo', x[0, 0, 0].reshape(2, 4, 2, 4, 8), kernel[:, :, 0]
   )
-  found = unrolled.cells(jnp.asarray(x), 2) @ params['fuse_1']['kernel'][None]
+  found = (
+    token_order.cells(jnp.asarray(x), 2) @ params['fuse_1']['kernel'][None]
+  )
   np.testing.assert_allclose(
     found.reshape(2, 2, 64), wanted, rtol=1e-4, atol=1e-4
   )
@@ -168,7 +178,7 @@ def test_the_decoder_beside_it(mae, file):
     jnp.zeros((1, 2, 1, side, side, width))
     for side, width in zip((8, 4, 2, 2), WIDTHS, strict=True)
   ]
-  mask = masking.Mask(
+  mask = sampling.Mask(
     jnp.array([[0, 5]], jnp.int32), jnp.array([[1, 2, 7]], jnp.int32)
   )
   made = jax.eval_shape(
@@ -223,7 +233,7 @@ def test_a_folder_with_the_authors_config(tmp_path, kind, image, size):
   config = config | dict(q_pool=3 if kind == 'classifier' else 2)
   config['input_size'] = [*config['input_size'][:-2], *size]
   (tmp_path / 'config.json').write_text(json.dumps(config))
-  read.write_safetensors(tmp_path / 'model.safetensors', tensors)
+  tensors_lib.write_safetensors(tmp_path / 'model.safetensors', tensors)
   h, w = (16, 16) if size == [224, 224] else (n // 4 for n in size)
   module, params, _ = weights.load_published(tmp_path)
   assert getattr(module, 'image', module).q_pool == config['q_pool']
@@ -257,7 +267,7 @@ def test_positions_of_another_clip(tmp_path, mae, file):
 
 def test_an_encoder_for_other_clips(file, caplog):
   module, params, _ = weights.load_published(file, num_heads=1, dtype='float32')
-  encoder = encoders.Encoder(module, params, 'hiera', CLIP)
+  encoder = encoder_lib.Encoder(module, params, 'hiera', CLIP)
   assert (encoder.width, encoder.grid) == (64, (4, 4, 4))
   assert encoder.at(CLIP) is encoder
   with caplog.at_level('INFO'):
@@ -292,7 +302,7 @@ def test_what_we_write_for_the_authors_code(file, mae, tmp_path, q_pool):
   )
   folder = tmp_path / 'theirs'
   assert weights.export(module, params, folder, video=CLIP, layout='hiera')
-  written = read.safetensors(folder / 'model.safetensors')
+  written = tensors_lib.safetensors(folder / 'model.safetensors')
   others = ('decoder', 'mask_token', 'encoder_norm', 'multi_scale')
   assert set(written) == {n for n in mae if not n.startswith(others)}
   for name, x in written.items():
@@ -308,7 +318,9 @@ def test_what_we_write_for_the_authors_code(file, mae, tmp_path, q_pool):
 
 
 def test_positions_of_a_clip_that_is_not_square(tmp_path):
-  module = hiera.make(dict(channels=8, depths=(1, 1, 1, 1), num_heads=1))
+  module = hiera_encoder.make(
+    dict(channels=8, depths=(1, 1, 1, 1), num_heads=1)
+  )
   shape = (4, 32, 64, 3)
   start = jax.jit(module.init)
   params = start(jax.random.key(0), jnp.zeros((1, *shape), jnp.uint8))['params']
@@ -326,7 +338,7 @@ def test_positions_of_a_clip_that_is_not_square(tmp_path):
   ],
 )
 def test_what_the_authors_code_cannot_express(tmp_path, fields, wanted):
-  module = hiera.make('T', **fields)
+  module = hiera_encoder.make('T', **fields)
   with pytest.raises(weights.WeightsError, match=wanted):
     weights.export(module, {}, tmp_path, layout='hiera')
 

@@ -8,9 +8,14 @@ import numpy as np
 import pytest
 
 from tests.weights import test_parity as parity
-from vssl_jax import losses, masking, trees, unit_masks, weights
-from vssl_jax.models import hiera, hiera_mae, unrolled
-from vssl_jax.weights import hiera_files, hiera_tables, read, source
+from vssl_jax import losses, trees, weights
+from vssl_jax.masks import hiera_units, sampling
+from vssl_jax.models.hiera import decoder as decoder_lib
+from vssl_jax.models.hiera import encoder as encoder_lib
+from vssl_jax.models.hiera import token_order
+from vssl_jax.weights import hiera_files, source
+from vssl_jax.weights.name_maps import hiera as hiera_lib
+from vssl_jax.weights.readers import tensors as tensors_lib
 
 try:
   import torch
@@ -160,15 +165,15 @@ def test_masked_autoencoder(tmp_path, kind):
   encoder, params = load(model.state_dict(), tmp_path)
   decoder, head = load(model.state_dict(), tmp_path, 'head')
   grid = GRIDS[kind]
-  mask = masking.partition(jnp.asarray(UNITS[kind]), int(np.prod(grid)))
-  at = unit_masks.expand_units(mask.masked, grid)
+  mask = sampling.partition(jnp.asarray(UNITS[kind]), int(np.prod(grid)))
+  at = hiera_units.expand_units(mask.masked, grid)
   order = jnp.argsort(at, axis=1)  # they have raster order, we unit by unit
-  wanted = hiera_mae.targets(video, encoder)
+  wanted = decoder_lib.targets(video, encoder)
   if kind == 'image':  # they have channels first there
     shape = (*wanted.shape[:2], 16, 16, 3)
     wanted = wanted.reshape(shape).transpose(0, 1, 4, 2, 3)
     wanted = wanted.reshape(*shape[:2], -1)
-  wanted = masking.gather(wanted, at)
+  wanted = sampling.gather(wanted, at)
 
   def apply(both):
     ends = encoder.apply(
@@ -185,7 +190,7 @@ def test_masked_autoencoder(tmp_path, kind):
   )
   parity.close(found_loss, loss.detach().numpy())
   for a, b in ((found, predicted), (wanted, label)):
-    in_order = masking.gather(a, order).reshape(-1, 768)
+    in_order = sampling.gather(a, order).reshape(-1, 768)
     parity.close(in_order, b.detach().numpy())
   loss.backward()
   wanted = tuple(
@@ -199,7 +204,7 @@ def test_the_order_of_tokens():
   raster = np.arange(4 * 16 * 24, dtype=np.float32).reshape(1, 4, 16, 24, 1)
   unroll = published.hiera_utils.Unroll((8, 64, 96), (2, 4, 4), [(1, 2, 2)] * 3)
   theirs = unroll(torch.tensor(raster.reshape(1, -1, 1)))
-  ours = np.asarray(unrolled.unroll(jnp.asarray(raster), 3))
+  ours = np.asarray(token_order.unroll(jnp.asarray(raster), 3))
   found = ours[0, :, :, 0].T.reshape(-1)
   np.testing.assert_array_equal(found, theirs[0, :, 0].numpy())
 
@@ -216,12 +221,12 @@ def test_the_order_of_tokens():
 def test_their_own_sizes(name, size, q_pool):
   """Every name of every size is in the table, and the sizes are ours."""
   tensors = getattr(published, name)().state_dict()
-  (layout,) = (x for x in hiera_tables.LAYOUTS if {*x.marks} <= {*tensors})
+  (layout,) = (x for x in hiera_lib.LAYOUTS if {*x.marks} <= {*tensors})
   found = source.Found(name, {}, {'model_state': tensors}, layout)
   module = hiera_files.build(found, 'encoder', None)
   image = getattr(module, 'image', module)
-  shape = {n: getattr(image, n) for n in hiera.FIELDS}
-  assert shape == hiera.SIZES[size]
+  shape = {n: getattr(image, n) for n in encoder_lib.FIELDS}
+  assert shape == encoder_lib.SIZES[size]
   assert image.q_pool == q_pool
   side = 14 * 4
   times = 8 if name.endswith('16x224') else 1
@@ -235,7 +240,7 @@ def test_their_own_sizes(name, size, q_pool):
 
 @pytest.mark.parametrize('stride', [(2, 4, 4), (4, 4, 4)])
 def test_their_class_loads_what_we_export(tmp_path, stride):
-  encoder = hiera.make(
+  encoder = encoder_lib.make(
     dict(channels=8, depths=(1, 2, 2, 1), num_heads=1),
     stride=stride,
     q_pool=3,
@@ -254,7 +259,7 @@ def test_their_class_loads_what_we_export(tmp_path, stride):
   )
   config = json.loads((tmp_path / 'config.json').read_text())
   model = published.Hiera(num_classes=3, **config)
-  tensors = read.safetensors(tmp_path / 'model.safetensors')
+  tensors = tensors_lib.safetensors(tmp_path / 'model.safetensors')
   told = model.load_state_dict(
     {n: torch.tensor(np.asarray(x)) for n, x in tensors.items()}, strict=False
   )

@@ -9,7 +9,7 @@ import vssl_jax
 from tests.weights import pth
 from vssl_jax import flops, trees, weights
 from vssl_jax.models import framewise, positions, resizing, vit
-from vssl_jax.weights import read
+from vssl_jax.weights.readers import tensors as tensors_lib
 
 KEY = jax.random.key(0)
 VIDEO = (4, 12, 12, 3)
@@ -271,17 +271,25 @@ def test_keys_too_many_and_too_few_are_errors(tmp_path):
   tensors, file = as_released(start(IMAGE)), tmp_path / 'x.pth'
   extra = {'other_tokens': np.zeros((1, 4, 24), np.float32)}
   pth.save(file, fakes(tensors | extra))
-  with pytest.raises(read.WeightsError, match=r'no use for.*other_tokens'):
+  with pytest.raises(
+    tensors_lib.WeightsError, match=r'no use for.*other_tokens'
+  ):
     weights.load_published(file, num_heads=2)
   lost = {k: x for k, x in tensors.items() if k != 'blocks.1.attn.qkv.bias'}
   pth.save(file, fakes(lost))
-  with pytest.raises(read.WeightsError, match=r'blocks\.1\.attn\.qkv\.bias'):
+  with pytest.raises(
+    tensors_lib.WeightsError, match=r'blocks\.1\.attn\.qkv\.bias'
+  ):
     weights.load_published(file, num_heads=2)
   pth.save(file, fakes(tensors | {'pos_embed': tensors['pos_embed'][:, 1:]}))
-  with pytest.raises(read.WeightsError, match=r'x\.pth: pos_embed.*square'):
+  with pytest.raises(
+    tensors_lib.WeightsError, match=r'x\.pth: pos_embed.*square'
+  ):
     weights.load_published(file, num_heads=2)
   pth.save(file, fakes(tensors))
-  with pytest.raises(read.WeightsError, match=r"no head; wanted.*'encoder'"):
+  with pytest.raises(
+    tensors_lib.WeightsError, match=r"no head; wanted.*'encoder'"
+  ):
     weights.load_published(file, part='head')
 
 
@@ -327,9 +335,11 @@ def test_what_is_exported_comes_back(tmp_path, image):
   assert again == module
   same(found, params)
   assert weights.clip_shape(tmp_path) == VIDEO
-  with pytest.raises(read.WeightsError, match='encoder of single frames'):
+  with pytest.raises(
+    tensors_lib.WeightsError, match='encoder of single frames'
+  ):
     weights.export(module, params, tmp_path, layout='videomae')
-  with pytest.raises(read.WeightsError, match='class_token=True'):
+  with pytest.raises(tensors_lib.WeightsError, match='class_token=True'):
     weights.export(
       image.clone(positions='sinusoid_1d', qkv_bias='qv', layer_scale=False),
       params,

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from tests.weights import test_parity as parity
-from vssl_jax import encoders, trees, weights
+from vssl_jax import encoder as encoder_lib
+from vssl_jax import trees, weights
 from vssl_jax.models import framewise
-from vssl_jax.weights import read
+from vssl_jax.weights.readers import tensors
 
 try:
   import torch
@@ -195,7 +196,7 @@ def test_a_folder_of_a_whole_mae(tmp_path, video):
   module, params, report = load(model, tmp_path)
   found = jax.jit(module.apply)({'params': params}, video)
   close(found, out[:, 1:].reshape(2, 18, 48).detach().numpy())
-  on_disk = set(read.safetensors(tmp_path / 'model.safetensors'))
+  on_disk = set(tensors.safetensors(tmp_path / 'model.safetensors'))
   assert set(report.loaded) | set(report.unused) == on_disk
   unused = {n for n in on_disk if n.startswith('decoder.')}
   table = 'vit.embeddings.position_embeddings'
@@ -216,7 +217,7 @@ def test_clips_of_another_size(tmp_path, make):
     more = {'interpolate_pos_encoding': True} if make is dino else {}
     out = model(as_frames(video), **more).last_hidden_state
     first = 1 + getattr(model.config, 'num_register_tokens', 0)
-    encoder = encoders.load(str(tmp_path)).at(size)
+    encoder = encoder_lib.load(str(tmp_path)).at(size)
     found = encoder(video)
     close(found, out[:, first:].reshape(2, -1, 48).detach().numpy())
 
@@ -224,7 +225,7 @@ def test_clips_of_another_size(tmp_path, make):
 def original(model, folder):
   """The names of the authors' code: DINOv2, with blocks in chunks of two."""
   model.save_pretrained(folder)
-  stored = read.safetensors(folder / 'model.safetensors')
+  stored = tensors.safetensors(folder / 'model.safetensors')
   renamed = {
     'embeddings.cls_token': 'cls_token',
     'embeddings.mask_token': 'mask_token',

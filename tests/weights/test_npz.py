@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from vssl_jax.weights import npz, read
+from vssl_jax.weights.readers import npz, tensors
 
 X = np.arange(6, dtype=np.float32).reshape(2, 3)
 
@@ -57,7 +57,7 @@ class Bomb:
 def test_objects_are_never_unpickled(path, tmp_path):
   fired = tmp_path / 'fired'
   np.savez(path, a=np.array([Bomb(fired)], object), allow_pickle=True)
-  with pytest.raises(read.WeightsError, match='can run code'):
+  with pytest.raises(tensors.WeightsError, match='can run code'):
     npz.load(path)
   assert not fired.exists()
   with np.load(path, allow_pickle=True) as file:  # it was a real bomb
@@ -103,7 +103,7 @@ def test_hostile_entries(path, name):
   with zipfile.ZipFile(path, 'w') as archive:
     for key, data in entries.items():
       archive.writestr(key, data)
-  with pytest.raises(read.WeightsError, match=message):
+  with pytest.raises(tensors.WeightsError, match=message):
     npz.load(path)
   assert [p.name for p in path.parent.iterdir()] == [path.name]
 
@@ -113,19 +113,19 @@ def test_hostile_archives(path, tmp_path):
   with zipfile.ZipFile(path, 'w') as archive:
     archive.writestr('a.npy', entry(X))
     archive.writestr('a.npy', entry(X))
-  with pytest.raises(read.WeightsError, match='a name occurs twice'):
+  with pytest.raises(tensors.WeightsError, match='a name occurs twice'):
     npz.load(path)
   np.savez_compressed(path, a=np.zeros(10**8, np.uint8))
   assert path.stat().st_size < 10**6
-  with pytest.raises(read.WeightsError, match='unpack to 100000128'):
+  with pytest.raises(tensors.WeightsError, match='unpack to 100000128'):
     npz.load(path)
   with zipfile.ZipFile(path, 'w', zipfile.ZIP_LZMA) as archive:
     archive.writestr('a.npy', entry(X))
-  with pytest.raises(read.WeightsError, match='numpy never does'):
+  with pytest.raises(tensors.WeightsError, match='numpy never does'):
     npz.load(path)
   for name in ('text.npz', 'x.tar'):
     (tmp_path / name).write_text('hello')
-    with pytest.raises(read.WeightsError, match=name):
+    with pytest.raises(tensors.WeightsError, match=name):
       npz.load(tmp_path / name)
 
 
@@ -134,8 +134,8 @@ def test_damage_is_found(path):
   data = bytearray(path.read_bytes())
   data[2000] ^= 1
   path.write_bytes(data)
-  with pytest.raises(read.WeightsError, match=r'a\.npy is damaged'):
+  with pytest.raises(tensors.WeightsError, match=r'a\.npy is damaged'):
     np.asarray(npz.load(path)['a'])
   path.write_bytes(data[:3000])
-  with pytest.raises(read.WeightsError, match='not a zip file'):
+  with pytest.raises(tensors.WeightsError, match='not a zip file'):
     npz.load(path)

@@ -8,10 +8,15 @@ import numpy as np
 import pytest
 
 from tests.weights import pth
-from vssl_jax import encoders, masking, trees, weights
-from vssl_jax.evals import finetuned
+from vssl_jax import encoder as encoder_lib
+from vssl_jax import trees, weights
+from vssl_jax.evals.finetune import model as model_lib
+from vssl_jax.masks import sampling
 from vssl_jax.models import classifier, decoder, predictor, vit
-from vssl_jax.weights import convert, read, tables, unpickle
+from vssl_jax.weights import convert
+from vssl_jax.weights.name_maps import video as video_lib
+from vssl_jax.weights.readers import tensors as tensors_lib
+from vssl_jax.weights.readers import torch_pickle
 
 try:
   import torch
@@ -26,7 +31,7 @@ pytestmark = [pytest.mark.slow, needs_parity]
 
 GRID = (2, 3, 3)
 VIDEO = (4, 48, 48, 3)
-MASK = masking.Mask(
+MASK = sampling.Mask(
   jnp.array([[0, 4, 7, 17], [3, 9, 10, 11]], jnp.int32),
   jnp.array([[1, 2, 5, 6, 16], [0, 1, 2, 8, 15]], jnp.int32),
 )
@@ -156,7 +161,7 @@ class Apply:
 def test_vjepa2_encoder(video):
   model, encoder = vjepa2(), vit.make(VJEPA2)
   output = model(as_pixels(video), skip_predictor=True).last_hidden_state
-  rows = tables.VJEPA2['encoder'].rows(3)
+  rows = video_lib.VJEPA2['encoder'].rows(3)
   check(model, encoder, rows, Apply(encoder, video), output)
 
 
@@ -169,8 +174,8 @@ def test_vjepa2_predictor(video):
   masks = [torch.tensor(np.asarray(m)).long() for m in MASK]
   out = model(as_pixels(video), context_mask=[masks[0]], target_mask=[masks[1]])
   tokens = out.last_hidden_state.detach().numpy()
-  z = masking.gather(jnp.asarray(tokens), MASK.visible)
-  rows = tables.VJEPA2['head'].rows(2, 3)
+  z = sampling.gather(jnp.asarray(tokens), MASK.visible)
+  rows = video_lib.VJEPA2['head'].rows(2, 3)
   check(
     model,
     head,
@@ -190,7 +195,7 @@ def test_videomae_encoder(video, masked):
     np.put_along_axis(hidden, np.asarray(visible), False, 1)
     hidden = torch.tensor(hidden)
   output = model(as_pixels(video), bool_masked_pos=hidden).last_hidden_state
-  rows = tables.VIDEOMAE['encoder'].rows(3)
+  rows = video_lib.VIDEOMAE['encoder'].rows(3)
   check(model, encoder, rows, Apply(encoder, video, visible), output)
 
 
@@ -206,12 +211,12 @@ def test_videomae_whole(video):
   hidden = np.ones((2, 18), bool)
   np.put_along_axis(hidden, visible, False, 1)
   masked = np.stack([np.flatnonzero(row) for row in hidden])
-  mask = masking.Mask(MASK.visible, jnp.asarray(masked, jnp.int32))
+  mask = sampling.Mask(MASK.visible, jnp.asarray(masked, jnp.int32))
   out = model(as_pixels(video), bool_masked_pos=torch.tensor(hidden)).logits
   rows = [
     row._replace(ours=f'{part}/{row.ours}')
     for part, depth in (('encoder', 3), ('head', 2))
-    for row in tables.VIDEOMAE[part].rows(depth)
+    for row in video_lib.VIDEOMAE[part].rows(depth)
   ]
 
   class Both:
@@ -250,7 +255,7 @@ def test_folders_that_transformers_writes(tmp_path, video, family):
   close(
     jax.jit(module.apply)({'params': params}, video), output.detach().numpy()
   )
-  on_disk = set(read.safetensors(tmp_path / 'model.safetensors'))
+  on_disk = set(tensors_lib.safetensors(tmp_path / 'model.safetensors'))
   assert set(report.loaded) | set(report.unused) == on_disk
   assert not set(report.loaded) & set(report.unused)
   assert weights.clip_shape(tmp_path) == VIDEO
@@ -314,8 +319,8 @@ def test_transformers_classifies_as_a_fine_tuned_model(tmp_path, video):
   params = jax.tree.map(
     lambda x: 0.3 * rng.standard_normal(x.shape).astype(np.float32), params
   )
-  clip = encoders.Clip(VIDEO, 4)
-  model = finetuned.Model(encoder, head, params, ('a', 'b', 'c'), clip)
+  clip = encoder_lib.Clip(VIDEO, 4)
+  model = model_lib.Model(encoder, head, params, ('a', 'b', 'c'), clip)
   assert model.export(tmp_path) == 'videomae'
   theirs, told = transformers.AutoModelForVideoClassification.from_pretrained(
     tmp_path, output_loading_info=True
@@ -337,7 +342,7 @@ def test_files_that_torch_saves(tmp_path):
     'parameter': torch.nn.Parameter(x),
   }
   torch.save({'model': state, 'epoch': 1}, tmp_path / 'x.pth')
-  found = unpickle.load(tmp_path / 'x.pth')['model']
+  found = torch_pickle.load(tmp_path / 'x.pth')['model']
   assert found.keys() == state.keys()
   for key, wanted in state.items():
     np.testing.assert_array_equal(

@@ -10,10 +10,14 @@ import pytest
 
 import vssl_jax
 from tests.weights import pth
-from vssl_jax import encoders, masking, trees, weights
+from vssl_jax import encoder as encoder_lib
+from vssl_jax import trees, weights
+from vssl_jax.masks import sampling
 from vssl_jax.models import predictor, vit
-from vssl_jax.weights import convert, read, tables
+from vssl_jax.weights import convert
 from vssl_jax.weights import source as source_lib
+from vssl_jax.weights.name_maps import video as video_lib
+from vssl_jax.weights.readers import tensors as tensors_lib
 
 KEY = jax.random.key(0)
 SMALL = {'width': 24, 'depth': 2, 'num_heads': 2, 'patch': (2, 4, 4)}
@@ -30,7 +34,7 @@ VIDEOMAE = vit.make(
 VIDEO = (4, 12, 12, 3)
 ORIGINAL = [
   layout
-  for layout in tables.LAYOUTS
+  for layout in video_lib.LAYOUTS
   if layout.name in ('V-JEPA 2 (original)', 'VideoMAE (original)')
 ]
 
@@ -71,13 +75,13 @@ def test_what_is_exported_comes_back(tmp_path, encoder, layout):
 
 def test_a_layout_that_would_compute_something_else_is_refused(tmp_path):
   paired = VJEPA2.clone(rope_pairing='paired')
-  with pytest.raises(read.WeightsError, match="rope_pairing='paired'"):
+  with pytest.raises(tensors_lib.WeightsError, match="rope_pairing='paired'"):
     weights.export(paired, start(paired), tmp_path, layout='vjepa2')
-  with pytest.raises(read.WeightsError, match="positions='rope_3d'"):
+  with pytest.raises(tensors_lib.WeightsError, match="positions='rope_3d'"):
     weights.export(paired, start(paired), tmp_path, layout='videomae')
-  with pytest.raises(read.WeightsError, match='not square'):
+  with pytest.raises(tensors_lib.WeightsError, match='not square'):
     weights.export(VJEPA2, {}, tmp_path, layout='vjepa2', video=(4, 12, 16, 3))
-  with pytest.raises(read.WeightsError, match="'torch'"):
+  with pytest.raises(tensors_lib.WeightsError, match="'torch'"):
     weights.export(VJEPA2, {}, tmp_path, layout='torch')
   assert not list(tmp_path.iterdir())
 
@@ -98,8 +102,8 @@ def published_files(tmp_path, change=lambda tensors: tensors):
   params = start(VIDEOMAE)
   weights.export(VIDEOMAE, params, tmp_path, video=VIDEO, layout='videomae')
   file = tmp_path / 'model.safetensors'
-  tensors = {k: np.array(x) for k, x in read.safetensors(file).items()}
-  read.write_safetensors(file, change(tensors))
+  tensors = {k: np.array(x) for k, x in tensors_lib.safetensors(file).items()}
+  tensors_lib.write_safetensors(file, change(tensors))
   return params
 
 
@@ -122,17 +126,19 @@ def test_names_of_files_on_the_hub(tmp_path):
 def test_a_key_that_no_table_knows_is_an_error(tmp_path):
   extra = {'encoder.layer.0.gamma': np.zeros(3, np.float32)}
   published_files(tmp_path, lambda tensors: tensors | extra)
-  with pytest.raises(read.WeightsError, match=r'encoder\.layer\.0\.gamma'):
+  with pytest.raises(
+    tensors_lib.WeightsError, match=r'encoder\.layer\.0\.gamma'
+  ):
     weights.load_published(tmp_path)
   weights.load_published(tmp_path, allow_unused=[r'.*\.gamma$'])
 
 
 def test_several_files_with_an_index(tmp_path):
   params = published_files(tmp_path)
-  tensors = read.safetensors(tmp_path / 'model.safetensors')
+  tensors = tensors_lib.safetensors(tmp_path / 'model.safetensors')
   keys = sorted(tensors)
   for i in range(2):
-    read.write_safetensors(
+    tensors_lib.write_safetensors(
       tmp_path / f'part{i}.safetensors', {k: tensors[k] for k in keys[i::2]}
     )
   where = {k: f'part{i % 2}.safetensors' for i, k in enumerate(keys)}
@@ -143,7 +149,7 @@ def test_several_files_with_an_index(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, again, params)
   where[keys[0]] = '../../etc/passwd'
   index.write_text(json.dumps({'weight_map': where}))
-  with pytest.raises(read.WeightsError, match='not a file beside it'):
+  with pytest.raises(tensors_lib.WeightsError, match='not a file beside it'):
     weights.load_published(tmp_path)
 
 
@@ -176,7 +182,7 @@ def test_original_pth_files(tmp_path, layout):
   jax.tree.map(np.testing.assert_array_equal, again, params)
   assert report.layout == layout.name
   assert weights.clip_shape(tmp_path / 'model.pth') == (16, 224, 224, 3)
-  with pytest.raises(read.WeightsError, match=r'width 24.*num_heads'):
+  with pytest.raises(tensors_lib.WeightsError, match=r'width 24.*num_heads'):
     weights.load_published(tmp_path / 'model.pth')
 
 
@@ -190,7 +196,7 @@ def test_the_predictor_beside_an_encoder(tmp_path):
     rope_pairing='vjepa2', dtype='float32',
   )  # fmt: skip
   index = jnp.zeros((1, 1), jnp.int32)
-  z, mask = jnp.ones((1, 1, 24)), masking.Mask(index, index)
+  z, mask = jnp.ones((1, 1, 24)), sampling.Mask(index, index)
   init = jax.jit(lambda z: head.init(KEY, z, mask, (1, 1, 1)))
   params = init(z)['params']
   params = trees.map_named(
@@ -199,11 +205,11 @@ def test_the_predictor_beside_an_encoder(tmp_path):
   encoder = start(VJEPA2)
   weights.export(VJEPA2, encoder, tmp_path, video=VIDEO)
   file = tmp_path / 'model.safetensors'
-  tensors = {k: np.array(x) for k, x in read.safetensors(file).items()}
-  rows = tables.VJEPA2['head'].rows(1, 3)
+  tensors = {k: np.array(x) for k, x in tensors_lib.safetensors(file).items()}
+  rows = video_lib.VJEPA2['head'].rows(1, 3)
   tensors |= convert.to_theirs(params, rows)
   assert tensors['predictor.embeddings.mask_tokens'].shape == (3, 1, 1, 16)
-  read.write_safetensors(file, tensors)
+  tensors_lib.write_safetensors(file, tensors)
   config = json.loads((tmp_path / 'config.json').read_text())
   # A published config is wrong about the depth: the file decides.
   config |= {'pred_num_attention_heads': 2, 'pred_num_hidden_layers': 24}
@@ -226,7 +232,7 @@ def training_state(tmp_path):
   head = predictor.Predictor(
     384, width=384, depth=1, num_heads=12, rope_pairing='vjepa2'
   )
-  mask = masking.Mask(*jnp.zeros((2, 1, 1), jnp.int32))
+  mask = sampling.Mask(*jnp.zeros((2, 1, 1), jnp.int32))
   shapes = jax.eval_shape(
     lambda: head.init(KEY, jnp.zeros((1, 1, 384)), mask, (1, 1, 1))['params']
   )
@@ -262,15 +268,16 @@ def test_training_continues_from_what_was_trained(training_state):
   """`load` takes the average, `load_role` the network and its predictor."""
   path, student, target, head = training_state
   equal = np.testing.assert_array_equal
-  jax.tree.map(equal, encoders.load(str(path)).params, target)
-  module, params = encoders.load_role(str(path))
+  jax.tree.map(equal, encoder_lib.load(str(path)).params, target)
+  module, params = encoder_lib.load_role(str(path))
   jax.tree.map(equal, params, student)
   assert module.rope_pairing == 'vjepa2'
-  module, params = encoders.load_role(str(path), 'predictor')
+  module, params = encoder_lib.load_role(str(path), 'predictor')
   assert isinstance(module, predictor.Predictor)
   jax.tree.map(equal, params, head)
 
 
+@pytest.mark.slow
 def test_published_weights_compute_in_float32_on_cpus(training_state, caplog):
   path, _, target, _ = training_state
   video = np.random.default_rng(0).random((1, *VIDEO), np.float32)
@@ -280,11 +287,11 @@ def test_published_weights_compute_in_float32_on_cpus(training_state, caplog):
     features = vssl_jax.load(str(path))(video)
   assert f'{path}: computes in float32 on cpu' in caplog.messages
   np.testing.assert_allclose(features, exact, atol=1e-4)
-  half = encoders.load(str(path), dtype='bfloat16')
+  half = encoder_lib.load(str(path), dtype='bfloat16')
   assert half.module.dtype == 'bfloat16'
   assert np.abs(half(video) - exact).max() > 1e-3
   with pytest.raises(ValueError, match="dtype: found 'float16'"):
-    encoders.load(str(path), dtype='float16')
+    encoder_lib.load(str(path), dtype='float16')
 
 
 @pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
@@ -295,7 +302,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, value):
 
   published_files(tmp_path, spoil)
   with pytest.raises(
-    read.WeightsError,
+    tensors_lib.WeightsError,
     match=r'NaN or Inf in 1 tensors.*layer\.1\.output\.dense\.bias '
     r'\(block_01/mlp/fc2/bias\)',
   ):
@@ -310,7 +317,7 @@ def test_integer_weights_are_refused_by_name(tmp_path, dtype):
     return tensors | {name: tensors[name].astype(dtype)}
 
   published_files(tmp_path, quantise)
-  with pytest.raises(read.WeightsError, match=f'{name} holds {dtype}'):
+  with pytest.raises(tensors_lib.WeightsError, match=f'{name} holds {dtype}'):
     weights.load_published(tmp_path)
 
 
@@ -319,17 +326,21 @@ def test_float64_beyond_float32_is_not_finite(tmp_path):
     return tensors | {'layernorm.bias': np.full(24, 1e300)}
 
   published_files(tmp_path, grow)
-  with pytest.raises(read.WeightsError, match=r'NaN or Inf.*layernorm\.bias'):
+  with pytest.raises(
+    tensors_lib.WeightsError, match=r'NaN or Inf.*layernorm\.bias'
+  ):
     weights.load_published(tmp_path)
 
 
 def test_sources_that_are_not_there(tmp_path, monkeypatch):
-  with pytest.raises(read.WeightsError, match='not a hub id'):
+  with pytest.raises(tensors_lib.WeightsError, match='not a hub id'):
     weights.load_published(tmp_path / 'nowhere' / 'at' / 'all')
-  with pytest.raises(read.WeightsError, match=r'no model\.safetensors'):
+  with pytest.raises(tensors_lib.WeightsError, match=r'no model\.safetensors'):
     weights.load_published(tmp_path)
   monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
-  with pytest.raises(read.WeightsError, match='pip install huggingface_hub'):
+  with pytest.raises(
+    tensors_lib.WeightsError, match='pip install huggingface_hub'
+  ):
     weights.load_published('owner/model')
 
 
@@ -354,32 +365,36 @@ def test_the_hub(tmp_path, monkeypatch):
   jax.tree.map(np.testing.assert_array_equal, again, params)
   assert str(report).startswith('owner/model [VideoMAE (transformers)]')
   monkeypatch.setitem(sys.modules, 'huggingface_hub', Hub(None))
-  with pytest.raises(read.WeightsError, match=r'hub could not be read.*no rou'):
+  with pytest.raises(
+    tensors_lib.WeightsError, match=r'hub could not be read.*no rou'
+  ):
     weights.load_published('owner/model')
 
 
 def test_files_that_are_something_else(tmp_path):
-  read.write_safetensors(tmp_path / 'x.safetensors', {'a': np.zeros(3)})
-  with pytest.raises(read.WeightsError, match=r"layout is unknown.*\['a'\]"):
+  tensors_lib.write_safetensors(tmp_path / 'x.safetensors', {'a': np.zeros(3)})
+  with pytest.raises(
+    tensors_lib.WeightsError, match=r"layout is unknown.*\['a'\]"
+  ):
     weights.load_published(tmp_path / 'x.safetensors')
   pth.save(tmp_path / 'x.pth', [1, 2])
-  with pytest.raises(read.WeightsError, match='no dict of tensors'):
+  with pytest.raises(tensors_lib.WeightsError, match='no dict of tensors'):
     weights.load_published(tmp_path / 'x.pth')
   published_files(tmp_path)
   config = json.loads((tmp_path / 'config.json').read_text())
   (tmp_path / 'config.json').write_text(
     json.dumps(config | {'hidden_act': 'x'})
   )
-  with pytest.raises(read.WeightsError, match="hidden_act is 'x'"):
+  with pytest.raises(tensors_lib.WeightsError, match="hidden_act is 'x'"):
     weights.load_published(tmp_path)
   (tmp_path / 'config.json').write_text('[1]')
-  with pytest.raises(read.WeightsError, match='no JSON object'):
+  with pytest.raises(tensors_lib.WeightsError, match='no JSON object'):
     weights.load_published(tmp_path)
 
 
 def test_npz_of_a_published_layout(tmp_path):
   params = published_files(tmp_path)
-  tensors = read.safetensors(tmp_path / 'model.safetensors')
+  tensors = tensors_lib.safetensors(tmp_path / 'model.safetensors')
   np.savez(tmp_path / 'model.npz', **tensors)
   _, again, _ = weights.load_published(tmp_path / 'model.npz', num_heads=2)
   jax.tree.map(np.testing.assert_array_equal, again, params)

@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 
 import vssl_jax
-from vssl_jax import encoders, main, trees, weights
-from vssl_jax.data import synthetic
+from vssl_jax import encoder as encoder_lib
+from vssl_jax import main, trees, weights
+from vssl_jax.data.tools import synthetic
 from vssl_jax.models import vit
-from vssl_jax.weights import convert, modules, read, source, tables
+from vssl_jax.weights import convert, modules, source
+from vssl_jax.weights.name_maps import video as video_lib
+from vssl_jax.weights.readers import tensors as tensors_lib
 
 VIDEO = (4, 48, 32, 3)
-LAYOUT = next(x for x in tables.LAYOUTS if x.family == 'scaling4d')
+LAYOUT = next(x for x in video_lib.LAYOUTS if x.family == 'scaling4d')
 
 
 class Mlp(nn.Module):
@@ -228,20 +231,22 @@ def test_what_does_not_fit_is_named(params, path, tmp_path):
   tensors = flat(params)
   block = 'params/processor/layers_0/attention'
   less = {k: x for k, x in tensors.items() if k != f'{block}/out/bias'}
-  with pytest.raises(read.WeightsError, match='block_00/attn/out/bias'):
+  with pytest.raises(tensors_lib.WeightsError, match='block_00/attn/out/bias'):
     weights.load_published(changed(less, tmp_path))
   more = tensors | {f'{block}/query_norm/scale': np.ones(8)}
   with pytest.raises(
-    read.WeightsError, match=r'layers_0\.attention\.query_nor'
+    tensors_lib.WeightsError, match=r'layers_0\.attention\.query_nor'
   ):
     weights.load_published(changed(more, tmp_path))
   kernel = tensors[f'{block}/query/kernel']
   flattened = {f'{block}/query/kernel': kernel.reshape(24, 24)}
-  with pytest.raises(read.WeightsError, match=r'\(24, 24\), wanted 3 axes'):
+  with pytest.raises(
+    tensors_lib.WeightsError, match=r'\(24, 24\), wanted 3 axes'
+  ):
     weights.load_published(changed(tensors | flattened, tmp_path))
-  with pytest.raises(read.WeightsError, match='num_heads is 4'):
+  with pytest.raises(tensors_lib.WeightsError, match='num_heads is 4'):
     weights.load_published(path, num_heads=4)
-  with pytest.raises(read.WeightsError, match='has no head'):
+  with pytest.raises(tensors_lib.WeightsError, match='has no head'):
     weights.load_published(path, part='head')
 
 
@@ -259,7 +264,7 @@ def test_loaded_in_one_line_at_any_clip_shape(path, params, video):
   assert len(report.resized) == 1
   np.testing.assert_array_equal(resized.params['positions'], again['positions'])
   assert encoder.at(VIDEO) is encoder
-  start = encoders.random(encoder).params['block_00']['mlp']['fc1']['kernel']
+  start = encoder_lib.random(encoder).params['block_00']['mlp']['fc1']['kernel']
   bound = np.sqrt(6 / (24 + 40))  # Glorot's
   assert 0.9 * bound < np.abs(start).max() <= bound
 

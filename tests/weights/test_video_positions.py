@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 
 from tests.weights import pth
-from vssl_jax import encoders, trees, weights
+from vssl_jax import encoder as encoder_lib
+from vssl_jax import trees, weights
 from vssl_jax.models import positions, vit
-from vssl_jax.weights import convert, read, tables
+from vssl_jax.weights import convert
+from vssl_jax.weights.name_maps import video as video_lib
+from vssl_jax.weights.readers import tensors as tensors_lib
 
 SMALL = {'width': 32, 'depth': 2, 'num_heads': 2, 'patch': (2, 4, 4)}
 VIDEOMAE = vit.make(
@@ -46,7 +49,7 @@ def fixed(params):
 
 def file_of(path, params, prefix='', group='model', patch=(2, 4, 4), **more):
   """A file with VideoMAE's names of the encoder, and further tensors."""
-  rows = tables.ORIGINAL_VIDEOMAE['encoder'].rows(2)
+  rows = video_lib.ORIGINAL_VIDEOMAE['encoder'].rows(2)
   tensors = convert.to_theirs(fixed(params), rows, patch)
   tensors = {f'{prefix}{k}': x for k, x in tensors.items()} | more
   state = {
@@ -86,6 +89,7 @@ def heads(monkeypatch):
   monkeypatch.setitem(modules.HEADS['videomae'], 32, 2)
 
 
+@pytest.mark.slow
 def test_pretraining_files_of_mvd_are_recognised(tmp_path, params, caplog):
   file = file_of(tmp_path / 'checkpoint-399.pth', params, **pretraining())
   with caplog.at_level('INFO', 'vssl_jax'):
@@ -118,10 +122,11 @@ def test_a_table_in_a_pretraining_file_that_is_not_mvds(tmp_path, params):
   assert module == LEARNED
   jax.tree.map(np.testing.assert_array_equal, found, params)
   assert 'pos_embed' in report.loaded
-  with pytest.raises(read.WeightsError, match=r'#mvd means.*is learned'):
+  with pytest.raises(tensors_lib.WeightsError, match=r'#mvd means.*is learned'):
     load(f'{file}#mvd')
 
 
+@pytest.mark.slow
 def test_learned_positions_of_videomae(tmp_path, params):
   table = params['positions'].reshape(1, -1, 32)
   file = file_of(
@@ -136,7 +141,9 @@ def test_learned_positions_of_videomae(tmp_path, params):
   assert load(file)[0] == LEARNED  # 7 = 7 x 1 x 1
   bad = {'encoder.pos_embed': np.zeros((67, 32), np.float32)}
   file = file_of(tmp_path / 'z.pth', params, 'encoder.', **bad)
-  with pytest.raises(read.WeightsError, match=r'z\.pth: pos_embed has shape'):
+  with pytest.raises(
+    tensors_lib.WeightsError, match=r'z\.pth: pos_embed has shape'
+  ):
     load(file)
 
 
@@ -156,26 +163,32 @@ def test_fine_tuned_files_tell_neither(tmp_path, params, caplog):
     module, again, _ = load(f'{file}#{tag}')
     assert module == wanted
     jax.tree.map(np.testing.assert_array_equal, again, found)
-    assert encoders.module_of(f'{file}#{tag}').positions == wanted.positions
-    encoder = encoders.load(f'{file}#{tag}')
+    assert encoder_lib.module_of(f'{file}#{tag}').positions == wanted.positions
+    encoder = encoder_lib.load(f'{file}#{tag}')
     assert encoder.module == wanted
-    assert encoders.load_role(f'{file}#{tag}')[0].positions == wanted.positions
+    assert (
+      encoder_lib.load_role(f'{file}#{tag}')[0].positions == wanted.positions
+    )
   assert not [r for r in caplog.records if r.levelname == 'WARNING']
-  prints = {encoders.fingerprint(f'{file}{x}') for x in ('', '#mvd')}
+  prints = {encoder_lib.fingerprint(f'{file}{x}') for x in ('', '#mvd')}
   assert len(prints) == 2  # cached targets of one are not those of the other
 
 
 def test_what_cannot_be_named(tmp_path, params):
   file = file_of(tmp_path / 'x.pth', params)
-  with pytest.raises(read.WeightsError, match=r"behind # is 'mae', wanted one"):
+  with pytest.raises(
+    tensors_lib.WeightsError, match=r"behind # is 'mae', wanted one"
+  ):
     load(f'{file}#mae')
   weights.export(
     VIDEOMAE.clone(gelu='tanh', rope_pairing='vjepa2'), fixed(params),
     tmp_path / 'ours', video=VIDEO, layout='vssl_vit',
   )  # fmt: skip
-  with pytest.raises(read.WeightsError, match=r'#mvd is for files.*vssl_vit'):
+  with pytest.raises(
+    tensors_lib.WeightsError, match=r'#mvd is for files.*vssl_vit'
+  ):
     load(f'{tmp_path}/ours#mvd')
-  with pytest.raises(read.WeightsError, match='not a hub id'):
+  with pytest.raises(tensors_lib.WeightsError, match='not a hub id'):
     load(f'{tmp_path}/no/where#mvd')
   # A file whose own name has the sign is that file.
   odd = tmp_path / 'x#mvd'
@@ -192,6 +205,7 @@ def test_files_of_transformers_name_videomaes_table(tmp_path, params, caplog):
   assert load(f'{tmp_path}#mvd')[0].positions == 'sincos_3d_mvd'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'grid', [(16, 14, 14), (4, 14, 14), (4, 16, 16), (16, 24, 24)]
 )
@@ -234,20 +248,24 @@ def test_heads_of_published_widths_and_of_others(tmp_path):
       np.zeros((1, 2, 4, 4, 3), np.uint8),
     )['params']
     some = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
-    rows = tables.ORIGINAL_VIDEOMAE['encoder'].rows(1)
+    rows = video_lib.ORIGINAL_VIDEOMAE['encoder'].rows(1)
     tensors = convert.to_theirs(some, rows, (2, 4, 4))
     state = {k: pth.FakeTensor(x) for k, x in tensors.items()}
     pth.save(tmp_path / name, {'module': state})
-    read.write_safetensors(tmp_path / 'model.safetensors', tensors)
+    tensors_lib.write_safetensors(tmp_path / 'model.safetensors', tensors)
     return str(tmp_path / name)
 
   assert weights.describe(file(1408)).num_heads == 16
-  with pytest.raises(read.WeightsError, match=r'width 40 does not tell.*a conf'
-                     r'ig\.json that says num_attention_heads'):  # fmt: skip
+  message = (
+    r'width 40 does not tell.*config\.json that says num_attention_heads'
+  )
+  with pytest.raises(tensors_lib.WeightsError, match=message):
     weights.describe(file(40))
   config = tmp_path / 'config.json'
   config.write_text(json.dumps({'num_attention_heads': 5}))
   assert weights.describe(tmp_path).num_heads == 5
   config.write_text(json.dumps({'num_attention_heads': 3}))
-  with pytest.raises(read.WeightsError, match=r'found 3 heads.*divisor of'):
+  with pytest.raises(
+    tensors_lib.WeightsError, match=r'found 3 heads.*divisor of'
+  ):
     weights.describe(tmp_path)

@@ -1,1 +1,1 @@
-"""Videos in, numpy batches out: sources, decoding, transforms, pipeline."""
+"""Data loading: video sources, decoding, transforms and NumPy batches."""

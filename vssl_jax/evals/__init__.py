@@ -1,1 +1,1 @@
-"""Measures of a frozen encoder; they see `encode` and nothing else of it."""
+"""Evaluations: frozen probes and depth (via `encode` only); fine-tuning."""

@@ -1,8 +1,8 @@
-"""The clips that an evaluation takes: the encoder's, where config.data is open.
+"""Fills open clip keys of `config.data` with the encoder's training clips.
 
-A page of an evaluation leaves `data.frames`, `data.stride`, `data.size` and
-`data.channels` at 0, which is the value of the clips that the encoder was
-trained on. A key that is set stays, and the log and the report state both.
+An evaluation config leaves `data.frames`, `data.stride`, `data.size` and
+`data.channels` at 0, for the values that the encoder was trained on. Keys that
+are set are kept. The log and the report state both.
 """
 
 import dataclasses
@@ -11,22 +11,22 @@ from typing import Any
 
 import ml_collections
 
-from vssl_jax import encoders
+from vssl_jax import encoder
 from vssl_jax.data import options
 
 
 def follow(
-  config: ml_collections.ConfigDict, clip: encoders.Clip
+  config: ml_collections.ConfigDict, clip: encoder.Clip
 ) -> ml_collections.ConfigDict:
-  """Returns a copy of the config whose open clip keys are those of `clip`.
+  """Returns a copy of the config with open clip keys filled from `clip`.
 
   Args:
     config: a resolved config.
-    clip: of the encoder.
+    clip: training clips of the encoder.
 
   Raises:
-    ValueError: a key is open and the encoder does not say; one of two sides is
-      open; or the colours are other ones than the encoder's.
+    ValueError: a key is open and the encoder does not state its value; only one
+      of the two sides is open; or the channels differ from the encoder's.
   """
   c = config.copy_and_resolve_references()
   data = c.data
@@ -67,14 +67,14 @@ def follow(
 def check_patches(
   config: ml_collections.ConfigDict, patch: tuple[int, int, int]
 ) -> None:
-  """Refuses clips that do not divide into the patches of an encoder.
+  """Raises ValueError if clips do not divide into the encoder's patches.
 
   Args:
     config: from `follow`.
     patch: frames, height and width of a patch.
 
   Raises:
-    ValueError: names the key that does not fit and a value that does.
+    ValueError: states the key that does not fit and a value that does.
   """
   frames, *size = options.spec(config.data.to_dict()).shape[:3]
   t, *sides = patch
@@ -101,7 +101,7 @@ def _sides(size: Any) -> tuple[int, ...]:
 
 
 def timing(data: Mapping[str, Any] | ml_collections.ConfigDict) -> str:
-  """Returns how frames are picked."""
+  """Returns the frame rate or the stride as text."""
   return f'{data["fps"]:g} fps' if data['fps'] else f'stride {data["stride"]}'
 
 
@@ -111,33 +111,37 @@ def shape(clip: Any) -> str:
 
 
 def report(
-  data: Mapping[str, Any], clip: encoders.Clip | None
+  data: Mapping[str, Any], clip: encoder.Clip | None
 ) -> dict[str, Any]:
-  """Returns the part of a report on the clips.
+  """Returns the report entries on the clips.
 
   Args:
-    data: `config.data` of the clips that are measured.
-    clip: of the encoder; None for one at random initialisation.
+    data: `config.data` of the evaluated clips.
+    clip: training clips of the encoder; None for random initialisation.
   """
   out = {'clip': list(options.spec(data).shape), 'timing': timing(data)}
   if clip is not None:
-    known = bool(clip.stride or clip.fps)
+    has_timing = bool(clip.stride or clip.fps)
     out['encoder_clip'] = list(clip.video)
-    out['encoder_timing'] = timing(dataclasses.asdict(clip)) if known else ''
+    out['encoder_timing'] = (
+      timing(dataclasses.asdict(clip)) if has_timing else ''
+    )
   return out
 
 
 def describe(found: Mapping[str, Any]) -> str:
-  """Returns the clips that are measured, beside the encoder's if they differ.
+  """Returns the evaluated clips as text, and the encoder's if they differ.
 
   Args:
-    found: of `report`.
+    found: from `report`.
   """
   text = f'{shape(found["clip"])}, {found["timing"]}'
   if 'encoder_clip' not in found:
     return text
-  own = found['encoder_clip'], found['encoder_timing']
-  if own == (found['clip'], found['timing']):
+  trained = found['encoder_clip'], found['encoder_timing']
+  if trained == (found['clip'], found['timing']):
     return f'{text}, as the encoder was trained on'
-  timing = own[1] or 'with a stride that its weights do not state'
-  return f'{text}; the encoder was trained on {shape(own[0])}, {timing}'
+  trained_timing = trained[1] or 'with a stride that its weights do not state'
+  return (
+    f'{text}; the encoder was trained on {shape(trained[0])}, {trained_timing}'
+  )

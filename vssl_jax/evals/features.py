@@ -1,10 +1,10 @@
-"""From clips to features: tokens of a frozen encoder, and plain baselines.
+"""Computes features of clips: tokens of a frozen encoder, and baselines.
 
 Evaluation data are finite iterables of batches of clips, numpy arrays: `video`
 uint8 [B, T, H, W, C], `label` and `index` int32 [B], `weight` float32 [B] (0:
-padding), and where a video gives several clips `view` and `segment` int32 [B],
-with the segments of a view in successive rows. Frames with depth add `depth`
-float32 [B, T, H, W].
+padding), and for several clips per video `view` and `segment` int32 [B]; the
+segments of a view are successive rows. Frames with depth add `depth` float32
+[B, T, H, W].
 """
 
 import dataclasses
@@ -21,20 +21,20 @@ from vssl_jax import sharding
 
 Encode = Callable[[Any], Array]
 Batches = Iterable[Mapping[str, Any]]
-# Features kept in memory beyond this are refused, with a remedy.
+# Limit of features kept in memory; above it an error names a remedy.
 MAX_TABLE_BYTES = 32 * 2**30
 
 
 class Tokens(NamedTuple):
-  """Features of some views of videos, one row per view.
+  """Features of views of videos, one row per view.
 
   Attributes:
-    tokens: of all segments of the view, one after the other.
+    tokens: tokens of all segments of the view, concatenated.
     label: class, -1 where unknown.
-    index: number of the video.
-    view: number of the view.
+    index: index of the video.
+    view: index of the view.
     weight: 0 for padding.
-    depth: metres per pixel, 0 where unknown; None for videos without.
+    depth: metres per pixel, 0 where unknown; None for videos without depth.
   """
 
   tokens: Float[Array, 'R N D']
@@ -56,9 +56,9 @@ def encode_batches(
 
   Args:
     encode: clips [R, T, H, W, C] -> tokens [R, N, D].
-    batches: clips, see above; a whole number of views in each.
+    batches: clips, see above; a whole number of views in each batch.
     segments: clips per view.
-    mesh: its devices split the rows; None for one device.
+    mesh: devices that the rows are sharded over; None for one device.
 
   Yields:
     Tokens [R, segments * N, D] with R = B / segments.
@@ -69,7 +69,7 @@ def encode_batches(
   for batch in batches:
     rows = join(batch, segments)
     video = rows.pop('video')
-    # One segment at a time: the encoder's memory is that of R clips.
+    # One segment at a time: the encoder needs the memory of R clips.
     parts = [
       encode(put({'video': video[:, s]}, mesh)['video'])
       for s in range(segments)
@@ -92,25 +92,27 @@ def join(batch: Mapping[str, Any], segments: int) -> dict[str, np.ndarray]:
     )
   shape = (count // segments, segments)
   zeros = np.zeros(count, np.int32)
-  row = {
+  columns = {
     'label': np.asarray(batch.get('label', zeros - 1), np.int32),
     'index': np.asarray(batch['index'], np.int32),
     'view': np.asarray(batch.get('view', zeros), np.int32),
     'weight': np.asarray(batch.get('weight', zeros + 1), np.float32),
   }
   if 'substituted' in batch:
-    # Pixels of another video under this one's label teach the wrong thing.
-    row['weight'] = row['weight'] * ~np.asarray(batch['substituted'], bool)
-  row = {name: x.reshape(shape) for name, x in row.items()}
-  real = row['weight'].all(axis=1)
+    # A substitute clip is of another video: its label would be wrong.
+    columns['weight'] = columns['weight'] * ~np.asarray(
+      batch['substituted'], bool
+    )
+  columns = {name: x.reshape(shape) for name, x in columns.items()}
+  is_real = columns['weight'].all(axis=1)
   for name in ('index', 'view'):
-    if (row[name][real] != row[name][real, :1]).any():
+    if (columns[name][is_real] != columns[name][is_real, :1]).any():
       raise ValueError(
         f'clips of different {name} stand where the {segments} segments of one '
-        f'view were wanted: {row[name][real].tolist()}'
+        f'view were wanted: {columns[name][is_real].tolist()}'
       )
-  joined = {name: x[:, 0] for name, x in row.items()}
-  joined['weight'] = row['weight'].min(axis=1)
+  joined = {name: x[:, 0] for name, x in columns.items()}
+  joined['weight'] = columns['weight'].min(axis=1)
   if 'depth' in batch and segments == 1:
     joined['depth'] = np.asarray(batch['depth'], np.float32)
   video = np.asarray(batch['video'])
@@ -120,13 +122,13 @@ def join(batch: Mapping[str, Any], segments: int) -> dict[str, np.ndarray]:
 def only(
   batches: Batches, keep: Callable[[np.ndarray], np.ndarray]
 ) -> Iterator[Mapping[str, np.ndarray]]:
-  """Yields batches of the same size that hold some videos only.
+  """Yields batches of the same size with a subset of the videos.
 
   Args:
     batches: clips, all of a video in successive rows.
-    keep: numbers of videos -> whether they are kept.
+    keep: indices of videos -> mask of the videos to keep.
   """
-  held: dict[str, np.ndarray] = {}
+  buffer: dict[str, np.ndarray] = {}
   size = 0
   for batch in batches:
     size = len(batch['index'])
@@ -137,32 +139,32 @@ def only(
       for name, x in (dict(batch) | {'weight': weight}).items()
       if np.ndim(x) and len(x) == size
     }
-    held = {
-      name: np.concatenate([held[name], x]) if held else x
+    buffer = {
+      name: np.concatenate([buffer[name], x]) if buffer else x
       for name, x in part.items()
     }
-    while len(held['index']) >= size:
-      yield {name: x[:size] for name, x in held.items()}
-      held = {name: x[size:] for name, x in held.items()}
-  left = len(held['index']) if held else 0
-  if left:
-    at = np.resize(np.arange(left), size)
-    last = {name: x[at] for name, x in held.items()}
-    last['weight'] = last['weight'] * (np.arange(size) < left)
+    while len(buffer['index']) >= size:
+      yield {name: x[:size] for name, x in buffer.items()}
+      buffer = {name: x[size:] for name, x in buffer.items()}
+  remaining = len(buffer['index']) if buffer else 0
+  if remaining:
+    indices = np.resize(np.arange(remaining), size)
+    last = {name: x[indices] for name, x in buffer.items()}
+    last['weight'] = last['weight'] * (np.arange(size) < remaining)
     yield last
 
 
 def put(
   batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh | None
 ) -> dict[str, Array]:
-  """Puts local rows on one device, or on all of a mesh."""
+  """Puts local rows on one device, or shards them over a mesh."""
   if mesh is None:
     return {name: jnp.asarray(x) for name, x in batch.items()}
   return sharding.put_batch(batch, mesh)
 
 
 def fetch(x: Array) -> np.ndarray:
-  """Returns all rows of an array on every host."""
+  """Gathers all rows of an array on every host."""
   if jax.process_count() == 1:
     return np.asarray(x)
   return np.asarray(multihost_utils.process_allgather(x, tiled=True))
@@ -190,11 +192,11 @@ class Table:
     return len(self.label)
 
   def take(self, rows: np.ndarray) -> 'Table':
-    """Returns some rows, by number or by a mask."""
+    """Returns rows by index or by mask."""
     return Table(**{name: x[rows] for name, x in self._columns().items()})
 
   def _columns(self) -> dict[str, np.ndarray]:
-    """Returns what there is by name; `asdict` would copy all of it."""
+    """Returns the columns by name, without the copies of `asdict`."""
     names = (f.name for f in dataclasses.fields(self))
     columns = {name: getattr(self, name) for name in names}
     return {name: x for name, x in columns.items() if x is not None}
@@ -210,9 +212,10 @@ class Table:
 
     Args:
       size: rows per batch.
-      rng: shuffles, and drops a last part that fills no batch; without it the
-        last batch is padded with weight 0, as is a table smaller than `size`.
-      mesh: its devices split the rows.
+      rng: shuffles the rows and drops an incomplete last batch. Without it the
+        last batch is padded with rows of weight 0, as is a table smaller than
+        `size`.
+      mesh: devices that the rows are sharded over.
     """
     count, order = len(self), np.arange(len(self))
     if rng is not None:
@@ -220,10 +223,10 @@ class Table:
       order = order[: max(count // size * size, min(count, size))]
     for start in range(0, len(order), size):
       rows = order[start : start + size]
-      real = np.arange(size) < len(rows)
+      is_real = np.arange(size) < len(rows)
       part = self.take(np.resize(rows, size))._columns()
-      part['weight'] = real.astype(np.float32)
-      # Every host holds the table and puts its share of the batch.
+      part['weight'] = is_real.astype(np.float32)
+      # Every host holds the whole table and puts its share of the batch.
       low = size // jax.process_count() * jax.process_index()
       high = low + size // jax.process_count()
       part = {name: x[low:high] for name, x in part.items()}
@@ -231,7 +234,7 @@ class Table:
 
 
 def check_room(size: int) -> None:
-  """Raises ValueError if so many bytes of features are too many to keep."""
+  """Raises ValueError if features of `size` bytes exceed `MAX_TABLE_BYTES`."""
   if size > MAX_TABLE_BYTES:
     raise ValueError(
       f'probe.augment=False keeps {size / 2**30:.0f} GiB of features in '
@@ -248,31 +251,33 @@ def table(
   pool: bool = False,
   mesh: jax.sharding.Mesh | None = None,
 ) -> Table:
-  """Encodes clips once and keeps their features.
+  """Encodes clips once and keeps their features in memory.
 
   Args:
     encode: clips [R, T, H, W, C] -> tokens [R, N, D] or vectors [R, D].
     batches: clips.
     segments: clips per view.
-    pool: keep the mean over tokens only, as one token.
-    mesh: its devices split the rows.
+    pool: whether to keep only the mean over tokens, as one token.
+    mesh: devices that the rows are sharded over.
 
   Raises:
     ValueError: there are no clips.
   """
 
-  def run(video: Array) -> Array:
-    found = encode(video).astype(jnp.float32)
-    found = found[:, None] if found.ndim == 2 else found
-    return jnp.mean(found, axis=1, keepdims=True) if pool else found
+  def encode_rows(video: Array) -> Array:
+    encoded = encode(video).astype(jnp.float32)
+    encoded = encoded[:, None] if encoded.ndim == 2 else encoded
+    return jnp.mean(encoded, axis=1, keepdims=True) if pool else encoded
 
   parts: list[dict[str, np.ndarray]] = []
-  for rows in encode_batches(run, batches, segments=segments, mesh=mesh):
-    found = {k: fetch(x) for k, x in rows._asdict().items() if x is not None}
-    real = found.pop('weight') > 0
+  for rows in encode_batches(
+    encode_rows, batches, segments=segments, mesh=mesh
+  ):
+    encoded = {k: fetch(x) for k, x in rows._asdict().items() if x is not None}
+    is_real = encoded.pop('weight') > 0
     if pool:
-      found['tokens'] = found['tokens'].mean(axis=1, keepdims=True)
-    parts.append({name: x[real] for name, x in found.items()})
+      encoded['tokens'] = encoded['tokens'].mean(axis=1, keepdims=True)
+    parts.append({name: x[is_real] for name, x in encoded.items()})
   if not parts:
     raise ValueError('there are no clips to evaluate; check data.source')
   return Table(**{n: np.concatenate([p[n] for p in parts]) for n in parts[0]})
@@ -281,14 +286,14 @@ def table(
 def pixels(
   video: UInt8[Array | np.ndarray, 'B T H W C'],
 ) -> Float[Array, 'B D']:
-  """Returns all pixels: the baseline that no encoder should fall below."""
+  """Returns all pixels in [0, 1], a baseline that encoders should exceed."""
   return _flat(video)
 
 
 def middle_frame(
   video: UInt8[Array | np.ndarray, 'B T H W C'],
 ) -> Float[Array, 'B D']:
-  """Returns the pixels of the middle frame: what no motion gives away."""
+  """Returns the pixels of the middle frame: a baseline without motion."""
   return _flat(video[:, video.shape[1] // 2])
 
 
@@ -299,8 +304,8 @@ def motion_energy(
 
   Args:
     video: clips.
-    cells: each pair of frames gives cells x cells values; rows and columns
-      that do not divide are left out.
+    cells: each pair of frames gives cells x cells values; remaining rows and
+      columns are left out.
   """
   x = jnp.asarray(video, jnp.float32) / 255
   energy = jnp.mean(jnp.abs(jnp.diff(x, axis=1)), axis=-1)

@@ -1,4 +1,4 @@
-"""What a probe found, as JSON and as a table that says how it was found."""
+"""Report of a probe, as JSON and as a table that states the protocol."""
 
 import itertools
 import json
@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from vssl_jax.evals import clips, lists, statistics
-from vssl_jax.train import manifests
+from vssl_jax.checkpoint import integrity
+from vssl_jax.evals import clips, splits
+from vssl_jax.utils import statistics
 
 NOTES = {
   'selected': 'head chosen on held-out training clips',
@@ -21,7 +22,7 @@ ONE_CLASS = (
   'The training or the test videos are of one class only: the accuracy says '
   'nothing of the encoder.'
 )
-# Keys of a report that tell what was measured, and how.
+# Keys of a report that identify a measurement.
 IDENTITY = (
   *('encoder', 'protocol', 'tap', 'clip', 'timing', 'probe', 'finetune'),
   *('seed', 'lr'),
@@ -54,50 +55,50 @@ def chance(labels: Int[np.ndarray, 'n']) -> dict[str, Any]:
 def place(
   report: Mapping[str, Any], folder: str | pathlib.Path
 ) -> pathlib.Path:
-  """Returns where a report goes: `report.json`, or `report-2.json` and so on.
+  """Returns the path of a report: `report.json`, `report-2.json` and so on.
 
-  It replaces a report of the same encoder, measured in the same way, and no
-  other one.
+  A report of the same encoder, measured in the same way, is replaced. Other
+  reports are kept.
 
   Args:
     report: its keys `IDENTITY` are compared.
-    folder: the run's folder.
+    folder: the run folder.
   """
-  folder, wanted = pathlib.Path(folder), _identity(report)
+  folder, identity = pathlib.Path(folder), _identity(report)
   for number in itertools.count(1):
     name = 'report.json' if number == 1 else f'report-{number}.json'
     path = folder / name
     if not path.exists():
       return path
     try:
-      if _identity(manifests.load(path)) == wanted:
+      if _identity(integrity.load(path)) == identity:
         return path
-    except manifests.CorruptError:  # perhaps of use to somebody
+    except integrity.CorruptError:  # never overwritten
       continue
   raise AssertionError('there is always a next number')
 
 
 def _identity(report: Mapping[str, Any]) -> Any:
-  """Returns what tells one measurement from another, as JSON reads it back."""
-  found = {name: report.get(name) for name in IDENTITY}
+  """Returns the values that identify a measurement, as restored from JSON."""
+  identity = {name: report.get(name) for name in IDENTITY}
   for side in ('train', 'test'):
-    found[side] = (report.get(side) or {}).get('source')
-  return json.loads(json.dumps(found))
+    identity[side] = (report.get(side) or {}).get('source')
+  return json.loads(json.dumps(identity))
 
 
 def write(report: Mapping[str, Any], folder: str | pathlib.Path) -> str:
   """Writes a report to its `place` and returns the path."""
   path = place(report, folder)
   path.parent.mkdir(parents=True, exist_ok=True)
-  manifests.write_atomic(path, report, indent=2)
+  integrity.write_atomic(path, report, indent=2)
   return str(path)
 
 
 def text(report: Mapping[str, Any]) -> str:
-  """Returns the report for a console.
+  """Returns the report as text for a console.
 
   Args:
-    report: as `run.evaluate` makes it.
+    report: from `job.evaluate`.
   """
   test, train = report['test'], report['train']
   facts = {
@@ -109,7 +110,7 @@ def text(report: Mapping[str, Any]) -> str:
     'test': f'{test["evaluated"]} videos of {test["source"]}, '
     f'{test["missing"]} missing (unreadable or without a label)',
     'classes': classes(report['classes']),
-    'overlap': lists.describe(report['overlap']),
+    'overlap': splits.describe(report['overlap']),
   }
   facts = {name: value for name, value in facts.items() if value}
   width = max(map(len, facts))
@@ -118,14 +119,14 @@ def text(report: Mapping[str, Any]) -> str:
     '',
     f'{"":22}accuracy   95 % interval   (tapped {report["tap"]})',
   ]
-  for name, found in report['results'].items():
-    low, high = found['interval']
+  for name, result in report['results'].items():
+    low, high = result['interval']
     line = (
-      f'{name:22}{100 * found["accuracy"]:7.2f} %   '
+      f'{name:22}{100 * result["accuracy"]:7.2f} %   '
       f'{100 * low:.2f} to {100 * high:.2f}'
     )
-    if 'lr' in found:
-      line += f'   lr {found["lr"]:g}, wd {found["wd"]:g}'
+    if 'lr' in result:
+      line += f'   lr {result["lr"]:g}, wd {result["wd"]:g}'
     note = ONLY if len(report.get('heads', ())) == 1 else NOTES.get(name)
     lines.append(line + (f'   ({note})' if note else ''))
   if 'median' in report:
@@ -149,30 +150,30 @@ def text(report: Mapping[str, Any]) -> str:
 
 
 def _trained(report: Mapping[str, Any]) -> str:
-  """Returns which share of the training videos heads are trained on."""
-  train, held = report['train'], report['held_out']
+  """Returns the share of training videos that heads are trained on, as text."""
+  train, held_out = report['train'], report['held_out']
   if report['protocol'] == 'knn':
     return f'{train["trained_on"]} of them with a label, all of them neighbours'
-  text = (
+  trained = (
     f'heads are trained on {train["trained_on"]} of them '
     f'({100 * train["trained_on"] / train["videos"]:.0f} %)'
   )
   if train.get('unlabelled'):
-    text += f', {train["unlabelled"]} have no label'
-  if held:
-    return f'{text}, {held} are held out to choose a head'
+    trained += f', {train["unlabelled"]} have no label'
+  if held_out:
+    return f'{trained}, {held_out} are held out to choose a head'
   if len(report['heads']) == 1:
-    return f'{text}: one head leaves nothing to choose'
-  return f'{text}; none is chosen without the test videos'
+    return f'{trained}: one head leaves nothing to choose'
+  return f'{trained}; none is chosen without the test videos'
 
 
 def _votes(report: Mapping[str, Any]) -> str:
-  """Returns how a test video is seen."""
-  clips = report['clips']
-  along = f'{report["segments"]} segments' + (
-    f' x {clips} clips' if clips > 1 else ''
+  """Returns the clips and crops of a test video, as text."""
+  num_clips = report['clips']
+  clips_text = f'{report["segments"]} segments' + (
+    f' x {num_clips} clips' if num_clips > 1 else ''
   )
-  return f'{along} x {report["views"]} views'
+  return f'{clips_text} x {report["views"]} views'
 
 
 def classes(names: list[str], shown: int = 8) -> str:

@@ -1,6 +1,7 @@
-"""The methods, each one file on the contract of `methods/base.py`.
+"""Training methods, by name.
 
-Beside it stands a file with its knobs and the builder that reads them.
+Each method is one module that implements the interface of `methods/phase.py`.
+A second module, `<method>_config.py`, has its config keys and its builder.
 """
 
 import difflib
@@ -9,15 +10,15 @@ from typing import Any
 
 import ml_collections
 
-from vssl_jax import colours, ranges
 from vssl_jax.methods import (
-  base,
   kdhiera_config,
   layerlock_config,
   pmd_config,
   salt_config,
   supervised_config,
 )
+from vssl_jax.methods import phase as phase_lib
+from vssl_jax.utils import colours, ranges
 
 METHODS = {
   'kdhiera': kdhiera_config,
@@ -29,7 +30,7 @@ METHODS = {
 
 
 def keys(name: str) -> ranges.Section:
-  """Returns the keys of a method, with defaults and ranges.
+  """Returns the config keys of a method, with defaults and ranges.
 
   Raises:
     ValueError: no method has that name.
@@ -38,7 +39,7 @@ def keys(name: str) -> ranges.Section:
 
 
 def default(name: str) -> ml_collections.ConfigDict:
-  """Returns the section of a method at its defaults."""
+  """Returns the default config section of a method."""
   return keys(name).defaults()
 
 
@@ -47,7 +48,7 @@ def build(
   video: tuple[int, ...],
   resolve: Callable[[str], Any],
   pixels: colours.Colours | None = None,
-) -> base.Method:
+) -> phase_lib.Method:
   """Builds the method that `config.method` describes.
 
   Args:
@@ -55,17 +56,17 @@ def build(
     video: (T, H, W, C) of a clip.
     resolve: source of an outside teacher (run folder, published model) ->
       its module.
-    pixels: mean and deviation of the clips; None for the defaults of so many
-      channels.
+    pixels: mean and standard deviation of the pixels; None for the defaults of
+      C channels.
 
   Raises:
-    ValueError: a knob or a plan that cannot run.
+    ValueError: an option is invalid, or the phases cannot run.
   """
   pixels = pixels or colours.of(video[-1])
   method = _find(config.name).build(config, video, resolve, pixels)
-  for phase in base.check(method.phases()):
+  for phase in phase_lib.check(method.phases()):
     for name, teacher in phase.teachers.items():
-      if teacher.source.startswith('@'):  # it has the colours of this run
+      if teacher.source.startswith('@'):  # uses this run's mean and std
         continue
       mean = getattr(teacher.module, 'image', teacher.module).mean
       colours.check(video[-1], mean, f'teacher {name!r} ({teacher.source})')
@@ -73,20 +74,22 @@ def build(
 
 
 def undecided(config: ml_collections.ConfigDict) -> tuple[str, ...]:
-  """Returns the knobs of `config.method` that a short run is to decide."""
-  knobs = getattr(_find(config.name), 'AUTO', ())
-  return tuple(name for name in knobs if config[name] == 'auto')
+  """Returns the options of `config.method` that a short run determines."""
+  options = getattr(_find(config.name), 'AUTO', ())
+  return tuple(name for name in options if config[name] == 'auto')
 
 
 def trial(
   config: ml_collections.ConfigDict,
 ) -> tuple[ml_collections.ConfigDict, int, int]:
-  """Returns `config.method` of the short run that decides.
+  """Returns the config of the short run that determines open options.
 
-  Beside it stand the short run's steps and those of the whole run.
+  Returns:
+    `config.method` of the short run, its number of steps, and the number of
+    steps of the whole run.
 
   Raises:
-    ValueError: the method leaves nothing open.
+    ValueError: the method has no option that a run determines.
   """
   module = _find(config.name)
   if not hasattr(module, 'trial'):
@@ -99,21 +102,22 @@ def decide(
   steps: Sequence[int],
   drift: Sequence[Mapping[int, float]],
 ) -> dict[str, Any]:
-  """Returns the knobs that a short run proposes.
+  """Returns the options that a short run proposes, name -> value.
 
   Args:
     config: `config.method`.
-    steps: at which the health panel looked at the short run.
-    drift: at each look, block -> relative change since the look before.
+    steps: steps of the short run at which drift was measured.
+    drift: per measurement, block -> relative change of its weights since the
+      previous measurement.
   """
   return _find(config.name).decide(config, steps, drift)
 
 
 def _find(name: str) -> Any:
   if name not in METHODS:
-    near = difflib.get_close_matches(name, METHODS, 1)
+    matches = difflib.get_close_matches(name, METHODS, 1)
     raise ValueError(
       f'method.name: found {name!r}, wanted one of {sorted(METHODS)}'
-      + (f'; did you mean {near[0]!r}?' if near else '')
+      + (f'; did you mean {matches[0]!r}?' if matches else '')
     )
   return METHODS[name]

@@ -1,4 +1,4 @@
-"""Methods one after another in one run: each has phases of its own."""
+"""Runs several methods one after another in one run."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,68 +7,74 @@ from typing import Any
 from jaxtyping import Array, Float
 
 from vssl_jax import rngs
-from vssl_jax.methods import base
+from vssl_jax.methods import phase as phase_lib
 
 
 @dataclasses.dataclass(frozen=True)
-class Chain(base.Method):
-  """A method whose phases are those of its parts, in their order.
+class Chain(phase_lib.Method):
+  """A method that concatenates the phases of several methods.
 
-  What is asked of a phase is answered by the part that it comes from.
+  Calls for a phase are forwarded to the method that the phase belongs to.
 
   Attributes:
-    parts: methods; a teacher `@phase` may be of an earlier part.
+    parts: methods, in order; a teacher `@phase` may refer to a phase of an
+      earlier part.
   """
 
-  parts: tuple[base.Method, ...]
+  parts: tuple[phase_lib.Method, ...]
 
-  def phases(self) -> tuple[base.Phase, ...]:
+  def phases(self) -> tuple[phase_lib.Phase, ...]:
     """Returns the phases of all parts."""
     return tuple(phase for part in self.parts for phase in part.phases())
 
-  def _of(self, phase: base.Phase) -> base.Method:
-    """Returns the part that a phase comes from; names are unique in a run."""
+  def _of(self, phase: phase_lib.Phase) -> phase_lib.Method:
+    """Returns the part of a phase, by its name; names are unique in a run."""
     return next(
       part
       for part in self.parts
-      if phase.name in [own.name for own in part.phases()]
+      if phase.name in [candidate.name for candidate in part.phases()]
     )
 
   def init(
-    self, rng: Array, video: base.Video, phase: base.Phase
-  ) -> base.Params:
-    """See `base.Method`."""
+    self, rng: Array, video: phase_lib.Video, phase: phase_lib.Phase
+  ) -> phase_lib.Params:
+    """See `phase.Method`."""
     return self._of(phase).init(rng, video, phase)
 
   def targets(
-    self, teachers: Mapping[str, Any], video: base.Video, phase: base.Phase
+    self,
+    teachers: Mapping[str, Any],
+    video: phase_lib.Video,
+    phase: phase_lib.Phase,
   ) -> Mapping[str, Float[Array, 'B ...']]:
-    """See `base.Method`."""
+    """See `phase.Method`."""
     return self._of(phase).targets(teachers, video, phase)
 
   def loss(
     self,
-    params: base.Params,
+    params: phase_lib.Params,
     teachers: Mapping[str, Any],
     batch: Mapping[str, Any],
     rng: rngs.Rng,
-    phase: base.Phase,
-  ) -> tuple[Float[Array, ''], base.Aux]:
-    """See `base.Method`."""
+    phase: phase_lib.Phase,
+  ) -> tuple[Float[Array, ''], phase_lib.Aux]:
+    """See `phase.Method`."""
     return self._of(phase).loss(params, teachers, batch, rng, phase)
 
-  def cost(self, phase: base.Phase, video: tuple[int, ...]) -> base.Cost:
-    """See `base.Method`."""
+  def cost(
+    self, phase: phase_lib.Phase, video: tuple[int, ...]
+  ) -> phase_lib.Cost:
+    """See `phase.Method`."""
     return self._of(phase).cost(phase, video)
 
   def encode(
     self,
-    params: base.Params,
-    video: base.Video,
+    params: phase_lib.Params,
+    video: phase_lib.Video,
     depth: float | None = None,
-    phase: base.Phase | None = None,
+    phase: phase_lib.Phase | None = None,
   ) -> Float[Array, 'B N D']:
-    """See `base.Method`."""
+    """See `phase.Method`."""
     phase = phase or self.phases()[-1]
     return self._of(phase).encode(params, video, depth, phase)
 
@@ -77,23 +83,23 @@ class Chain(base.Method):
     teachers: Mapping[str, Any],
     batch: Mapping[str, Any],
     rng: rngs.Rng,
-    phase: base.Phase,
-  ) -> Mapping[str, base.Seen]:
-    """See `base.Method`."""
+    phase: phase_lib.Phase,
+  ) -> Mapping[str, phase_lib.Seen]:
+    """See `phase.Method`."""
     return self._of(phase).masks(teachers, batch, rng, phase)
 
   def reconstruct(
     self,
-    params: base.Params,
+    params: phase_lib.Params,
     batch: Mapping[str, Any],
     rng: rngs.Rng,
-    phase: base.Phase,
-  ) -> Mapping[str, base.Reconstruction]:
-    """See `base.Method`."""
+    phase: phase_lib.Phase,
+  ) -> Mapping[str, phase_lib.Reconstruction]:
+    """See `phase.Method`."""
     return self._of(phase).reconstruct(params, batch, rng, phase)
 
 
-def of(*parts: base.Method) -> base.Method:
-  """Returns a run's method; parts without phases are left out."""
+def of(*parts: phase_lib.Method) -> phase_lib.Method:
+  """Returns the method of a run; parts without phases are left out."""
   parts = tuple(part for part in parts if part.phases())
   return parts[0] if len(parts) == 1 else Chain(parts)

@@ -1,14 +1,16 @@
-"""KDHiera, interpretation of the abstract: Hiera follows two ViT, by layers.
+"""KDHiera, interpretation of the abstract: layer-wise distillation to a Hiera.
 
-A Hiera sees a tenth of a clip's mask units, chosen by what an image teacher
-attends to. What each of its stages makes of a unit is led through a head of
-its own to what a layer of the image teacher and one of the video teacher make
-of the same pixels, both unmasked. Masked prediction, of features as in MVD or
-of pixels as in Hiera-MAE, is a knob.
+A Hiera student encodes a tenth of a clip's mask units. The units are drawn by
+the attention of an image teacher. A head on each stage of the student regresses
+the features of a layer of the image teacher and of a layer of the video
+teacher, for the same pixels. Both teachers are ViTs and process the unmasked
+clip. Masked prediction of features as in MVD, or of pixels as in Hiera-MAE, is
+an option.
 
-Of the paper (Cluster Computing 2025, 10.1007/s10586-025-05262-8) only the
-abstract was available to us, and no code: the design is ours, after Hiera, UMT
-and InternVideo2. `README.md` lists what the abstract says and what we chose.
+Only the abstract of the paper (Cluster Computing 2025,
+10.1007/s10586-025-05262-8) was available to us, and no code. The design is our
+choice, after Hiera, UMT and InternVideo2. `README.md` lists the statements of
+the abstract and our choices.
 """
 
 import dataclasses
@@ -20,21 +22,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vssl_jax import losses, masking, rngs, unit_masks
-from vssl_jax.methods import base, kdhiera_cost
-from vssl_jax.methods import teachers as teachers_lib
-from vssl_jax.models import attended, hiera, hiera_mae
+from vssl_jax import losses, rngs
+from vssl_jax.masks import hiera_units, sampling
+from vssl_jax.methods import distillation_teachers as distillation_teachers_lib
+from vssl_jax.methods import kdhiera_cost
+from vssl_jax.methods import phase as phase_lib
+from vssl_jax.models import vit
+from vssl_jax.models.hiera import decoder
+from vssl_jax.models.hiera import encoder as encoder_lib
 
 PIXELS = 'pixels'
 
 
 class Pair(NamedTuple):
-  """What is compared.
+  """A head output and the teacher layer that it is compared with.
 
   Attributes:
-    name: of the head's output: the stage, or the layer that is predicted.
-    layer: blocks of the teacher that made the target; 0 for pixels.
-    weight: of the term in the loss.
+    name: name of the head's output: the stage, or the predicted layer.
+    layer: teacher block (from 1) whose output is the target; 0 for pixels.
+    weight: weight of the term in the loss.
   """
 
   name: str
@@ -43,38 +49,40 @@ class Pair(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Distil(base.Phase):
-  """Steps of distillation, or of masked prediction.
+class Distil(phase_lib.Phase):
+  """A phase of distillation, or of masked prediction.
 
   Attributes:
-    encoder: a Hiera that leaves 2 x 2 tokens of a unit.
-    heads: teacher -> (ends of the stages, mask, unit grid) -> its features:
-      `StageHeads` or a decoder; `pixels` where these are predicted.
-    pairs: of each of `heads`.
-    compared: `visible` or `masked`: of which units.
-    masks: all drawn every step, under one pass of the teachers.
-    mask_teacher: whose scores the masks are drawn by; '' for none.
+    encoder: a Hiera whose last stage has 2 x 2 tokens per unit.
+    heads: teacher -> module that maps (outputs of the stages, mask, unit grid)
+      to the teacher's features: `StageHeads` or a decoder. The key is `pixels`
+      where pixels are predicted.
+    pairs: key of `heads` -> its comparisons.
+    compared: units that are compared, `visible` or `masked`.
+    masks: all drawn every step; the teachers run once for all of them.
+    mask_teacher: teacher whose scores the masks are drawn from; '' for none.
   """
 
-  encoder: hiera.Hiera
+  encoder: encoder_lib.Hiera
   heads: Mapping[str, nn.Module]
   pairs: Mapping[str, tuple[Pair, ...]]
   compared: str
-  masks: tuple[unit_masks.Units, ...]
+  masks: tuple[hiera_units.Units, ...]
   mask_teacher: str = ''
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Kdhiera(base.Method):
-  """The loss, and the phases that use it.
+class Kdhiera(phase_lib.Method):
+  """The KDHiera loss and the phases that use it.
 
   Attributes:
-    plan: the distillation.
-    scores: of the mask's teacher: `cls`, `column_mean` (see
-      `attended.scores`), or `feature_norm`, the length of its last features.
+    plan: the phases, in order.
+    scores: token scores of the mask teacher: `cls`, `column_mean` (see
+      `vit.token_scores`), or `feature_norm`, the L2 norm of its last features.
     feature_loss: `cosine`, `mse` or `smooth_l1`.
-    target_norm: of teachers' features, `losses.TARGET_NORMS`.
-    pixel_norm: of pixels, `hiera_mae.targets`.
+    target_norm: normalisation of the teachers' features, one of
+      `losses.TARGET_NORMS`.
+    pixel_norm: normalisation of pixel targets, see `decoder.targets`.
   """
 
   plan: tuple[Distil, ...]
@@ -83,18 +91,18 @@ class Kdhiera(base.Method):
   target_norm: str = 'ln'
   pixel_norm: str = 'patch'
 
-  def phases(self) -> tuple[base.Phase, ...]:
-    """Returns the plan."""
+  def phases(self) -> tuple[phase_lib.Phase, ...]:
+    """Returns the phases, in order."""
     return self.plan
 
   def init(
-    self, rng: Array, video: base.Video, phase: base.Phase
-  ) -> base.Params:
-    """Returns random parameters of encoder and heads."""
+    self, rng: Array, video: phase_lib.Video, phase: phase_lib.Phase
+  ) -> phase_lib.Params:
+    """Returns random parameters of the encoder and the heads."""
     key = rngs.stream(rng, 'init/encoder')
     params = {'encoder': phase.encoder.init(key, video)['params']}
     grid = phase.encoder.unit_grid(video.shape)
-    mask = masking.Mask(
+    mask = sampling.Mask(
       *(
         jnp.zeros((len(video), n), jnp.int32)
         for n in phase.masks[0].counts(grid)
@@ -110,34 +118,39 @@ class Kdhiera(base.Method):
     return params
 
   def targets(
-    self, teachers: Mapping[str, Any], video: base.Video, phase: base.Phase
+    self,
+    teachers: Mapping[str, Any],
+    video: phase_lib.Video,
+    phase: phase_lib.Phase,
   ) -> Mapping[str, Float[Array, 'B ...']]:
-    """Returns layers of the teachers, and the scores that masks go by."""
-    found: dict[str, Array] = {}
+    """Returns features of teacher layers, and the scores for drawing masks."""
+    targets: dict[str, Array] = {}
     for name in phase.teachers:
       options = {}
-      if name == phase.mask_teacher and self.scores in attended.KINDS:
+      if name == phase.mask_teacher and self.scores in vit.SCORES:
         options = {'attention_to': self.scores}
-      told = teachers_lib.stream(phase, name, teachers[name], video, **options)
-      made, scores = told if options else (told, None)
+      outputs = distillation_teachers_lib.stream(
+        phase, name, teachers[name], video, **options
+      )
+      features, scores = outputs if options else (outputs, None)
       for pair in phase.pairs.get(name, ()):
-        found[f'{name}/{pair.layer}'] = made[pair.layer]
+        targets[f'{name}/{pair.layer}'] = features[pair.layer]
       if name == phase.mask_teacher:
         if scores is None:  # feature_norm
-          scores = jnp.linalg.norm(made[-1].astype(jnp.float32), axis=-1)
+          scores = jnp.linalg.norm(features[-1].astype(jnp.float32), axis=-1)
         grid = phase.encoder.unit_grid(video.shape)
-        found['scores'] = unit_masks.pool(scores, grid)
-    return found
+        targets['scores'] = hiera_units.pool(scores, grid)
+    return targets
 
   def loss(
     self,
-    params: base.Params,
+    params: phase_lib.Params,
     teachers: Mapping[str, Any],
     batch: Mapping[str, Any],
     rng: rngs.Rng,
-    phase: base.Phase,
-  ) -> tuple[Float[Array, ''], base.Aux]:
-    """Returns the weighed sum over teachers and layers, the mean over masks."""
+    phase: phase_lib.Phase,
+  ) -> tuple[Float[Array, ''], phase_lib.Aux]:
+    """Returns the loss: weighted sum over layers, averaged over masks."""
     targets = self._targets(teachers, batch, phase)
     parts: dict[str, list[Array]] = {}
     for spec in phase.masks:
@@ -151,7 +164,7 @@ class Kdhiera(base.Method):
       for name, pairs in phase.pairs.items()
       for pair in pairs
     )
-    return total, base.Aux(metrics)
+    return total, phase_lib.Aux(metrics)
 
   def _targets(
     self,
@@ -159,132 +172,140 @@ class Kdhiera(base.Method):
     batch: Mapping[str, Any],
     phase: Distil,
   ) -> Mapping[str, Array]:
-    """Returns what all masks share: of teachers, or pixels of every token."""
-    found = dict(self.targets_of(teachers, batch, phase))
+    """Returns the targets, for all masks: teacher features, or all pixels."""
+    targets = dict(self.targets_of(teachers, batch, phase))
     if PIXELS in phase.pairs:
-      found[f'{PIXELS}/0'] = hiera_mae.targets(
+      targets[f'{PIXELS}/0'] = decoder.targets(
         batch['video'], phase.encoder, self.pixel_norm
       )
-    return found
+    return targets
 
   def _under(
     self,
-    params: base.Params,
+    params: phase_lib.Params,
     batch: Mapping[str, Any],
     rng: rngs.Rng,
     phase: Distil,
-    spec: unit_masks.Units,
+    spec: hiera_units.Units,
     targets: Mapping[str, Array],
   ) -> dict[str, Array]:
-    """Returns the terms under one mask, and what is logged of it."""
-    mask, told, predicted = _predicted(
+    """Returns the loss terms and metrics of one mask."""
+    mask, mask_metrics, predicted = _predicted(
       params, batch, rng, phase, spec, targets.get('scores')
     )
     grid = phase.encoder.unit_grid(batch['video'].shape)
-    found = {f'mask/{name}': x for name, x in told.items()}
+    metrics = {f'mask/{name}': x for name, x in mask_metrics.items()}
     compared = mask.visible if phase.compared == 'visible' else mask.masked
-    at = unit_masks.expand_units(compared, grid)
+    indices = hiera_units.expand_units(compared, grid)
     for name, pairs in phase.pairs.items():
       for pair in pairs:
-        wanted = masking.gather(targets[f'{name}/{pair.layer}'], at)
-        end, output = f'{name}/{pair.name}', predicted[name][pair.name]
+        target = sampling.gather(targets[f'{name}/{pair.layer}'], indices)
+        suffix, output = f'{name}/{pair.name}', predicted[name][pair.name]
         if name == PIXELS:
-          found[f'loss/{end}'] = losses.mse(output, wanted)
+          metrics[f'loss/{suffix}'] = losses.mse(output, target)
           continue
-        wanted = losses.TARGET_NORMS[self.target_norm](wanted)
-        angle = losses.cosine(output, wanted)
-        found[f'cosine/{end}'] = jnp.mean(angle)
+        target = losses.TARGET_NORMS[self.target_norm](target)
+        cosine = losses.cosine(output, target)
+        metrics[f'cosine/{suffix}'] = jnp.mean(cosine)
         if self.feature_loss == 'cosine':
-          found[f'loss/{end}'] = jnp.mean(2 - 2 * angle)
+          metrics[f'loss/{suffix}'] = jnp.mean(2 - 2 * cosine)
         else:
-          found[f'loss/{end}'] = jnp.mean(
-            losses.per_token(output, wanted, self.feature_loss)
+          metrics[f'loss/{suffix}'] = jnp.mean(
+            losses.per_token(output, target, self.feature_loss)
           )
-    return found
+    return metrics
 
   def masks(
     self,
     teachers: Mapping[str, Any],
     batch: Mapping[str, Any],
     rng: rngs.Rng,
-    phase: base.Phase,
-  ) -> Mapping[str, base.Seen]:
-    """Returns masks of tokens, and the scores that they were drawn by."""
-    found = {}
+    phase: phase_lib.Phase,
+  ) -> Mapping[str, phase_lib.Seen]:
+    """Returns token masks, and the scores that they were drawn from."""
+    masks = {}
     grid = phase.encoder.unit_grid(batch['video'].shape)
     scores = None
-    if phase.mask_teacher:  # no other has to be there
-      own = {phase.mask_teacher: phase.teachers[phase.mask_teacher]}
-      alone = dataclasses.replace(phase, teachers=own, pairs={})
-      scores = self.targets(teachers, batch['video'], alone)['scores']
+    if phase.mask_teacher:  # the other teachers may be missing
+      teacher = {phase.mask_teacher: phase.teachers[phase.mask_teacher]}
+      mask_phase = dataclasses.replace(phase, teachers=teacher, pairs={})
+      scores = self.targets(teachers, batch['video'], mask_phase)['scores']
     for spec in phase.masks:
       mask, _ = spec.draw(rng, batch, grid, scores)
-      tokens = unit_masks.token_mask(mask, grid)
-      shown = None if scores is None else unit_masks.spread(scores, grid)
-      found[spec.name] = base.Seen(tokens, shown)
-    return found
+      tokens = hiera_units.token_mask(mask, grid)
+      token_scores = (
+        None if scores is None else hiera_units.spread(scores, grid)
+      )
+      masks[spec.name] = phase_lib.Seen(tokens, token_scores)
+    return masks
 
   def reconstruct(
     self,
-    params: base.Params,
+    params: phase_lib.Params,
     batch: Mapping[str, Any],
     rng: rngs.Rng,
-    phase: base.Phase,
-  ) -> Mapping[str, base.Reconstruction]:
-    """Returns predicted pixels by mask, where masks go by no teacher."""
+    phase: phase_lib.Phase,
+  ) -> Mapping[str, phase_lib.Reconstruction]:
+    """Returns predicted pixels by mask, if masks do not depend on a teacher."""
     if PIXELS not in phase.pairs or phase.mask_teacher:
       return {}
-    found = {}
+    reconstructions = {}
     grid = phase.encoder.unit_grid(batch['video'].shape)
     for spec in phase.masks:
       mask, _, predicted = _predicted(
         params, batch, rng, phase, spec, None, deterministic=True
       )
       (output,) = predicted[PIXELS].values()
-      index = unit_masks.expand_units(mask.masked, grid)
-      output = hiera_mae.as_raw(
-        output, index, batch['video'], phase.encoder, self.pixel_norm
+      indices = hiera_units.expand_units(mask.masked, grid)
+      output = decoder.as_raw(
+        output, indices, batch['video'], phase.encoder, self.pixel_norm
       )
-      # From unit after unit to the order of tokens.
-      order = jnp.argsort(index, axis=1).astype(jnp.int32)
-      found[spec.name] = base.Reconstruction(
-        unit_masks.token_mask(mask, grid),
-        masking.gather(output, order),
+      # From unit order to token order.
+      order = jnp.argsort(indices, axis=1).astype(jnp.int32)
+      reconstructions[spec.name] = phase_lib.Reconstruction(
+        hiera_units.token_mask(mask, grid),
+        sampling.gather(output, order),
         self.pixel_norm,
         phase.encoder.patch[0],
       )
-    return found
+    return reconstructions
 
-  def cost(self, phase: base.Phase, video: tuple[int, ...]) -> base.Cost:
-    """Returns FLOPs per clip from true token counts."""
+  def cost(
+    self, phase: phase_lib.Phase, video: tuple[int, ...]
+  ) -> phase_lib.Cost:
+    """Returns FLOPs per clip from the actual token counts."""
     return kdhiera_cost.cost(phase, video)
 
 
 def _ends(
-  phase: Distil, params: Any, video: base.Video, mask: masking.Mask, **how: Any
+  phase: Distil,
+  params: Any,
+  video: phase_lib.Video,
+  mask: sampling.Mask,
+  **how: Any,
 ) -> tuple[Array, ...]:
-  """Returns the ends of the encoder's stages, of the visible units."""
+  """Returns the outputs of the encoder's stages for the visible units."""
   return phase.encoder.apply(
     {'params': params}, video, mask.visible, features=True, **how
   )
 
 
 def _predicted(
-  params: base.Params,
+  params: phase_lib.Params,
   batch: Mapping[str, Any],
   rng: rngs.Rng,
   phase: Distil,
-  spec: unit_masks.Units,
+  spec: hiera_units.Units,
   scores: Array | None,
   deterministic: bool = False,
-) -> tuple[masking.Mask, masking.Metrics, dict[str, dict[str, Array]]]:
-  """Returns a mask, what drawing it told, and the outputs of every head.
+) -> tuple[sampling.Mask, sampling.Metrics, dict[str, dict[str, Array]]]:
+  """Returns a mask, its metrics, and the outputs of every head.
 
-  Those of units after one another, four tokens each.
+  Outputs are ordered by unit, with four tokens per unit.
   """
   video = batch['video']
   grid = phase.encoder.unit_grid(video.shape)
-  mask, told = spec.draw(rng, batch, grid, scores)
+  mask, metrics = spec.draw(rng, batch, grid, scores)
   dropout = {'dropout': rng.per_batch(f'dropout/{spec.name}')}
   ends = _ends(
     phase,
@@ -294,12 +315,12 @@ def _predicted(
     deterministic=deterministic,
     rngs=dropout,
   )
-  found = {}
+  outputs = {}
   for name, head in phase.heads.items():
     output = head.apply({'params': params[f'heads_{name}']}, ends, mask, grid)
-    if not isinstance(output, Mapping):  # one Dense, a part for each layer
+    if not isinstance(output, Mapping):  # one Dense, channels split by layer
       parts = jnp.split(output, len(phase.pairs[name]), axis=-1)
       names = [pair.name for pair in phase.pairs[name]]
       output = dict(zip(names, parts, strict=True))
-    found[name] = output
-  return mask, told, found
+    outputs[name] = output
+  return mask, metrics, outputs

@@ -1,6 +1,6 @@
-"""The knobs of KDHiera, interpretation of the abstract, and its builder.
+"""Config keys and builder of KDHiera, interpretation of the abstract.
 
-Hiera-MAE is one of its cases: no teachers, random units, pixels as targets.
+Hiera-MAE is a special case: no teachers, random units, pixels as targets.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,79 +9,84 @@ from typing import Any
 import flax.linen as nn
 import ml_collections
 
-from vssl_jax import colours, losses, ranges, unit_masks
-from vssl_jax.methods import base, chain, kdhiera, knobs, pixel_phase
-from vssl_jax.methods import teachers as teachers_lib
-from vssl_jax.models import attended, framewise, hiera, hiera_mae, stage_heads
+from vssl_jax import losses
+from vssl_jax.masks import hiera_units
+from vssl_jax.methods import chain, config_checks, kdhiera, masked_pixels, phase
+from vssl_jax.methods import distillation_teachers as teachers_lib
+from vssl_jax.models import framewise, vit
+from vssl_jax.models.hiera import decoder, stage_heads
+from vssl_jax.models.hiera import encoder as encoder_lib
+from vssl_jax.utils import colours, ranges
 
 STAGES = 4
-# Of what chance would keep, by `mask/attention_kept`.
+# Lowest healthy `mask/attention_kept`, as a multiple of its value for random
+# masks.
 CLEARLY = 1.1
 
 
-KEYS = ranges.Section(  # student Hiera-B: all values are ours
+KEYS = ranges.Section(  # student Hiera-B: all values are our choice
   name=('kdhiera', ranges.Choice(('kdhiera',))),
   # 300 epochs of 240k clips at batch 512
-  steps=(140_400, knobs.STEPS),
-  # The student: a row of hiera.SIZES; () and 0 take the values of the size.
+  steps=(140_400, config_checks.STEPS),
+  # The student: one of hiera.SIZES; () and 0 use the values of the size.
   encoder=ranges.Section(
-    size=('B', ranges.Choice(tuple(hiera.SIZES))),
-    channels=(0, knobs.WIDTH),
+    size=('B', ranges.Choice(tuple(encoder_lib.SIZES))),
+    channels=(0, config_checks.WIDTH),
     depths=((), ranges.Tuple(ranges.Whole(1, 2**10), lengths=(0, STAGES))),
-    num_heads=(0, knobs.HEADS),
+    num_heads=(0, config_checks.HEADS),
   ),
-  # models/hiera.py explains each field.
+  # See models/hiera/encoder.py for each field.
   hiera=ranges.Section(
-    kernel=((3, 7, 7), knobs.TRIPLE),
-    stride=((2, 4, 4), knobs.TRIPLE),
+    kernel=((3, 7, 7), config_checks.TRIPLE),
+    stride=((2, 4, 4), config_checks.TRIPLE),
     padding=((1, 3, 3), ranges.Tuple(ranges.Whole(0, 2**10), lengths=(3,))),
-    init=('mae', ranges.Choice(tuple(hiera.INITS))),
-    **knobs.network(dtype='bfloat16', remat='none', attention='auto'),
+    init=('mae', ranges.Choice(tuple(encoder_lib.INITS))),
+    **config_checks.network(dtype='bfloat16', remat='none', attention='auto'),
   ),
-  drop_path=(0.1, knobs.RATE),  # of the student
+  drop_path=(0.1, config_checks.RATE),  # of the student
   **teachers_lib.keys(
-    # Blocks of the teacher after which its features are followed.
+    # Blocks of the teacher (from 1) whose outputs are targets.
     layers=(
       (3, 6, 9, 12),
       ranges.Tuple(ranges.Whole(1, 2**10), unique=True),
     ),
-    weight=(1.0, knobs.WEIGHT),
+    weight=(1.0, config_checks.WEIGHT),
   ),
-  # 'visible': the visible tokens of all stages follow layers of the teachers;
-  # 'masked': a decoder for each teacher predicts these layers where the
-  # student sees nothing; 'pixels': a decoder predicts pixels there.
+  # 'visible': visible tokens of all stages regress layers of the teachers;
+  # 'masked': a decoder per teacher predicts these layers at masked units;
+  # 'pixels': a decoder predicts pixels at masked units.
   targets=('visible', ranges.Choice(('visible', 'masked', kdhiera.PIXELS))),
-  # which follows each of `layers`, under 'visible'
+  # stage that regresses each of `layers`, with targets='visible'
   stages=((1, 2, 3, 4), ranges.Tuple(ranges.Whole(1, STAGES))),
-  # of each of `layers`, over their sum; (): all the same
-  layer_weights=((), ranges.Tuple(knobs.WEIGHT)),
+  # of each of `layers`, divided by their sum; (): equal weights
+  layer_weights=((), ranges.Tuple(config_checks.WEIGHT)),
   # 'mse', 'smooth_l1'
   feature_loss=(
     'cosine',
     ranges.Choice(('cosine', *losses.TOKEN_DISTANCES)),
   ),
   target_norm=('ln', ranges.Choice(tuple(losses.TARGET_NORMS))),  # 'none'
-  # fixed positions in front of the heads of stages
+  # fixed position embeddings at the input of the stage heads
   head_pos=(False, ranges.Flag()),
-  decoder=knobs.head(width=512, depth=2, num_heads=8),
+  decoder=config_checks.head(width=512, depth=2, num_heads=8),
   # 'patch_channel', 'none'
   pixel_norm=('patch', ranges.Choice(tuple(losses.PIXEL_NORMS))),
   # --- masks
   mask_ratio=(0.9, ranges.Real(above=0, below=1)),
-  # more amortise the teachers
-  masks_per_clip=(1, knobs.MASKS_PER_CLIP),
-  # 'random': all units alike, as Hiera-MAE
+  # several masks share one pass of the teachers
+  masks_per_clip=(1, config_checks.MASKS_PER_CLIP),
+  # 'random': uniform over all units, as in Hiera-MAE
   units=('attention', ranges.Choice(('attention', 'random'))),
-  # whose attention; it need not be among `teachers`
+  # teacher whose attention is used; it need not be among `teachers`
   mask_teacher=('image', ranges.Choice(teachers_lib.NAMES)),
-  # 'cls': of the class token; 'column_mean': of all patches, for teachers
-  # without a class token or with one that learned nothing (MAE);
-  # 'feature_norm': length of the last features; 'uniform'.
+  # 'cls': attention of the class token; 'column_mean': mean attention of all
+  # patches, for teachers without a trained class token (MAE);
+  # 'feature_norm': L2 norm of the last features; 'uniform'.
   scores=(
     'cls',
-    ranges.Choice((*attended.KINDS, 'feature_norm', 'uniform')),
+    ranges.Choice((*vit.SCORES, 'feature_norm', 'uniform')),
   ),
-  selection=('sample', ranges.Choice(unit_masks.MODES)),
+  selection=('sample', ranges.Choice(hiera_units.MODES)),
   tube=(False, ranges.Flag()),  # the same units at every time step
 )
 
@@ -93,21 +98,21 @@ def build(
   video: tuple[int, ...],
   resolve: Callable[[str], nn.Module],
   pixels: colours.Colours,
-) -> base.Method:
+) -> phase.Method:
   """Builds the method from its section of the config.
 
   Args:
     config: `config.method`.
     video: (T, H, W, C) of a clip.
     resolve: source of an outside teacher -> its module.
-    pixels: mean and deviation of the clips.
+    pixels: mean and standard deviation of the pixels.
 
   Raises:
-    ValueError: a value outside of its range, a teacher without a source, or
-      layers, stages and weights that do not fit together.
+    ValueError: a value is out of range, a teacher has no source, or layers,
+      stages and weights do not match.
   """
   KEYS.check(config, 'method')
-  asked = config.mask_teacher if _by_teacher(config) else ''
+  mask_teacher = config.mask_teacher if _by_teacher(config) else ''
   distilled = tuple(config.teachers)
   if config.targets == kdhiera.PIXELS:
     distilled = ()
@@ -116,16 +121,18 @@ def build(
       f'method.teachers: found (), wanted some of {teachers_lib.NAMES}, or '
       "method.targets='pixels'"
     )
-  names = dict.fromkeys((*distilled, *filter(None, (asked,))))
-  own, modules = teachers_lib.find(config, tuple(names), video, resolve, pixels)
-  _check_scores(config, asked, modules)
+  names = dict.fromkeys((*distilled, *filter(None, (mask_teacher,))))
+  teacher_phases, modules = teachers_lib.find(
+    config, tuple(names), video, resolve, pixels
+  )
+  _check_scores(config, mask_teacher, modules)
   encoder = _encoder(config, pixels)
   pairs = {n: _pairs(config, n, modules[n].depth) for n in distilled}
   if config.targets == kdhiera.PIXELS:
     pairs = {kdhiera.PIXELS: (kdhiera.Pair('patch', 0, 1.0),)}
   masks = _masks(config)
   grid = encoder.unit_grid((1, *video))
-  visible, masked = masks[0].counts(grid)  # refuses a clip that is too small
+  visible, masked = masks[0].counts(grid)  # raises if the clip is too small
   plan = kdhiera.Distil(
     name='distill',
     steps=config.steps,
@@ -137,26 +144,26 @@ def build(
     pairs=pairs,
     compared='visible' if config.targets == 'visible' else 'masked',
     masks=masks,
-    mask_teacher=asked,
+    mask_teacher=mask_teacher,
     teachers=teachers_lib.frozen(config, modules),
     init='fresh',
     opt='fresh',
-    rows='fresh',
-    alarms=_alarms(config, asked, visible / (visible + masked)),
+    example_memory='fresh',
+    alarms=_alarms(config, mask_teacher, visible / (visible + masked)),
   )
-  taken = {*kdhiera.Kdhiera.__dataclass_fields__} & {*config}
+  fields = {*kdhiera.Kdhiera.__dataclass_fields__} & {*config}
   distil = kdhiera.Kdhiera(
-    plan=(plan,), **{name: config[name] for name in taken}
+    plan=(plan,), **{name: config[name] for name in fields}
   )
-  return chain.of(pixel_phase.Pixels(own), distil)
+  return chain.of(masked_pixels.Pixels(teacher_phases), distil)
 
 
 def _encoder(
   config: ml_collections.ConfigDict, pixels: colours.Colours
-) -> hiera.Hiera:
-  """Returns the student: it leaves 2 x 2 tokens of a unit."""
-  return hiera.make(
-    knobs.shape(config.encoder, hiera.SIZES),
+) -> encoder_lib.Hiera:
+  """Returns the student; its last stage has 2 x 2 tokens per unit."""
+  return encoder_lib.make(
+    config_checks.shape(config.encoder, encoder_lib.SIZES),
     **config.hiera,
     **pixels._asdict(),
     q_pool=2,
@@ -165,7 +172,7 @@ def _encoder(
 
 
 def _by_teacher(config: ml_collections.ConfigDict) -> bool:
-  """Returns whether masks go by what a teacher says."""
+  """Returns whether masks depend on the outputs of a teacher."""
   return config.units == 'attention' and 'uniform' not in (
     config.scores,
     config.selection,
@@ -189,39 +196,39 @@ def _check_scores(
 def _pairs(
   config: ml_collections.ConfigDict, teacher: str, depth: int
 ) -> tuple[kdhiera.Pair, ...]:
-  """Returns what is compared with a teacher, the weights summing to its own."""
-  taken, stages = tuple(config[teacher].layers), tuple(config.stages)
-  if not taken or any(not 1 <= n <= depth for n in taken):
+  """Returns the comparisons with a teacher; weights sum to the teacher's."""
+  layers, stages = tuple(config[teacher].layers), tuple(config.stages)
+  if not layers or any(not 1 <= n <= depth for n in layers):
     raise ValueError(
-      f'method.{teacher}.layers: found {taken}, wanted some of 1 to {depth}, '
+      f'method.{teacher}.layers: found {layers}, wanted some of 1 to {depth}, '
       "the teacher's blocks"
     )
-  names = [f'layer_{n:02d}' for n in taken]
+  names = [f'layer_{n:02d}' for n in layers]
   if config.targets == 'visible':
-    if len(stages) != len(taken):
+    if len(stages) != len(layers):
       raise ValueError(
-        f'method.stages: found {stages} for method.{teacher}.layers={taken}; '
+        f'method.stages: found {stages} for method.{teacher}.layers={layers}; '
         f'wanted one of 1 to {STAGES} for each layer'
       )
     names = [
       f'stage_{stage}' if stages.count(stage) == 1 else f'stage_{stage}_{name}'
       for stage, name in zip(stages, names, strict=True)
     ]
-  weights = tuple(config.layer_weights) or (1.0,) * len(taken)
-  if len(weights) != len(taken) or not sum(weights):
+  weights = tuple(config.layer_weights) or (1.0,) * len(layers)
+  if len(weights) != len(layers) or not sum(weights):
     raise ValueError(
       f'method.layer_weights: found {weights} for method.{teacher}.layers='
-      f'{taken}; wanted a weight of 0 or more for each, and not all 0'
+      f'{layers}; wanted a weight of 0 or more for each, and not all 0'
     )
   return tuple(
     kdhiera.Pair(name, layer, config[teacher].weight * weight / sum(weights))
-    for name, layer, weight in zip(names, taken, weights, strict=True)
+    for name, layer, weight in zip(names, layers, weights, strict=True)
   )
 
 
 def _masks(
   config: ml_collections.ConfigDict,
-) -> tuple[unit_masks.Units, ...]:
+) -> tuple[hiera_units.Units, ...]:
   mode = config.selection
   if config.units == 'random':
     mode = 'random'
@@ -237,7 +244,7 @@ def _masks(
   if config.masks_per_clip > 1:
     names = [str(i + 1) for i in range(config.masks_per_clip)]
   return tuple(
-    unit_masks.Units(name, config.mask_ratio, mode, config.tube)
+    hiera_units.Units(name, config.mask_ratio, mode, config.tube)
     for name in names
   )
 
@@ -245,12 +252,12 @@ def _masks(
 def _head(
   config: ml_collections.ConfigDict,
   name: str,
-  encoder: hiera.Hiera,
+  encoder: encoder_lib.Hiera,
   modules: Mapping[str, Any],
   pairs: tuple[kdhiera.Pair, ...],
   video: tuple[int, ...],
 ) -> nn.Module:
-  """Returns the heads of the stages, or a decoder with all layers' channels."""
+  """Returns stage heads, or a decoder with the channels of all layers."""
   if config.targets == 'visible':
     stages = dict(zip([p.name for p in pairs], config.stages, strict=True))
     return stage_heads.StageHeads(
@@ -261,7 +268,7 @@ def _head(
     )
   _, py, px = encoder.patch
   width = py * px * video[-1] if name == kdhiera.PIXELS else modules[name].width
-  return hiera_mae.Decoder(
+  return decoder.Decoder(
     out_width=width * len(pairs),
     **config.decoder,
     dtype=encoder.dtype,

@@ -1,4 +1,4 @@
-"""LayerLock's knobs, and the method that they describe."""
+"""Config keys and builder of LayerLock."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,35 +8,37 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from vssl_jax import colours, losses, mask_specs, ranges, sharding
+from vssl_jax import losses, sharding
+from vssl_jax.masks import specs, tubelets
 from vssl_jax.methods import (
-  base,
-  knobs,
+  config_checks,
   layerlock,
+  lock_schedule,
+  phase,
   salt,
   salt_config,
-  schedules,
 )
 from vssl_jax.models import layers, positions, vit
+from vssl_jax.utils import colours, ranges
 
-AUTO = ('schedule',)  # what a short run may decide
+AUTO = ('schedule',)  # options that a short run can determine
 
 
 def _readable(schedule: str) -> None:
   if schedule not in ('', 'auto'):
-    schedules.parse(schedule)
+    lock_schedule.parse(schedule)
 
 
-STRETCH = ranges.Real(0, ranges.MANY)  # below 1 a fraction, else a number
+STRETCH = ranges.Real(0, ranges.MANY)  # below 1 a fraction, else a count
 
-KEYS = ranges.Section(  # our defaults, ViT-L
+KEYS = ranges.Section(  # defaults are our choice, ViT-L
   name=('layerlock', ranges.Choice(('layerlock',))),
-  # 'vjepa': locks under V-JEPA's masks, predictor and average
+  # 'vjepa': locks with the masks, predictor and EMA of V-JEPA
   base=('mae', ranges.Choice(('mae', 'vjepa'))),
-  encoder=knobs.encoder(),
-  vit=knobs.network(
+  encoder=config_checks.encoder(),
+  vit=config_checks.network(
     patch=(2, 16, 16),
-    # 'both' adds a learned table, 'learned' is 4DS, 'rope_3d' V-JEPA.
+    # 'both' adds a learned table; 'learned' is 4DS, 'rope_3d' V-JEPA.
     positions='rope_post_norm',
     rope_pairing='paired',  # of 'rope_3d'
     qkv_bias='full',
@@ -47,52 +49,52 @@ KEYS = ranges.Section(  # our defaults, ViT-L
     remat='none',
     attention='auto',
   ),
-  # the last blocks, which decode and are never locked
-  decoder_blocks=(4, knobs.BLOCKS),
-  # 'loops': a sixth less to compile, and a fifth of it from the cache.
+  # number of last blocks that decode; they are never locked
+  decoder_blocks=(4, config_checks.BLOCKS),
+  # 'loops': a sixth less compile time; from the cache, a fifth of that.
   layout=('unrolled', ranges.Choice(('unrolled', 'loops'))),
-  total=(100_000, knobs.STEPS),  # steps of the run
+  total=(100_000, config_checks.STEPS),  # steps of the run
   # Lock a layer, or `jump` of them, every `interval` steps from `start` on,
   # until `last` are locked. Values below 1 are fractions, of the run's steps
-  # and of the layers; interval=0 divides what is left evenly.
+  # and of the layers; interval=0 divides the steps after `start` evenly.
   start=(1 / 3, STRETCH),
   interval=(0.0, STRETCH),
   jump=(1, ranges.Whole(1, 2**10)),
   last=(2 / 3, STRETCH),
-  # Instead: '((0, 600), (1, 200), ...)', lock depth and steps of each phase;
-  # 'auto': a short run proposes it before the first step.
+  # Overrides the four keys above: '((0, 600), (1, 200), ...)', lock depth and
+  # steps of each phase; 'auto': a short run proposes it before the first step.
   schedule=('', ranges.Text(_readable)),
-  # that run's length: a fraction of the run's steps, or steps
+  # length of that short run: a fraction of the run's steps, or steps
   trial=(0.05, ranges.Real(high=ranges.MANY, above=0)),
-  # share of each lock's steps, and the first factor
+  # fraction of each lock's steps, and initial learning-rate factor
   rewarm=(
     (0.1, 0.1),
-    ranges.Record((knobs.SHARE, ranges.Real(high=1, above=0))),
+    ranges.Record((config_checks.SHARE, ranges.Real(high=1, above=0))),
   ),
-  # 'pixels': freezing only
+  # 'pixels': freezing without latent targets
   target=('latent', ranges.Choice(('latent', 'pixels'))),
-  # 'all': every locked layer, a head for each
+  # 'all': every locked layer, with a head per layer
   targets=('single', ranges.Choice(('single', 'all'))),
   positions=('all', ranges.Choice(('all', 'subset', 'masked'))),
   subset=(0.05, ranges.Real(high=1, above=0)),
   subset_context=('subset', ranges.Choice(('subset', 'full'))),
-  masks=('random:0.95', knobs.MASKS),
-  mask_select=('random_k', knobs.MASK_SELECT),
+  masks=('random:0.95', config_checks.MASKS),
+  mask_select=('random_k', config_checks.MASK_SELECT),
   # 'patch', 'none'
   pixel_norm=('patch_channel', ranges.Choice(tuple(losses.PIXEL_NORMS))),
   target_norm=('ln', ranges.Choice(tuple(losses.TARGET_NORMS))),  # 'none'
-  # 'bfloat16' stores locked matrices in half
-  frozen_dtype=('float32', knobs.DTYPE),
-  # False is the control: nothing is locked, pixel and latent terms are added.
+  # 'bfloat16' stores locked matrices in half the memory
+  frozen_dtype=('float32', config_checks.DTYPE),
+  # False: control without freezing; pixel and latent terms are summed.
   freeze=(True, ranges.Flag()),
   latent_weight=('constant', ranges.Choice(('constant', 'cosine'))),
   # base='vjepa' only.
-  predictor=knobs.head(width=384, depth=12, num_heads=16),
-  mask_tokens=(2, knobs.MASK_TOKENS),
+  predictor=config_checks.head(width=384, depth=12, num_heads=16),
+  mask_tokens=(2, config_checks.MASK_TOKENS),
   latent_loss=('l1', ranges.Choice(tuple(losses.DISTANCES))),
-  ema=((0.99925, 0.99925), knobs.EMA),  # first and last step of the run
+  ema=((0.99925, 0.99925), config_checks.EMA),  # first and last step of the run
   # layers above the newest locked one
-  target_offset=(1, knobs.BLOCKS),
+  target_offset=(1, config_checks.BLOCKS),
 )
 
 default = KEYS.defaults
@@ -103,17 +105,17 @@ def build(
   video: tuple[int, ...],
   resolve: Callable[[str], nn.Module],
   pixels: colours.Colours,
-) -> base.Method:
+) -> phase.Method:
   """Builds the method from its section of the config.
 
   Args:
     config: `config.method`.
     video: (T, H, W, C) of a clip.
-    resolve: not used; no module comes from outside.
-    pixels: mean and deviation of the clips.
+    resolve: not used; there are no outside teachers.
+    pixels: mean and standard deviation of the pixels.
 
   Raises:
-    ValueError: a value outside of its range, or a schedule that does not fit.
+    ValueError: a value is out of range, or the schedule does not fit the run.
   """
   del resolve
   KEYS.check(config, 'method')
@@ -123,10 +125,11 @@ def build(
 
 
 def mae_steps(config: ml_collections.ConfigDict, video: tuple[int, ...]) -> int:
-  """Returns how many steps without locks cost what a run with them costs.
+  """Returns the steps of an MAE without locks that cost as much as the run.
 
   Args:
-    config: `config.method` of the run with locks, pixels first.
+    config: `config.method` of the run with locks, whose first phase has a pixel
+      target and no locks.
     video: (T, H, W, C) of a clip.
   """
   encoder = _encoder(config, colours.of(video[-1]))
@@ -138,9 +141,9 @@ def mae_steps(config: ml_collections.ConfigDict, video: tuple[int, ...]) -> int:
 def trial(
   config: ml_collections.ConfigDict,
 ) -> tuple[ml_collections.ConfigDict, int, int]:
-  """Returns a short run that locks nothing, its steps and the whole run's."""
-  share = config.trial
-  steps = max(round(config.total * share if share < 1 else share), 1)
+  """Returns a short run without locks, its steps, and the whole run's steps."""
+  length = config.trial
+  steps = max(round(config.total * length if length < 1 else length), 1)
   short = config.copy_and_resolve_references()
   short.total, short.schedule = steps, f'((0, {steps}),)'
   return short, steps, config.total
@@ -151,43 +154,47 @@ def decide(
   steps: Sequence[int],
   drift: Sequence[Mapping[int, float]],
 ) -> dict[str, Any]:
-  """Returns the schedule that the drift of a short run proposes.
+  """Returns the schedule proposed from the drift of a short run.
 
   Args:
-    config: of the whole run.
-    steps: at which the short run was looked at.
-    drift: at each look, block -> relative change since the look before.
+    config: `config.method` of the whole run.
+    steps: steps of the short run at which drift was measured.
+    drift: per measurement, block -> relative change of its weights since the
+      previous measurement.
+
+  Returns:
+    {'schedule': the schedule as text}.
   """
-  plain = config.copy_and_resolve_references()
-  plain.schedule = ''
-  deepest = _schedule(plain, _encoder(config))[-1][0]
-  found = schedules.suggest(drift, steps, config.total, limit=deepest)
-  return {'schedule': repr(found)}
+  unscheduled = config.copy_and_resolve_references()
+  unscheduled.schedule = ''
+  deepest = _schedule(unscheduled, _encoder(config))[-1][0]
+  schedule = lock_schedule.suggest(drift, steps, config.total, limit=deepest)
+  return {'schedule': repr(schedule)}
 
 
 def _encoder(
   config: ml_collections.ConfigDict,
   pixels: colours.Colours = colours.DEFAULTS[3],
 ) -> vit.Vit:
-  alone = config.base == 'vjepa'
+  separate_predictor = config.base == 'vjepa'
   return salt_config.make_encoder(
     config.encoder,
     config.vit,
     **pixels._asdict(),
-    final_norm=alone,
-    decoder_blocks=0 if alone else config.decoder_blocks,
+    final_norm=separate_predictor,
+    decoder_blocks=0 if separate_predictor else config.decoder_blocks,
   )
 
 
 def most_locked(config: ml_collections.ConfigDict) -> int:
-  """Returns how many layers may be locked at most."""
+  """Returns the largest number of layers that can be locked."""
   encoder = _encoder(config)
   return encoder.depth - max(encoder.decoder_blocks, 1)
 
 
 def _schedule(
   config: ml_collections.ConfigDict, encoder: vit.Vit
-) -> schedules.Schedule:
+) -> lock_schedule.Schedule:
   """Returns (lock depth, steps) of every phase."""
   limit = most_locked(config)
   if config.schedule == 'auto':
@@ -196,9 +203,9 @@ def _schedule(
       "elsewhere write a schedule, or '' for start, interval, jump and last"
     )
   if config.schedule:
-    found = schedules.parse(config.schedule)
-    return schedules.check(found, config.total, limit)
-  return schedules.lock_schedule(
+    schedule = lock_schedule.parse(config.schedule)
+    return lock_schedule.check(schedule, config.total, limit)
+  return lock_schedule.lock_schedule(
     config.total,
     encoder.depth,
     start=config.start,
@@ -212,7 +219,7 @@ def _schedule(
 def _shared(
   config: ml_collections.ConfigDict, encoder: vit.Vit, depth: int, steps: int
 ) -> dict[str, Any]:
-  """Returns what the phases of both bases have in common."""
+  """Returns the fields of a phase that are shared by both bases."""
   share, factor = config.rewarm
   loops: tuple[int, ...] = ()
   if config.layout == 'loops':
@@ -230,7 +237,7 @@ def _shared(
 
 
 def _frozen(encoder: vit.Vit, depth: int) -> tuple[str, ...]:
-  """Returns the patterns of what makes the outputs of the first blocks."""
+  """Returns name patterns of the embedding and the first `depth` blocks."""
   if not depth:
     return ()
   learned = encoder.positions in positions.LEARNED
@@ -244,30 +251,32 @@ def _frozen(encoder: vit.Vit, depth: int) -> tuple[str, ...]:
 def _mae(
   config: ml_collections.ConfigDict,
   encoder: vit.Vit,
-  schedule: schedules.Schedule,
+  schedule: lock_schedule.Schedule,
   video: tuple[int, ...],
 ) -> layerlock.LayerLock:
-  mask, *more = mask_specs.parse(config.masks, select=config.mask_select)
-  if more:
+  mask, *others = specs.parse(config.masks, select=config.mask_select)
+  if others:
     raise ValueError(
       f'method.masks: found {config.masks!r}, wanted one mask such as '
       "'random:0.95' or 'short'"
     )
-  mask.counts(layers.grid_of((1, *video), encoder.patch))  # refuses small grids
+  mask.counts(
+    tubelets.grid_of((1, *video), encoder.patch)
+  )  # raises if the grid is too small
   pt, py, px = encoder.patch
   heads: tuple[str, ...] = ('latent_head',)
   if config.targets == 'all':
     deepest = max(schedule[-1][0], 1)
     heads = tuple(f'latent_head_{k:02d}' for k in range(1, deepest + 1))
-  taken = ('pixel_norm', 'target_norm', 'targets', 'positions', 'subset')
-  taken += ('subset_context', 'latent_weight')
+  fields = ('pixel_norm', 'target_norm', 'targets', 'positions', 'subset')
+  fields += ('subset_context', 'latent_weight')
   return layerlock.LayerLock(
     plan=tuple(_lock(config, encoder, k, n, heads) for k, n in schedule),
     mask=mask,
     pixel_head=_head(encoder, pt * py * px * video[-1]),
     latent_head=_head(encoder, encoder.width),
     latent_heads=heads,
-    **{name: config[name] for name in taken},
+    **{name: config[name] for name in fields},
   )
 
 
@@ -309,24 +318,24 @@ def _lock(
 def _vjepa(
   config: ml_collections.ConfigDict,
   encoder: vit.Vit,
-  schedule: schedules.Schedule,
+  schedule: lock_schedule.Schedule,
   video: tuple[int, ...],
 ) -> salt.Salt:
-  """Returns V-JEPA's loss with locks: a target that moves up an average."""
-  masks = mask_specs.parse(config.masks, select=config.mask_select)
+  """Returns V-JEPA with locks; the EMA's target layer rises with lock depth."""
+  masks = specs.parse(config.masks, select=config.mask_select)
   for spec in masks:
-    spec.counts(layers.grid_of((1, *video), encoder.patch))
+    spec.counts(tubelets.grid_of((1, *video), encoder.patch))
   shape = dict(config.predictor, out_width=encoder.width)
   predictor = salt_config.make_predictor(shape, config, encoder)
-  plan, done = [], 0
+  plan, start_step = [], 0
   for depth, steps in schedule:
     shared = _shared(config, encoder, depth, steps)
     teacher = shared['encoder'].clone(drop_path=0.0)
-    ends = (done, done + steps)
+    ends = (start_step, start_step + steps)
     momentum = tuple(
       float(np.interp(x, (0, config.total), config.ema)) for x in ends
     )
-    done += steps
+    start_step += steps
     shared['name'] = f'lock_{depth:02d}'
     frozen = depth if config.freeze else 0
     plan.append(
@@ -336,8 +345,8 @@ def _vjepa(
         frozen_depth=frozen,
         predictor=predictor,
         masks=masks,
-        teachers={'target': base.Teacher(teacher, '@ema/encoder')},
-        ema={'encoder': base.Ema('encoder', momentum)},
+        teachers={'target': phase.Teacher(teacher, '@ema/encoder')},
+        ema={'encoder': phase.Ema('encoder', momentum)},
         latent_loss=config.latent_loss,
         target_norm=config.target_norm,
         target_layer=min(depth + config.target_offset, encoder.depth),

@@ -1,13 +1,16 @@
-"""PMD: a student of two frozen teachers, in phases of rising mask ratio.
+"""PMD: distillation from two frozen teachers, in phases of rising mask ratio.
 
 A masked video student predicts the features of an image teacher (of every
 tubelet's first frame) and of a video teacher, as in MVD (arXiv 2212.04500).
-PMD (CVPR 2026) adds three things: each phase hides more than the one before it
-and is guided by that one's student (PSD); losses of patches are smoothed over
-visits, and hard patches weigh more (DARE); shallow and middle layers follow
-deeper layers of the teachers (CLFA). With one phase and the three weights at 0
-it is MVD. No code of PMD is public, and its text was not available to us:
-`README.md` lists what it leaves open or says in two ways, and what we chose.
+PMD (CVPR 2026) adds three terms:
+  PSD: each phase has a higher mask ratio than the previous phase and is also
+    distilled from the student of the previous phase.
+  DARE: the loss of each patch is smoothed over visits, and hard patches get
+    larger weights.
+  CLFA: shallow and middle layers are aligned with deeper teacher layers.
+With one phase and the weights of the three terms at 0, PMD is MVD. No code of
+PMD is public, and its text was not available to us: `README.md` lists open and
+ambiguous details, and our choices.
 """
 
 import dataclasses
@@ -17,75 +20,72 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vssl_jax import losses, mask_specs, masking, rngs
-from vssl_jax.methods import (
-  base,
-  difficulty,
-  patch_memory,
-  pixel_phase,
-  pmd_cost,
-)
-from vssl_jax.methods import teachers as teachers_lib
-from vssl_jax.models import layers
-from vssl_jax.models import student as student_lib
+from vssl_jax import losses, rngs
+from vssl_jax.masks import sampling, specs, tubelets
+from vssl_jax.methods import distillation_teachers as distillation_teachers_lib
+from vssl_jax.methods import masked_pixels, pmd_cost, pmd_terms
+from vssl_jax.methods import phase as phase_lib
+from vssl_jax.models import mvd_student as mvd_student_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Distil(base.Phase):
-  """Steps at one mask ratio.
+class Distil(phase_lib.Phase):
+  """A phase of distillation at one mask ratio.
 
   Attributes:
-    student: encoder and a decoder per teacher; `teachers` has the same names,
-      and `previous` besides where a student of an earlier phase guides.
-    align: teacher -> maps of the student's layers to its width; empty without
-      alignment.
-    masks: all drawn every step, under one pass of the teachers.
-    previous_masks: what the previous student sees, one for each of `masks`.
+    student: encoder, and a decoder per teacher. `teachers` has the same names,
+      and `previous` in addition if the previous student is used.
+    align: teacher -> projections of the student's layers to the teacher's
+      width; empty without alignment.
+    masks: all drawn every step; the teachers run once for all of them.
+    previous_masks: masks of the previous student, one for each of `masks`.
   """
 
-  student: student_lib.Student
-  align: Mapping[str, student_lib.Alignment]
-  masks: tuple[mask_specs.Spec, ...]
-  previous_masks: tuple[mask_specs.Spec, ...] = ()
+  student: mvd_student_lib.Student
+  align: Mapping[str, mvd_student_lib.Alignment]
+  masks: tuple[specs.Spec, ...]
+  previous_masks: tuple[specs.Spec, ...] = ()
 
 
 class _Seen(NamedTuple):
-  """What one mask gave, per teacher."""
+  """Outputs under one mask: the mask, the loss per teacher, and features."""
 
-  mask: masking.Mask
+  mask: sampling.Mask
   loss: dict[str, Float[Array, 'B M']]
   features: tuple[Array, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pmd(base.Method):
-  """The loss, and the phases that use it.
+class Pmd(phase_lib.Method):
+  """The PMD loss and the phases that use it.
 
   Attributes:
-    plan: in the order they run.
+    plan: the phases, in order.
     lambda_base: weight of the distance to the teachers.
-    lambda_pg: of the distance to the previous student (PSD).
-    lambda_df: of the smoothed and weighed distance (DARE).
-    lambda_al: of the alignment of layers (CLFA).
-    feature_loss: `mse` (the note's "L2") or `smooth_l1` (MVD's scripts), of
+    lambda_pg: weight of the distance to the previous student (PSD).
+    lambda_df: weight of the smoothed and weighted distance (DARE).
+    lambda_al: weight of the alignment of layers (CLFA).
+    feature_loss: `mse` (the note's "L2") or `smooth_l1` (MVD's scripts), one of
       `losses.TOKEN_DISTANCES`.
-    target_norm: of teachers' features, `losses.TARGET_NORMS`; MVD has none.
-    alpha: weight of the new loss in the smoothed one, as written.
+    target_norm: normalisation of the teachers' features, one of
+      `losses.TARGET_NORMS`; MVD has none.
+    alpha: weight of the new loss in the smoothed loss, as written in the paper.
     tau: temperature of the weights, for losses that are means over channels.
     dare: `both`, or for ablations `smooth` or `weights`.
-    df_extra_mean: the letter of the paper: DARE over the number of masked
-      patches once more. Off: weights sum to 1 already, and the term would be
-      a thousandth of the base loss.
-    pg_positions: `masked`, the letter; `both_masked`: hidden from both
-      students, as the previous one never learned to predict what it sees.
-    align_norm: `none`, raw layers as nothing else is said, or `ln` on layers
-      of student and teachers.
-    rows_shape: `patch`, the letter, or `tube`: one for all time steps of a
-      position.
-    rows_frame: a row's cells are those of the crop (`grid`, the letter), or of
-      the whole picture that it was cut from (`crop`).
+    df_extra_mean: True, as written in the paper: DARE is divided once more by
+      the number of masked patches. False, our choice: the weights already sum
+      to 1, and the division would make the term a thousandth of the base loss.
+    pg_positions: `masked`, as written in the paper, or `both_masked`: patches
+      masked for both students, because the previous student was not trained to
+      predict its visible patches.
+    align_norm: `none` for raw layers, because the paper states no norm, or `ln`
+      on layers of student and teachers.
+    memory_shape: `patch`, as written in the paper, or `tube`: one value for all
+      time steps of a position.
+    memory_frame: memory cells belong to the crop (`grid`, as written in the
+      paper) or to the full frame that it was cut from (`crop`).
 
-  What else the note leaves open or says in two ways: the table of `README.md`.
+  See the table in `README.md` for other open or ambiguous details.
   """
 
   plan: tuple[Distil, ...]
@@ -101,76 +101,81 @@ class Pmd(base.Method):
   df_extra_mean: bool = False
   pg_positions: str = 'masked'
   align_norm: str = 'none'
-  rows_shape: str = 'patch'
-  rows_frame: str = 'grid'
+  memory_shape: str = 'patch'
+  memory_frame: str = 'grid'
 
-  def phases(self) -> tuple[base.Phase, ...]:
-    """Returns the plan."""
+  def phases(self) -> tuple[phase_lib.Phase, ...]:
+    """Returns the phases, in order."""
     return self.plan
 
   def init(
-    self, rng: Array, video: base.Video, phase: base.Phase
-  ) -> base.Params:
-    """Returns random parameters of encoder, decoders and alignment."""
+    self, rng: Array, video: phase_lib.Video, phase: phase_lib.Phase
+  ) -> phase_lib.Params:
+    """Returns random parameters of the encoder, decoders and alignment."""
     encoder = phase.student.encoder
     key = rngs.stream(rng, 'init/encoder')
     params = {'encoder': encoder.init(key, video)['params']}
     for name, head in phase.student.decoder.items():
       role = f'decoder_{name}'
-      params[role] = pixel_phase.init_head(rng, video, phase, role, head)
+      params[role] = masked_pixels.init_head(rng, video, phase, role, head)
     for name, align in phase.align.items():
       key = rngs.stream(rng, f'init/align_{name}')
       tokens = jnp.zeros((1, 1, encoder.width))
-      aligned = dict.fromkeys(difficulty.aligned(encoder.depth), tokens)
+      aligned = dict.fromkeys(pmd_terms.aligned(encoder.depth), tokens)
       params[f'align_{name}'] = align.init(key, aligned)['params']
     return params
 
   def targets(
-    self, teachers: Mapping[str, Any], video: base.Video, phase: base.Phase
+    self,
+    teachers: Mapping[str, Any],
+    video: phase_lib.Video,
+    phase: phase_lib.Phase,
   ) -> Mapping[str, Float[Array, 'B ...']]:
-    """Returns each teacher's last block, and means of its deeper layers."""
-    found, norm = {}, losses.TARGET_NORMS[self.align_norm]
+    """Returns each teacher's last features, and means of its deeper layers."""
+    targets, norm = {}, losses.TARGET_NORMS[self.align_norm]
     for name in phase.student.decoder:
-      layers_of = teachers_lib.stream(phase, name, teachers[name], video)
-      found[name] = layers_of[-1].astype(jnp.float32)
+      features = distillation_teachers_lib.stream(
+        phase, name, teachers[name], video
+      )
+      targets[name] = features[-1].astype(jnp.float32)
       if name not in phase.align:
         continue
-      _, *groups = difficulty.thirds(len(layers_of) - 1)
-      spread = jnp.zeros(found[name].shape[:2])
-      for group, numbers in zip(('middle', 'deep'), groups, strict=True):
-        found[f'{name}/{group}'], around = difficulty.condense(
-          [norm(layers_of[i]) for i in numbers]
+      _, *groups = pmd_terms.thirds(len(features) - 1)
+      spread = jnp.zeros(targets[name].shape[:2])
+      for group, indices in zip(('middle', 'deep'), groups, strict=True):
+        targets[f'{name}/{group}'], group_spread = pmd_terms.condense(
+          [norm(features[i]) for i in indices]
         )
-        spread += around
-      found[f'{name}/spread'] = spread
-    return found
+        spread += group_spread
+      targets[f'{name}/spread'] = spread
+    return targets
 
   def loss(
     self,
-    params: base.Params,
+    params: phase_lib.Params,
     teachers: Mapping[str, Any],
     batch: Mapping[str, Any],
     rng: rngs.Rng,
-    phase: base.Phase,
-  ) -> tuple[Float[Array, ''], base.Aux]:
-    """Returns lambda_base L_base + lambda_pg L_pg + lambda_df L_df + ..."""
+    phase: phase_lib.Phase,
+  ) -> tuple[Float[Array, ''], phase_lib.Aux]:
+    """Returns the weighted sum of the base, PSD, DARE and CLFA terms."""
     targets = self.targets_of(teachers, batch, phase)
-    metrics, parts, seen = {}, {}, []
+    metrics, parts, per_mask = {}, {}, []
     for i, spec in enumerate(phase.masks):
-      under, found, told = self._under(
+      outputs, terms, new_metrics = self._under(
         params, teachers, batch, rng, phase, i, targets
       )
-      seen.append(under)
-      metrics |= {f'mask/{spec.name}/{n}': x for n, x in told.items()}
-      for name, value in found.items():
+      per_mask.append(outputs)
+      metrics |= {f'mask/{spec.name}/{n}': x for n, x in new_metrics.items()}
+      for name, value in terms.items():
         parts.setdefault(name, []).append(value)
     means = {name: jnp.mean(jnp.stack(x)) for name, x in parts.items()}
-    rows = {}
-    for name in phase.row_specs:
-      means[f'loss/difficulty/{name}'], rows[name], told = self._difficulty(
-        name, seen, batch, phase
+    memory = {}
+    for name in phase.memory_specs:
+      means[f'loss/difficulty/{name}'], memory[name], new_metrics = (
+        self._difficulty(name, per_mask, batch, phase)
       )
-      metrics |= told
+      metrics |= new_metrics
     weights = {
       'base': self.lambda_base,
       'progressive': self.lambda_pg,
@@ -182,15 +187,15 @@ class Pmd(base.Method):
       for name, value in means.items()
       if name.startswith('loss/')
     )
-    for name in phase.align:  # the printed loss is over all pairs of layers
+    for name in phase.align:  # logged loss: over all layer pairs
       means[f'loss/alignment/{name}'] += means.pop(f'spread/{name}')
     for name in phase.student.decoder:
       metrics[f'target/std/{name}'] = jnp.std(targets[name])
-    return total, base.Aux(metrics | means, rows)
+    return total, phase_lib.Aux(metrics | means, memory)
 
   def _under(
     self,
-    params: base.Params,
+    params: phase_lib.Params,
     teachers: Mapping[str, Any],
     batch: Mapping[str, Any],
     rng: rngs.Rng,
@@ -198,10 +203,10 @@ class Pmd(base.Method):
     index: int,
     targets: Mapping[str, Array],
   ) -> tuple[_Seen, dict[str, Array], Mapping[str, Array]]:
-    """Returns what the student does under one mask, and its loss terms."""
+    """Returns the student's outputs, loss terms and metrics for one mask."""
     video, spec = batch['video'], phase.masks[index]
-    grid = layers.grid_of(video.shape, phase.encoder.patch)
-    mask, told = spec.draw(rng, batch, grid)
+    grid = tubelets.grid_of(video.shape, phase.encoder.patch)
+    mask, mask_metrics = spec.draw(rng, batch, grid)
     out = phase.student.apply(
       {'params': params},
       video,
@@ -211,70 +216,77 @@ class Pmd(base.Method):
     )
     terms, per_patch = {}, {}
     for name, predicted in out.predicted.items():
-      wanted = masking.gather(targets[name], mask.masked)
-      wanted = losses.TARGET_NORMS[self.target_norm](wanted)
-      per_patch[name] = losses.per_token(predicted, wanted, self.feature_loss)
+      target = sampling.gather(targets[name], mask.masked)
+      target = losses.TARGET_NORMS[self.target_norm](target)
+      per_patch[name] = losses.per_token(predicted, target, self.feature_loss)
       terms[f'loss/base/{name}'] = jnp.mean(per_patch[name])
     if phase.previous_masks:
-      before, _ = phase.previous_masks[index].draw(rng, batch, grid)
-      guide = phase.teachers['previous'](
-        teachers['previous'], video, before, at=mask.masked
+      previous_mask, _ = phase.previous_masks[index].draw(rng, batch, grid)
+      previous_student = phase.teachers['previous'](
+        teachers['previous'], video, previous_mask, at=mask.masked
       )
-      terms |= self._progressive(out.predicted, guide.predicted, mask, before)
+      terms |= self._progressive(
+        out.predicted, previous_student.predicted, mask, previous_mask
+      )
     terms |= self._alignment(params, phase, out.features, targets, mask)
-    return _Seen(mask, per_patch, out.features), terms, told
+    return _Seen(mask, per_patch, out.features), terms, mask_metrics
 
   def _progressive(
     self,
     predicted: Mapping[str, Array],
-    guide: Mapping[str, Array],
-    mask: masking.Mask,
-    before: masking.Mask,
+    previous_student: Mapping[str, Array],
+    mask: sampling.Mask,
+    before: sampling.Mask,
   ) -> dict[str, Array]:
-    """Returns PSD's distance to what the previous student predicts.
+    """Returns PSD's distance to the predictions of the previous student.
 
-    Its decoders were never trained where it saw the patch: the distance is
-    also told apart by that.
+    The decoders of the previous student were trained at its masked patches
+    only. The distance is therefore also logged separately for patches that it
+    masks and for patches that it sees.
     """
     n = mask.visible.shape[1] + mask.masked.shape[1]
-    both = masking.gather(patch_memory.hidden(before.masked, n), mask.masked)
-    total, inside, outside = (jnp.zeros(()) for _ in range(3))
-    for name, target in guide.items():
-      found = losses.per_token(predicted[name], target, 'mse')
-      inside += _mean_where(found, both)
-      outside += _mean_where(found, ~both)
-      total += jnp.mean(found)
+    both_masked = sampling.gather(
+      pmd_terms.hidden(before.masked, n), mask.masked
+    )
+    total, where_masked, where_visible = (jnp.zeros(()) for _ in range(3))
+    for name, target in previous_student.items():
+      distance = losses.per_token(predicted[name], target, 'mse')
+      where_masked += _mean_where(distance, both_masked)
+      where_visible += _mean_where(distance, ~both_masked)
+      total += jnp.mean(distance)
     return {
-      'loss/progressive': inside if self.pg_positions != 'masked' else total,
-      'pg/both_masked': inside,
-      'pg/visible_to_previous': outside,
+      'loss/progressive': where_masked
+      if self.pg_positions != 'masked'
+      else total,
+      'pg/both_masked': where_masked,
+      'pg/visible_to_previous': where_visible,
     }
 
   def _alignment(
     self,
-    params: base.Params,
+    params: phase_lib.Params,
     phase: Distil,
     features: tuple[Array, ...],
     targets: Mapping[str, Array],
-    mask: masking.Mask,
+    mask: sampling.Mask,
   ) -> dict[str, Array]:
-    """Returns CLFA's distances, on the visible tokens."""
+    """Returns CLFA's distances on the visible tokens."""
     norm = losses.TARGET_NORMS[self.align_norm]
-    shallow, middle, _ = difficulty.thirds(len(features) - 1)
+    shallow, middle, _ = pmd_terms.thirds(len(features) - 1)
     terms = {}
     for name, module in phase.align.items():
       mapped = module.apply(
         {'params': params[f'align_{name}']},
         {n: norm(features[n]) for n in (*shallow, *middle)},
       )
-      wanted = [
-        masking.gather(targets[f'{name}/{group}'], mask.visible)
+      means = [
+        sampling.gather(targets[f'{name}/{group}'], mask.visible)
         for group in ('middle', 'deep')
       ]
-      terms[f'loss/alignment/{name}'] = difficulty.align(
-        mapped, ((shallow, wanted[0]), (middle, wanted[1]))
+      terms[f'loss/alignment/{name}'] = pmd_terms.align(
+        mapped, ((shallow, means[0]), (middle, means[1]))
       )
-      spread = masking.gather(targets[f'{name}/spread'], mask.visible)
+      spread = sampling.gather(targets[f'{name}/spread'], mask.visible)
       terms[f'spread/{name}'] = jnp.mean(spread)
     return terms
 
@@ -285,23 +297,27 @@ class Pmd(base.Method):
     batch: Mapping[str, Any],
     phase: Distil,
   ) -> tuple[Array, Array, dict[str, Array]]:
-    """Returns DARE's loss, the new rows of the batch, and what to log."""
-    grid = layers.grid_of(batch['video'].shape, phase.encoder.patch)
+    """Returns DARE's loss, the new example memory of the batch, and metrics."""
+    grid = tubelets.grid_of(batch['video'].shape, phase.encoder.patch)
     n = grid[0] * grid[1] * grid[2]
     totals = [
-      patch_memory.spread(one.loss[name], one.mask.masked, n) for one in seen
+      pmd_terms.spread(outputs.loss[name], outputs.mask.masked, n)
+      for outputs in seen
     ]
     counts = sum(
-      patch_memory.hidden(one.mask.masked, n).astype(jnp.float32)
-      for one in seen
+      pmd_terms.hidden(outputs.mask.masked, n).astype(jnp.float32)
+      for outputs in seen
     )
     hidden = counts > 0
-    loss = sum(totals) / jnp.maximum(counts, 1.0)  # over the masks that hide it
-    stored = [batch[f'rows/{name}{end}'] for end in ('', '@window')]
+    # Mean over the masks that hide the patch.
+    loss = sum(totals) / jnp.maximum(counts, 1.0)
+    stored = [
+      batch[f'example_memory/{name}{suffix}'] for suffix in ('', '@window')
+    ]
     value, window = (
-      patch_memory.read(x, batch, grid, self.rows_frame) for x in stored
+      pmd_terms.read(x, batch, grid, self.memory_frame) for x in stored
     )
-    found = difficulty.weigh(
+    difficulty = pmd_terms.weigh(
       loss,
       hidden,
       value,
@@ -310,37 +326,39 @@ class Pmd(base.Method):
       tau=self.tau,
       parts=self.dare,
     )
-    # The pixels of a substitute are another clip's: it has no memory.
-    term = jnp.where(batch['substituted'], 0.0, found.loss)
+    # A substitute clip has the pixels of another example: it has no memory.
+    term = jnp.where(batch['substituted'], 0.0, difficulty.loss)
     if self.df_extra_mean:
       term = term / jnp.sum(hidden, axis=1)
-    rows = patch_memory.write(
+    memory = pmd_terms.write(
       stored[0],
-      found.smoothed,
+      difficulty.smoothed,
       hidden,
       batch,
       grid,
-      shape=self.rows_shape,
-      frame=self.rows_frame,
+      shape=self.memory_shape,
+      frame=self.memory_frame,
     )
     return (
       jnp.mean(term),
-      rows,
+      memory,
       {
-        f'dare/entropy/{name}': difficulty.evenness(found.weights, hidden),
-        f'dare/max_weight/{name}': jnp.max(found.weights),
-        f'rows/filled/{name}': jnp.mean(
+        f'dare/entropy/{name}': pmd_terms.evenness(difficulty.weights, hidden),
+        f'dare/max_weight/{name}': jnp.max(difficulty.weights),
+        f'example_memory/filled/{name}': jnp.mean(
           jnp.any(stored[0] != 0, axis=1).astype(jnp.float32)
         ),
       },
     )
 
-  def cost(self, phase: base.Phase, video: tuple[int, ...]) -> base.Cost:
-    """Returns FLOPs per clip from true token counts."""
+  def cost(
+    self, phase: phase_lib.Phase, video: tuple[int, ...]
+  ) -> phase_lib.Cost:
+    """Returns FLOPs per clip from the actual token counts."""
     return pmd_cost.cost(phase, video)
 
 
 def _mean_where(x: Array, where: Array) -> Float[Array, '']:
-  """Returns the mean over some entries; 0 where there are none."""
+  """Returns the mean of x over the selected entries; 0 if none is selected."""
   count = jnp.sum(where)
   return jnp.sum(jnp.where(where, x, 0.0)) / jnp.maximum(count, 1)

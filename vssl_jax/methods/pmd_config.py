@@ -1,4 +1,4 @@
-"""PMD's knobs, and the method that they describe; MVD is one of its cases."""
+"""Config keys and builder of PMD; MVD is a special case."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
@@ -7,22 +7,24 @@ from typing import Any
 import flax.linen as nn
 import ml_collections
 
-from vssl_jax import colours, losses, mask_specs, ranges
+from vssl_jax import losses
+from vssl_jax.masks import specs as specs_lib
+from vssl_jax.masks import tubelets
 from vssl_jax.methods import (
-  base,
   chain,
-  difficulty,
-  knobs,
-  pixel_phase,
+  config_checks,
+  masked_pixels,
+  phase,
   pmd,
+  pmd_terms,
   salt_config,
 )
-from vssl_jax.methods import teachers as teachers_lib
+from vssl_jax.methods import distillation_teachers as teachers_lib
 from vssl_jax.models import decoder as decoder_lib
-from vssl_jax.models import layers
-from vssl_jax.models import student as student_lib
+from vssl_jax.models import mvd_student as mvd_student_lib
+from vssl_jax.utils import colours, ranges
 
-# Of DARE's weights: entropy over that of uniform ones.
+# Alarm on the entropy of DARE's weights, relative to uniform weights.
 EVENNESS = (
   0.3,
   'a few patches have nearly all the weight, as losses are large beside '
@@ -32,63 +34,66 @@ EVENNESS = (
 
 KEYS = ranges.Section(  # published values, student ViT-B
   name=('pmd', ranges.Choice(('pmd',))),
-  # One phase for each; the first has no student before it.
+  # One phase for each; the first phase has no previous student.
   mask_ratios=(
     (0.75, 0.8, 0.85, 0.9),
     ranges.Tuple(ranges.Real(above=0, below=1), rising=True, unique=True),
   ),
-  # of each: 100 epochs of 240k clips at batch 1,024
-  steps=((23_400,) * 4, ranges.Tuple(knobs.STEPS)),
+  # of each phase: 100 epochs of 240k clips at batch 1,024
+  steps=((23_400,) * 4, ranges.Tuple(config_checks.STEPS)),
   masks=('tube', ranges.Choice(('tube', 'random'))),
-  # more amortise the teachers
-  masks_per_clip=(1, knobs.MASKS_PER_CLIP),
-  encoder=knobs.encoder('B'),
-  decoder=ranges.Section(  # a row of decoder.MVD_SIZES
+  # several masks share one pass of the teachers
+  masks_per_clip=(1, config_checks.MASKS_PER_CLIP),
+  encoder=config_checks.encoder('B'),
+  decoder=ranges.Section(  # one of decoder.MVD_SIZES
     size=('B', ranges.Choice(tuple(decoder_lib.MVD_SIZES))),
-    width=(0, knobs.WIDTH),
-    depth=(0, knobs.BLOCKS),
-    num_heads=(0, knobs.HEADS),
+    width=(0, config_checks.WIDTH),
+    depth=(0, config_checks.BLOCKS),
+    num_heads=(0, config_checks.HEADS),
   ),
-  drop_path=(0.1, knobs.RATE),  # of student and decoders
+  drop_path=(0.1, config_checks.RATE),  # of student and decoders
   # `vit` is shared by the student and the teachers of its run.
   **teachers_lib.keys(),
-  lambda_base=(1.0, knobs.WEIGHT),
-  # PSD; 0: no guidance by the previous student
-  lambda_pg=(0.05, knobs.WEIGHT),
-  lambda_df=(1.0, knobs.WEIGHT),  # DARE; 0: no memory of patches is kept
-  lambda_al=(1.0, knobs.WEIGHT),  # CLFA; 0: no maps between layers
-  # 'smooth_l1' is MVD's scripts'
+  lambda_base=(1.0, config_checks.WEIGHT),
+  # PSD; 0: no previous student
+  lambda_pg=(0.05, config_checks.WEIGHT),
+  lambda_df=(
+    1.0,
+    config_checks.WEIGHT,
+  ),  # DARE; 0: no example memory
+  lambda_al=(1.0, config_checks.WEIGHT),  # CLFA; 0: no alignment
+  # 'smooth_l1' as in MVD's scripts
   feature_loss=('mse', ranges.Choice(tuple(losses.TOKEN_DISTANCES))),
   target_norm=('none', ranges.Choice(tuple(losses.TARGET_NORMS))),  # 'ln'
   # --- PSD
-  # 'same': the previous student sees no more
+  # 'same': the previous student has the same mask as the student
   previous_mask=('nested', ranges.Choice(('nested', 'same'))),
-  previous_dtype=('bfloat16', ranges.Choice(base.TEACHER_DTYPES[:2])),
-  # 'both_masked': hidden from both students
+  previous_dtype=('bfloat16', ranges.Choice(phase.TEACHER_DTYPES[:2])),
+  # 'both_masked': patches masked for both students
   pg_positions=('masked', ranges.Choice(('masked', 'both_masked'))),
   # --- DARE
-  alpha=(0.95, knobs.SHARE),  # weight of the new loss
+  alpha=(0.95, config_checks.SHARE),  # weight of the new loss
   tau=(0.5, ranges.Real(1e-6, 1e6)),
-  # steps between looks at the memory: 32 epochs
-  window=(7500, knobs.STEPS),
-  # 'smooth': uniform weights; 'weights': nothing smoothed
-  dare=('both', ranges.Choice(difficulty.PARTS)),
-  df_extra_mean=(False, ranges.Flag()),  # True is the letter of the paper
-  # 'carry': memory goes on from phase to phase
-  rows=('fresh', ranges.Choice(('fresh', 'carry'))),
-  # 'tube': one for all time steps, 8 times smaller
-  rows_shape=('patch', ranges.Choice(('patch', 'tube'))),
+  # steps between updates of the window memory: 32 epochs
+  window=(7500, config_checks.STEPS),
+  # 'smooth': uniform weights; 'weights': no smoothing
+  dare=('both', ranges.Choice(pmd_terms.PARTS)),
+  df_extra_mean=(False, ranges.Flag()),  # True: as written in the paper
+  # 'carry': memory is kept across phases
+  example_memory=('fresh', ranges.Choice(('fresh', 'carry'))),
+  # 'tube': one value for all time steps, 8 times smaller
+  memory_shape=('patch', ranges.Choice(('patch', 'tube'))),
   # 'float16' is meant for 100,000 clips and more
-  rows_dtype=('float32', ranges.Choice(base.ROW_DTYPES)),
-  # 'crop': follows the picture that clips are cut from
-  rows_frame=('grid', ranges.Choice(('grid', 'crop'))),
+  memory_dtype=('float32', ranges.Choice(phase.MEMORY_DTYPES)),
+  # 'crop': indexed by position in the full frame instead of in the crop
+  memory_frame=('grid', ranges.Choice(('grid', 'crop'))),
   # --- CLFA
-  # 'ln' on both sides
+  # 'ln' normalises student and teacher layers
   align_norm=('none', ranges.Choice(tuple(losses.TARGET_NORMS))),
   # --- between phases
-  # one schedule over all phases; 'fresh': one for each,
+  # 'carry': one schedule over all phases; 'fresh': one schedule per phase
   opt=('carry', ranges.Choice(('carry', 'fresh'))),
-  # each with so many warm-up steps: 5 epochs
+  # warm-up steps of each phase with opt='fresh': 5 epochs
   fresh_warmup=(1170, ranges.Whole(0, ranges.MANY)),
 )
 
@@ -100,32 +105,32 @@ def build(
   video: tuple[int, ...],
   resolve: Callable[[str], nn.Module],
   pixels: colours.Colours,
-) -> base.Method:
+) -> phase.Method:
   """Builds the method from its section of the config.
 
   Args:
     config: `config.method`.
     video: (T, H, W, C) of a clip.
     resolve: source of an outside teacher -> its module.
-    pixels: mean and deviation of the clips.
+    pixels: mean and standard deviation of the pixels.
 
   Raises:
-    ValueError: a value outside of its range, a teacher without a source, or
-      ratios and steps that do not fit together.
+    ValueError: a value is out of range, a teacher has no source, or ratios and
+      steps do not match.
   """
   KEYS.check(config, 'method')
   _check(config)
-  own, modules = teachers_lib.find(
+  teacher_phases, modules = teachers_lib.find(
     config, config.teachers, video, resolve, pixels
   )
   student = _student(config, modules, pixels)
   # Fields of the method and keys of its config have the same names.
-  taken = set(pmd.Pmd.__dataclass_fields__) & set(config)
+  fields = set(pmd.Pmd.__dataclass_fields__) & set(config)
   distil = pmd.Pmd(
     plan=tuple(_distil(config, student, modules, video)),
-    **{name: config[name] for name in taken},
+    **{name: config[name] for name in fields},
   )
-  return chain.of(pixel_phase.Pixels(own), distil)
+  return chain.of(masked_pixels.Pixels(teacher_phases), distil)
 
 
 def _check(config: ml_collections.ConfigDict) -> None:
@@ -145,7 +150,7 @@ def _student(
   config: ml_collections.ConfigDict,
   teachers: Mapping[str, Any],
   pixels: colours.Colours,
-) -> student_lib.Student:
+) -> mvd_student_lib.Student:
   encoder = salt_config.make_encoder(
     config.encoder,
     config.vit,
@@ -153,8 +158,10 @@ def _student(
     positions='sincos_3d_mvd',
     drop_path=config.drop_path,
   )
-  fields = decoder_lib.MVD | knobs.shape(config.decoder, decoder_lib.MVD_SIZES)
-  return student_lib.Student(
+  fields = decoder_lib.MVD | config_checks.shape(
+    config.decoder, decoder_lib.MVD_SIZES
+  )
+  return mvd_student_lib.Student(
     encoder,
     {
       name: decoder_lib.VideoMaeDecoder(
@@ -172,60 +179,60 @@ def _student(
 
 def _distil(
   config: ml_collections.ConfigDict,
-  student: student_lib.Student,
+  student: mvd_student_lib.Student,
   modules: Mapping[str, nn.Module],
   video: tuple[int, ...],
 ) -> list[pmd.Distil]:
   """Returns a phase for each mask ratio."""
-  grid = layers.grid_of((1, *video), student.encoder.patch)
-  encoder, done = student.encoder, []
+  grid = tubelets.grid_of((1, *video), student.encoder.patch)
+  encoder, phases = student.encoder, []
   teachers = teachers_lib.frozen(config, modules)
   align = {
-    name: student_lib.Alignment(module.width, encoder.dtype)
+    name: mvd_student_lib.Alignment(module.width, encoder.dtype)
     for name, module in modules.items()
     if config.lambda_al
   }
-  rows = base.RowSpec(
-    _row_shape(config, grid), dtype=config.rows_dtype, window=config.window
+  memory = phase.MemorySpec(
+    _memory_shape(config, grid), dtype=config.memory_dtype, window=config.window
   )
   for ratio, steps in zip(config.mask_ratios, config.steps, strict=True):
     name = f'mask_{100 * ratio:g}'
     masks = _masks(config, ratio)
     for spec in masks:
-      spec.counts(grid)  # refuses a grid too small for its masks, by name
-    guided = {}
-    if done and config.lambda_pg:
-      before = done[-1]
-      guided = dict(
+      spec.counts(grid)  # raises if the grid is too small for a mask
+    previous_fields = {}
+    if phases and config.lambda_pg:
+      previous = phases[-1]
+      previous_fields = dict(
         teachers=teachers
         | {
-          'previous': base.Teacher(
-            _still(student), f'@{before.name}', '', config.previous_dtype
+          'previous': phase.Teacher(
+            _still(student), f'@{previous.name}', '', config.previous_dtype
           )
         },
         previous_masks=(
-          before.masks if config.previous_mask == 'nested' else masks
+          previous.masks if config.previous_mask == 'nested' else masks
         ),
       )
-    done.append(
+    phases.append(
       pmd.Distil(
-        **dict(teachers=teachers) | guided,
+        **dict(teachers=teachers) | previous_fields,
         name=name,
         steps=steps,
         encoder=encoder,
         student=student,
         align=align,
         masks=masks,
-        init='carry' if done else 'fresh',
-        opt=config.opt if done else 'fresh',
-        rows=config.rows if done else 'fresh',
+        init='carry' if phases else 'fresh',
+        opt=config.opt if phases else 'fresh',
+        example_memory=config.example_memory if phases else 'fresh',
         horizon='run' if config.opt == 'carry' else 'phase',
-        row_specs=dict.fromkeys(modules, rows) if config.lambda_df else {},
+        memory_specs=dict.fromkeys(modules, memory) if config.lambda_df else {},
         alarms=_alarms(config, modules),
         warmup=config.fresh_warmup if config.opt == 'fresh' else None,
       )
     )
-  return done
+  return phases
 
 
 def _alarms(
@@ -238,24 +245,24 @@ def _alarms(
 
 def _masks(
   config: ml_collections.ConfigDict, ratio: float
-) -> tuple[mask_specs.Spec, ...]:
-  # A mask of the same name has the same random order at every ratio: what a
-  # higher one shows, the lower one shows too.
+) -> tuple[specs_lib.Spec, ...]:
+  # Masks of the same name have the same random order at every ratio: patches
+  # visible at a higher ratio are also visible at a lower ratio.
   kind, count = config.masks, config.masks_per_clip
-  specs = mask_specs.parse('+'.join([f'{kind}:{ratio:g}'] * count))
-  # MVD's code rounds both kinds so.
+  specs = specs_lib.parse('+'.join([f'{kind}:{ratio:g}'] * count))
+  # MVD's code rounds both kinds in this way.
   return tuple(dataclasses.replace(s, rule='masked_floor') for s in specs)
 
 
-def _row_shape(
-  config: ml_collections.ConfigDict, grid: layers.Grid
+def _memory_shape(
+  config: ml_collections.ConfigDict, grid: tubelets.Grid
 ) -> tuple[int]:
   t, h, w = grid
-  return (h * w if config.rows_shape == 'tube' else t * h * w,)
+  return (h * w if config.memory_shape == 'tube' else t * h * w,)
 
 
-def _still(student: student_lib.Student) -> student_lib.Student:
-  """Returns a student without drop path anywhere."""
+def _still(student: mvd_student_lib.Student) -> mvd_student_lib.Student:
+  """Returns a student without drop path in encoder and decoders."""
   return student.clone(
     encoder=student.encoder.clone(drop_path=0.0),
     decoder={n: x.clone(drop_path=0.0) for n, x in student.decoder.items()},

@@ -1,11 +1,11 @@
-"""SALT: a frozen pixel teacher, then students that predict its latents.
+"""SALT: students that predict the latents of a frozen pixel teacher.
 
-Phase `pixel_teacher` (`pixel_phase.py`) trains an encoder by masked pixel
-reconstruction under multi-block masks. Phase `latent_student`, here, freezes it
-and trains an encoder of any size to predict its latents at masked positions
-(arXiv 2509.24317). With other knobs the same two losses are VideoMAE, V-Pixel
-and V-JEPA: see `methods/README.md` for the table, and for what the paper leaves
-open.
+Phase `pixel_teacher` (`masked_pixels.py`) trains an encoder by masked pixel
+reconstruction with multi-block masks. Phase `latent_student` (this module)
+freezes it and trains an encoder of any size to predict its latents at masked
+positions (arXiv 2509.24317). With other options the same two losses give
+VideoMAE, V-Pixel and V-JEPA. See `methods/README.md` for the table, and for
+details that the paper leaves open.
 """
 
 import dataclasses
@@ -17,26 +17,27 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vssl_jax import flops, losses, masking, rngs
-from vssl_jax.methods import base, pixel_phase
-from vssl_jax.models import layers
+from vssl_jax import flops, losses, rngs
+from vssl_jax.masks import sampling, tubelets
+from vssl_jax.methods import masked_pixels
+from vssl_jax.methods import phase as phase_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LatentStudent(base.Phase):
-  """Stage 2: prediction of the frozen teacher's latents.
+class LatentStudent(phase_lib.Phase):
+  """A phase that predicts the frozen teacher's latents (stage 2 of SALT).
 
   Attributes:
     predictor: (visible latents, mask, grid, token) -> latents at masked
-      positions, as wide as the teacher.
-    masks: all drawn every step, under one pass of the teacher.
+      positions, of the teacher's width.
+    masks: all drawn every step; the teacher runs once for all of them.
     latent_loss: `l1` (Eq. 2.1), `smooth_l1` or `l2`.
-    target_norm: `ln` or `none`. Both V-JEPA codes normalise targets without
-      parameters, and SALT says that it uses their objective; `none` is the
-      literal reading of Eq. 2.1.
-    target_layer: the target is the output of so many of the teacher's blocks;
-      None for all of them and the final norm.
-    frozen_depth: first blocks of the encoder that `frozen` names.
+    target_norm: `ln` (our choice) or `none` (Eq. 2.1 as written in the paper).
+      Both V-JEPA codes normalise targets without parameters, and SALT states
+      that it uses their objective.
+    target_layer: number of the teacher's blocks whose output is the target;
+      None for all blocks and the final norm.
+    frozen_depth: number of first blocks of the encoder that `frozen` matches.
   """
 
   predictor: nn.Module
@@ -48,58 +49,63 @@ class LatentStudent(base.Phase):
 
 
 @dataclasses.dataclass(frozen=True)
-class Salt(base.Method):
-  """The latent loss, and the phases that use it.
+class Salt(phase_lib.Method):
+  """The latent loss and the phases that use it.
 
   Attributes:
-    plan: in the order they run.
+    plan: the phases, in order.
   """
 
   plan: tuple[LatentStudent, ...]
 
-  def phases(self) -> tuple[base.Phase, ...]:
-    """Returns the plan."""
+  def phases(self) -> tuple[phase_lib.Phase, ...]:
+    """Returns the phases, in order."""
     return self.plan
 
   def init(
-    self, rng: Array, video: base.Video, phase: base.Phase
-  ) -> base.Params:
-    """Returns random encoder and predictor parameters."""
+    self, rng: Array, video: phase_lib.Video, phase: phase_lib.Phase
+  ) -> phase_lib.Params:
+    """Returns random parameters of the encoder and the predictor."""
     key = rngs.stream(rng, 'init/encoder')
     head = phase.predictor
     return {
       'encoder': phase.encoder.init(key, video)['params'],
-      'predictor': pixel_phase.init_head(rng, video, phase, 'predictor', head),
+      'predictor': masked_pixels.init_head(
+        rng, video, phase, 'predictor', head
+      ),
     }
 
   def targets(
-    self, teachers: Mapping[str, Any], video: base.Video, phase: base.Phase
+    self,
+    teachers: Mapping[str, Any],
+    video: phase_lib.Video,
+    phase: phase_lib.Phase,
   ) -> Mapping[str, Float[Array, 'B ...']]:
-    """Returns the teacher's tokens, before they are normed."""
-    part = {} if phase.target_layer is None else {'upto': phase.target_layer}
-    teach = phase.teachers['target']
-    return {'target': teach(teachers['target'], video, **part)}
+    """Returns the teacher's tokens, before normalisation."""
+    options = {} if phase.target_layer is None else {'upto': phase.target_layer}
+    teacher = phase.teachers['target']
+    return {'target': teacher(teachers['target'], video, **options)}
 
   def loss(
     self,
-    params: base.Params,
+    params: phase_lib.Params,
     teachers: Mapping[str, Any],
     batch: Mapping[str, Any],
     rng: rngs.Rng,
-    phase: base.Phase,
-  ) -> tuple[Float[Array, ''], base.Aux]:
-    """Returns the mean of the phase's loss over its masks."""
+    phase: phase_lib.Phase,
+  ) -> tuple[Float[Array, ''], phase_lib.Aux]:
+    """Returns the latent loss, averaged over masks."""
     video = batch['video']
-    grid = layers.grid_of(video.shape, phase.encoder.patch)
+    grid = tubelets.grid_of(video.shape, phase.encoder.patch)
     # One pass of the teacher serves all masks.
-    raw = self.targets_of(teachers, batch, phase)['target']
-    _check_grid(raw, grid, phase)
-    targets = losses.TARGET_NORMS[phase.target_norm](raw)
+    features = self.targets_of(teachers, batch, phase)['target']
+    _check_grid(features, grid, phase)
+    targets = losses.TARGET_NORMS[phase.target_norm](features)
     distance = losses.DISTANCES[phase.latent_loss]
-    metrics = {'target/std': jnp.std(raw.astype(jnp.float32))}
+    metrics = {'target/std': jnp.std(features.astype(jnp.float32))}
     terms = []
     for token, spec in enumerate(phase.masks):
-      mask, drawn = spec.draw(rng, batch, grid)
+      mask, mask_metrics = spec.draw(rng, batch, grid)
       tokens = phase.encoder.apply(
         {'params': params['encoder']},
         video,
@@ -110,37 +116,39 @@ class Salt(base.Method):
       predicted = phase.predictor.apply(
         {'params': params['predictor']}, tokens, mask, grid, token=token
       )
-      terms.append(distance(predicted, masking.gather(targets, mask.masked)))
+      terms.append(distance(predicted, sampling.gather(targets, mask.masked)))
       metrics[f'loss/latent/{spec.name}'] = terms[-1]
-      metrics |= {f'mask/{spec.name}/{n}': x for n, x in drawn.items()}
+      metrics |= {f'mask/{spec.name}/{n}': x for n, x in mask_metrics.items()}
     metrics['prediction/std'] = jnp.std(predicted.astype(jnp.float32))
-    return jnp.mean(jnp.stack(terms)), base.Aux(metrics)
+    return jnp.mean(jnp.stack(terms)), phase_lib.Aux(metrics)
 
-  def cost(self, phase: base.Phase, video: tuple[int, ...]) -> base.Cost:
-    """Returns FLOPs per clip from true token counts."""
-    grid = layers.grid_of((1, *video), phase.encoder.patch)
-    trained = pixel_phase.masked_cost(
+  def cost(
+    self, phase: phase_lib.Phase, video: tuple[int, ...]
+  ) -> phase_lib.Cost:
+    """Returns FLOPs per clip from the actual token counts."""
+    grid = tubelets.grid_of((1, *video), phase.encoder.patch)
+    trained = masked_pixels.masked_cost(
       phase.encoder, phase.predictor, phase.masks, grid, phase.frozen_depth
     )
     frozen = sum(
       flops.forward(
         t.module,
-        layers.grid_of((1, *video), t.module.patch),
+        tubelets.grid_of((1, *video), t.module.patch),
         depth=phase.target_layer,
       )
       for t in phase.teachers.values()
     )
-    tokens = pixel_phase.masked_tokens(phase.masks, grid, 'predictor')
+    tokens = masked_pixels.masked_tokens(phase.masks, grid, 'predictor')
     tokens |= dict.fromkeys(phase.teachers, float(math.prod(grid)))
-    # With locks, or a target from part of the teacher, N is not all of it.
-    whole = not phase.frozen_depth and phase.target_layer is None
+    # The rule 6ND + 2ND needs fully trained students and full teachers.
+    full_networks = not phase.frozen_depth and phase.target_layer is None
     return trained._replace(
-      frozen=float(frozen), tokens=tokens if whole else {}
+      frozen=float(frozen), tokens=tokens if full_networks else {}
     )
 
 
 def _check_grid(
-  target: Array, grid: tuple[int, ...], phase: base.Phase
+  target: Array, grid: tuple[int, ...], phase: phase_lib.Phase
 ) -> None:
   tokens = grid[0] * grid[1] * grid[2]
   if target.shape[1] != tokens:

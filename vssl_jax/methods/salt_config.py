@@ -1,4 +1,4 @@
-"""SALT's knobs, and the method that they describe."""
+"""Config keys and builder of SALT."""
 
 import itertools
 from collections.abc import Callable
@@ -7,86 +7,89 @@ from typing import Any
 import flax.linen as nn
 import ml_collections
 
-from vssl_jax import colours, losses, mask_specs, ranges
-from vssl_jax.methods import base, chain, knobs, pixel_phase, salt
+from vssl_jax import losses
+from vssl_jax.masks import specs, tubelets
+from vssl_jax.methods import chain, config_checks, masked_pixels, salt
+from vssl_jax.methods import phase as phase_lib
 from vssl_jax.models import decoder as decoder_lib
-from vssl_jax.models import layers, vit
 from vssl_jax.models import predictor as predictor_lib
+from vssl_jax.models import vit
+from vssl_jax.utils import colours, ranges
 
-# How the names of phases, and of their sections, begin.
+# Prefixes of the names of phases and of their config sections.
 PHASES = ('pixel_teacher', 'latent_student')
 
 
 def _pixel_section() -> ranges.Section:
   return ranges.Section(
-    # paper: 80k in the main table, 40k is its best split
-    steps=(40_000, knobs.STEPS),
-    encoder=knobs.encoder(),
-    # The paper does not describe its decoder; the predictor's shape with
-    # pixels as output reproduces its FLOPs. 'videomae' is VideoMAE's.
+    # paper: 80k in the main table; 40k is the best split
+    steps=(40_000, config_checks.STEPS),
+    encoder=config_checks.encoder(),
+    # The paper does not describe the decoder; the predictor's shape with pixel
+    # outputs reproduces the paper's FLOPs. 'videomae': decoder of VideoMAE.
     decoder=ranges.Section(
       kind=('predictor', ranges.Choice(('predictor', 'videomae'))),
-      **knobs.head(width=384, depth=12, num_heads=16),
+      **config_checks.head(width=384, depth=12, num_heads=16),
     ),
-    masks=('short_long', knobs.MASKS),  # mask_specs.parse
-    # 'raster_truncate' is the published collator
-    mask_select=('random_k', knobs.MASK_SELECT),
-    # one per mask type; 1 shares it
-    mask_tokens=(2, knobs.MASK_TOKENS),
+    masks=('short_long', config_checks.MASKS),  # see specs.parse
+    # 'raster_truncate': as in the published collator
+    mask_select=('random_k', config_checks.MASK_SELECT),
+    # one per mask type; 1: shared by all masks
+    mask_tokens=(2, config_checks.MASK_TOKENS),
     # 'patch', 'none'
     pixel_norm=('patch_channel', ranges.Choice(tuple(losses.PIXEL_NORMS))),
     pixel_loss=('mse', ranges.Choice(tuple(losses.DISTANCES))),  # 'l1'
-    # run folder or published model that training starts from
+    # run folder or published model that initialises parameters
     init_from=('', ranges.Text()),
-    # what of it: the encoder, and the decoder beside it
-    init_roles=(('encoder',), knobs.roles('encoder', 'decoder')),
+    # roles to initialise: the encoder, optionally also the decoder
+    init_roles=(('encoder',), config_checks.roles('encoder', 'decoder')),
   )
 
 
 def _latent_section(teacher: str) -> ranges.Section:
   return ranges.Section(
-    steps=(200_000, knobs.STEPS),
-    encoder=knobs.encoder(),
-    predictor=knobs.head(width=384, depth=12, num_heads=16),
+    steps=(200_000, config_checks.STEPS),
+    encoder=config_checks.encoder(),
+    predictor=config_checks.head(width=384, depth=12, num_heads=16),
     # @<earlier phase>, @ema/encoder (V-JEPA), a run folder, or a published
-    # model (local folder or hub id).
+    # model (local folder or hub id)
     teacher=(teacher, ranges.Text()),
-    # 'float32'; 'float8' on GPUs that have it
-    teacher_dtype=('bfloat16', ranges.Choice(base.TEACHER_DTYPES)),
-    # Momentum of @ema/encoder, linear from the first to the last step.
-    ema=((0.99925, 0.99925), knobs.EMA),
-    # > 0: also keep this average of the student
+    # 'float32'; 'float8' on GPUs with support
+    teacher_dtype=('bfloat16', ranges.Choice(phase_lib.TEACHER_DTYPES)),
+    # momentum of @ema/encoder, linear from the first to the last step
+    ema=((0.99925, 0.99925), config_checks.EMA),
+    # > 0: momentum of an additional EMA of the student's encoder
     polyak=(0.0, ranges.Real(0, below=1)),
-    masks=('short_long', knobs.MASKS),
-    mask_select=('random_k', knobs.MASK_SELECT),
-    mask_tokens=(2, knobs.MASK_TOKENS),
+    masks=('short_long', config_checks.MASKS),
+    mask_select=('random_k', config_checks.MASK_SELECT),
+    mask_tokens=(2, config_checks.MASK_TOKENS),
     # 'smooth_l1', 'l2'
     latent_loss=('l1', ranges.Choice(tuple(losses.DISTANCES))),
     target_norm=('ln', ranges.Choice(tuple(losses.TARGET_NORMS))),  # 'none'
     init_from=('', ranges.Text()),
-    # what of it: the encoder, and the predictor beside it; of V-JEPA 2's
-    # files the encoder that was trained, and not its average
-    init_roles=(('encoder',), knobs.roles('encoder', 'predictor')),
+    # roles to initialise: the encoder, optionally also the predictor; from
+    # files of V-JEPA 2 the trained encoder is used, not its average
+    init_roles=(('encoder',), config_checks.roles('encoder', 'predictor')),
   )
 
 
 KEYS = ranges.Section(  # the paper's values, ViT-L
   name=('salt', ranges.Choice(('salt',))),
-  # Run in this order. Names start with pixel_teacher or latent_student and
-  # name the section below that describes the phase.
+  # Phases, in order. A name starts with pixel_teacher or latent_student and is
+  # the name of the section below for that phase.
   phases=(
     ('pixel_teacher', 'latent_student'),
     ranges.Tuple(ranges.Text(), unique=True),
   ),
-  # What all encoders share; models/vit.py explains each field.
-  vit=knobs.network(
+  # Shared by all encoders; see models/vit.py for each field.
+  vit=config_checks.network(
     patch=(2, 16, 16),
     positions='rope_3d',
-    # 'vjepa2' is the rotation of the released code, needed to load its
-    # weights; the paper does not say which one it trained with.
+    # 'vjepa2' is the rotation of the released code and is needed to load its
+    # weights; the paper does not state which rotation it used.
     rope_pairing='paired',
     qkv_bias='full',
-    # 1e-12 for weights of VideoMAE and MAE as `transformers` has them
+    # 1e-12 for weights of VideoMAE and MAE from `transformers`
     norm_eps=1e-6,
     init='vjepa',
     drop_path=0.0,
@@ -107,17 +110,17 @@ def build(
   video: tuple[int, ...],
   resolve: Callable[[str], nn.Module],
   pixels: colours.Colours,
-) -> base.Method:
+) -> phase_lib.Method:
   """Builds the method from its section of the config.
 
   Args:
     config: `config.method`.
     video: (T, H, W, C) of a clip.
     resolve: source of an outside teacher -> its module.
-    pixels: mean and deviation of the clips.
+    pixels: mean and standard deviation of the pixels.
 
   Raises:
-    ValueError: a value outside of its range, or a phase without a section.
+    ValueError: a value is out of range, or a phase has no section.
   """
   KEYS.check(config, 'method')
   plan: list[Any] = []
@@ -129,10 +132,10 @@ def build(
       )
     section = config[name]
     encoder = make_encoder(section.encoder, config.vit, **pixels._asdict())
-    masks = mask_specs.parse(section.masks, select=section.mask_select)
-    grid = layers.grid_of((1, *video), encoder.patch)
+    masks = specs.parse(section.masks, select=section.mask_select)
+    grid = tubelets.grid_of((1, *video), encoder.patch)
     for spec in masks:
-      spec.counts(grid)  # refuses a grid too small for its masks, by name
+      spec.counts(grid)  # raises if the grid is too small for a mask
     common = dict(
       name=name,
       steps=section.steps,
@@ -140,7 +143,7 @@ def build(
       masks=masks,
       init='fresh',
       opt='fresh',
-      rows='fresh',
+      example_memory='fresh',
       init_from=(
         dict.fromkeys(section.init_roles, section.init_from)
         if section.init_from
@@ -153,9 +156,9 @@ def build(
       plan.append(_latent_phase(section, encoder, plan, resolve, common))
   return chain.of(
     *(
-      (pixel_phase.Pixels if pixels else salt.Salt)(tuple(phases))
+      (masked_pixels.Pixels if pixels else salt.Salt)(tuple(phases))
       for pixels, phases in itertools.groupby(
-        plan, lambda phase: isinstance(phase, pixel_phase.PixelTeacher)
+        plan, lambda phase: isinstance(phase, masked_pixels.PixelTeacher)
       )
     )
   )
@@ -166,7 +169,13 @@ def make_encoder(
   shared: ml_collections.ConfigDict | dict[str, Any],
   **fields: Any,
 ) -> vit.Vit:
-  """Returns the encoder of a section, with the fields that all share."""
+  """Returns the encoder of a config section.
+
+  Args:
+    section: `size`, and fields that override the size where they are not 0.
+    shared: fields that all encoders share.
+    **fields: further fields.
+  """
   shape = {k: v for k, v in section.items() if k != 'size' and v}
   return vit.make(section.size, **shape, **shared, **fields)
 
@@ -176,7 +185,7 @@ def _pixel_phase(
   encoder: vit.Vit,
   video: tuple[int, ...],
   common: dict[str, Any],
-) -> pixel_phase.PixelTeacher:
+) -> masked_pixels.PixelTeacher:
   pt, py, px = encoder.patch
   shape = dict(section.decoder)
   kind = shape.pop('kind')
@@ -187,7 +196,7 @@ def _pixel_phase(
     decoder = decoder_lib.VideoMaeDecoder(
       **shape, dtype=encoder.dtype, remat=encoder.remat
     )
-  return pixel_phase.PixelTeacher(
+  return masked_pixels.PixelTeacher(
     **common,
     decoder=decoder,
     pixel_norm=section.pixel_norm,
@@ -210,7 +219,7 @@ def _latent_phase(
     )
   if source == '@ema/encoder':
     module = encoder
-    ema['encoder'] = base.Ema('encoder', section.ema)
+    ema['encoder'] = phase_lib.Ema('encoder', section.ema)
   elif source.startswith('@'):
     by_name = {p.name: p.encoder for p in before}
     if source[1:] not in by_name:
@@ -223,15 +232,15 @@ def _latent_phase(
   else:
     module = resolve(source)
   if section.polyak:
-    ema['polyak'] = base.Ema('encoder', (section.polyak,) * 2)
-  # Targets come from evaluation mode: no drop path in a teacher.
+    ema['polyak'] = phase_lib.Ema('encoder', (section.polyak,) * 2)
+  # Teachers run in evaluation mode, without drop path.
   module = module.clone(drop_path=0.0)
   shape = dict(section.predictor, out_width=module.width)
   return salt.LatentStudent(
     **common,
     predictor=make_predictor(shape, section, encoder),
     teachers={
-      'target': base.Teacher(module, source, dtype=section.teacher_dtype)
+      'target': phase_lib.Teacher(module, source, dtype=section.teacher_dtype)
     },
     ema=ema,
     latent_loss=section.latent_loss,
@@ -242,12 +251,12 @@ def _latent_phase(
 def make_predictor(
   shape: dict[str, Any], section: ml_collections.ConfigDict, encoder: vit.Vit
 ) -> predictor_lib.Predictor:
-  """Returns a predictor that shares what it can with its encoder.
+  """Returns a predictor with the positions, init and dtype of its encoder.
 
   Args:
-    shape: its own fields.
-    section: has `mask_tokens`.
-    encoder: whose tokens it reads.
+    shape: fields of the predictor, such as `width`, `depth` and `out_width`.
+    section: config section with the key `mask_tokens`.
+    encoder: encoder whose tokens are the input.
   """
   return predictor_lib.Predictor(
     **shape,

@@ -1,8 +1,9 @@
-"""Training with labels: fine-tuning an encoder, or training it from scratch.
+"""Supervised training: fine-tunes an encoder or trains it from scratch.
 
-One phase. All tokens of the clip go through the encoder, their mean through a
-layer norm and a linear layer of its own; mixed clips and soft targets are made
-on the device. The recipe is that of VideoMAE and MVD, see `evals/finetune.py`.
+One phase. The encoder processes all tokens of the clip. The head is a layer
+norm and a linear layer on the mean token. Mixed clips and soft targets are
+computed on the device. The recipe is that of VideoMAE and MVD, see
+`evals/finetune/job.py`.
 """
 
 import dataclasses
@@ -13,69 +14,73 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from vssl_jax import flops, mixing, rngs
-from vssl_jax.methods import base
-from vssl_jax.models import classifier, layers
+from vssl_jax import flops, rngs
+from vssl_jax.masks import tubelets
+from vssl_jax.methods import mixup
+from vssl_jax.methods import phase as phase_lib
+from vssl_jax.models import classifier
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Labels(base.Phase):
-  """Classification of clips.
+class Labels(phase_lib.Phase):
+  """A phase of clip classification.
 
   Attributes:
     head: tokens -> logits.
-    mix: how clips and their labels are mixed.
+    mix: mixing options of clips and labels.
   """
 
   head: classifier.Classifier
-  mix: mixing.Mix
+  mix: mixup.Mix
 
 
 @dataclasses.dataclass(frozen=True)
-class Supervised(base.Method):
-  """Cross-entropy of mixed clips and soft targets.
+class Supervised(phase_lib.Method):
+  """Classification of mixed clips, by cross-entropy with soft targets.
 
   Attributes:
-    phase: the only one.
+    phase: the only phase.
   """
 
   phase: Labels
 
-  def phases(self) -> tuple[base.Phase, ...]:
+  def phases(self) -> tuple[phase_lib.Phase, ...]:
     """Returns the only phase."""
     return (self.phase,)
 
   def init(
-    self, rng: Array, video: base.Video, phase: base.Phase
-  ) -> base.Params:
-    """Returns random parameters; those of `init_from` replace the encoder's."""
+    self, rng: Array, video: phase_lib.Video, phase: phase_lib.Phase
+  ) -> phase_lib.Params:
+    """Returns random parameters; `init_from` may replace the encoder's."""
     tokens = jnp.zeros((len(video), 1, phase.encoder.width))
-    encoder, head = (rngs.stream(rng, f'init/{n}') for n in ('encoder', 'head'))
+    encoder_key, head_key = (
+      rngs.stream(rng, f'init/{n}') for n in ('encoder', 'head')
+    )
     return {
-      'encoder': phase.encoder.init(encoder, video)['params'],
-      'head': phase.head.init(head, tokens)['params'],
+      'encoder': phase.encoder.init(encoder_key, video)['params'],
+      'head': phase.head.init(head_key, tokens)['params'],
     }
 
   def loss(
     self,
-    params: base.Params,
+    params: phase_lib.Params,
     teachers: Mapping[str, Any],
     batch: Mapping[str, Any],
     rng: rngs.Rng,
-    phase: base.Phase,
-  ) -> tuple[Float[Array, ''], base.Aux]:
-    """Returns the mean cross-entropy of the clips with a label."""
+    phase: phase_lib.Phase,
+  ) -> tuple[Float[Array, ''], phase_lib.Aux]:
+    """Returns the mean cross-entropy over clips with a known label."""
     del teachers
-    # The pixels of another video, which may be one that is held out.
+    # A substitute clip shows another video, which may be a held-out one.
     label = jnp.where(batch['substituted'], -1, batch['label'])
     height, width = batch['video'].shape[2:4]
-    drawn = mixing.draw(phase.mix, rng.per_batch('mix'), height, width)
-    target = mixing.targets(
+    drawn = mixup.draw(phase.mix, rng.per_batch('mix'), height, width)
+    target = mixup.targets(
       label, phase.head.classes, phase.mix.smoothing, drawn
     )
     tokens = phase.encoder.apply(
       {'params': params['encoder']},
-      mixing.blend(batch['video'], drawn),
+      mixup.blend(batch['video'], drawn),
       deterministic=False,
       rngs={'dropout': rng.per_batch('dropout/encoder')},
     )
@@ -85,24 +90,26 @@ class Supervised(base.Method):
       deterministic=False,
       rngs={'dropout': rng.per_batch('dropout/head')},
     )
-    weight = mixing.known(label, drawn)
+    weight = mixup.known(label, drawn)
     weight = weight / jnp.maximum(jnp.sum(weight), 1.0)
-    each = optax.softmax_cross_entropy(logits, target)
-    right = jnp.argmax(logits, axis=-1) == jnp.argmax(target, axis=-1)
-    return jnp.sum(weight * each), base.Aux(
+    cross_entropy = optax.softmax_cross_entropy(logits, target)
+    correct = jnp.argmax(logits, axis=-1) == jnp.argmax(target, axis=-1)
+    return jnp.sum(weight * cross_entropy), phase_lib.Aux(
       {
-        # Of the class with the larger share, of clips as they were mixed.
-        'accuracy/mixed': jnp.sum(weight * right),
+        # Accuracy on mixed clips, for the class with the larger share.
+        'accuracy/mixed': jnp.sum(weight * correct),
         'mix/share': drawn.share,
       }
     )
 
-  def cost(self, phase: base.Phase, video: tuple[int, ...]) -> base.Cost:
-    """Returns FLOPs per clip from the true token count."""
-    grid = layers.grid_of((1, *video), phase.encoder.patch)
+  def cost(
+    self, phase: phase_lib.Phase, video: tuple[int, ...]
+  ) -> phase_lib.Cost:
+    """Returns FLOPs per clip from the actual token count."""
+    grid = tubelets.grid_of((1, *video), phase.encoder.patch)
     tokens = grid[0] * grid[1] * grid[2]
     head = 3 * classifier.flops(phase.encoder.width, phase.head.classes)
-    return base.Cost(
+    return phase_lib.Cost(
       flops.train(phase.encoder, grid) + head,
       activations=flops.activations(phase.encoder, tokens),
     )

@@ -1,57 +1,61 @@
-"""The knobs of training with labels, and the method that they describe."""
+"""Config keys and builder of supervised training."""
 
 from collections.abc import Callable
 
 import flax.linen as nn
 import ml_collections
 
-from vssl_jax import colours, mixing, ranges
-from vssl_jax.methods import knobs, salt_config, supervised
-from vssl_jax.models import classifier, hiera
+from vssl_jax.methods import config_checks, mixup, salt_config, supervised
+from vssl_jax.models import classifier
+from vssl_jax.models.hiera import encoder as encoder_lib
+from vssl_jax.utils import colours, ranges
 
 KEYS = ranges.Section(  # VideoMAE's and MVD's values, ViT-B
   name=('supervised', ranges.Choice(('supervised',))),
-  # The job `finetune` fills these in: from the videos, and where the encoder
-  # starts from weights, from those. 0 steps: not known yet.
+  # The job `finetune` sets these from the videos, and from the weights that the
+  # encoder is initialised from, if any. 0 steps: not known yet.
   steps=(0, ranges.Whole(0, ranges.MANY)),
   classes=(0, ranges.Whole(0, 2**24)),
-  # folder of the weights that the encoder starts from
+  # folder of the weights that initialise the encoder
   source=('', ranges.Text()),
-  # Frames, stride, and height or width of clips, where the encoder starts at
-  # random and config.data leaves them open.
+  # (frames, stride, side in pixels) of clips, for a randomly initialised
+  # encoder if config.data does not set them.
   clip=((16, 4, 224), ranges.Tuple(ranges.Whole(1, 2**14), lengths=(3,))),
-  # The encoder, where it starts at random; `family` says which of the two
-  # sections counts.
+  # For a randomly initialised encoder: `family` selects the section `vit` (with
+  # `encoder`) or `hiera`.
   family=('vit', ranges.Choice(('vit', 'hiera'))),
-  encoder=knobs.encoder('B'),
-  # models/vit.py explains each field.
-  vit=knobs.network(
+  encoder=config_checks.encoder('B'),
+  # See models/vit.py for each field.
+  vit=config_checks.network(
     patch=(2, 16, 16),
     positions='sinusoid_1d',
     qkv_bias='qv',
     init_family='videomae',
     dtype='bfloat16',
   ),
-  # A row of hiera.SIZES; models/hiera.py explains further fields.
+  # One of hiera.SIZES; see models/hiera/encoder.py for the other fields.
   hiera=ranges.Section(
-    size=('B', ranges.Choice(tuple(hiera.SIZES))),
-    init_family=('classifier', ranges.Choice(tuple(hiera.INITS))),
-    dtype=('bfloat16', knobs.DTYPE),
+    size=('B', ranges.Choice(tuple(encoder_lib.SIZES))),
+    init_family=('classifier', ranges.Choice(tuple(encoder_lib.INITS))),
+    dtype=('bfloat16', config_checks.DTYPE),
   ),
-  # These hold for every start.
-  # of Hiera: one token of a mask unit is left; pretrained with 2
+  # The keys below apply to every initialisation.
+  # Hiera: 3 leaves one token per mask unit; pretraining uses 2
   q_pool=(3, ranges.Choice((2, 3))),
-  remat=('none', knobs.NETWORK['remat']),
-  attention=('auto', knobs.NETWORK['attention']),
-  drop_path=(0.1, knobs.RATE),  # of the last block; linear from 0
-  dropout=(0.0, knobs.RATE),  # before the linear layer
-  head_scale=(0.001, knobs.WEIGHT),  # its first weights and biases times this
-  # vssl_jax/mixing.py explains these.
-  mixup=(0.8, knobs.WEIGHT),
-  cutmix=(1.0, knobs.WEIGHT),
-  probability=(1.0, knobs.SHARE),
-  switch=(0.5, knobs.SHARE),
-  smoothing=(0.1, knobs.SHARE),
+  remat=('none', config_checks.NETWORK['remat']),
+  attention=('auto', config_checks.NETWORK['attention']),
+  drop_path=(0.1, config_checks.RATE),  # of the last block; linear from 0
+  dropout=(0.0, config_checks.RATE),  # before the linear layer
+  head_scale=(
+    0.001,
+    config_checks.WEIGHT,
+  ),  # factor on the head's initial weights and biases
+  # See vssl_jax/methods/mixup.py.
+  mixup=(0.8, config_checks.WEIGHT),
+  cutmix=(1.0, config_checks.WEIGHT),
+  probability=(1.0, config_checks.SHARE),
+  switch=(0.5, config_checks.SHARE),
+  smoothing=(0.1, config_checks.SHARE),
 )
 
 default = KEYS.defaults
@@ -68,13 +72,13 @@ def build(
   Args:
     config: `config.method`.
     video: (T, H, W, C) of a clip.
-    resolve: not used; the section says all of the encoder's fields.
-    pixels: mean and deviation of the clips, where the encoder starts at
-      random; one that starts from weights keeps its own.
+    resolve: not used; the section has all fields of the encoder.
+    pixels: mean and standard deviation of the pixels, for a randomly
+      initialised encoder; an encoder initialised from weights keeps its own.
 
   Raises:
-    ValueError: a value outside of its range, or the number of classes or steps
-      is not known.
+    ValueError: a value is out of range, or the number of classes or steps is
+      not known.
   """
   del video, resolve
   KEYS.check(config, 'method')
@@ -96,10 +100,12 @@ def build(
         config.classes,
         config.dropout,
         config.head_scale,
-        # As released, also where the encoder starts from other weights.
-        hiera.INITS['classifier'] if config.family == 'hiera' else 'vjepa',
+        # As released, also for an encoder initialised from other weights.
+        encoder_lib.INITS['classifier']
+        if config.family == 'hiera'
+        else 'vjepa',
       ),
-      mix=mixing.Mix(**{name: config[name] for name in fields}),
+      mix=mixup.Mix(**{name: config[name] for name in fields}),
     )
   )
 
@@ -107,7 +113,7 @@ def build(
 def _encoder(
   config: ml_collections.ConfigDict, pixels: colours.Colours
 ) -> nn.Module:
-  """Returns the encoder, without a final norm: the head has its own."""
+  """Returns the encoder without a final norm; the head has a layer norm."""
   fields = dict(
     remat=config.remat,
     attention=config.attention,
@@ -118,5 +124,5 @@ def _encoder(
     shape = pixels._asdict() | dict(config.vit)
     return salt_config.make_encoder(config.encoder, shape, **fields)
   shape = pixels._asdict() | dict(config.hiera)
-  size = shape.pop('size', {})  # of weights: all fields are there
-  return hiera.make(size, q_pool=config.q_pool, **fields, **shape)
+  size = shape.pop('size', {})  # from weights: no size, all fields are set
+  return encoder_lib.make(size, q_pool=config.q_pool, **fields, **shape)

@@ -1,1 +1,1 @@
-"""Network parts: pure functions of parameters, tokens and indices."""
+"""Network modules: pure functions of parameters, tokens and indices."""

@@ -1,12 +1,12 @@
-"""Full attention over tokens, by the best kernel of the machine.
+"""Full attention over tokens, with the fastest kernel of the machine.
 
 | name | runs on | needs |
 |---|---|---|
-| `cudnn` | NVIDIA GPUs, Ampere on | bfloat16, heads of 8, 16, ... channels |
+| `cudnn` | NVIDIA GPUs from Ampere | bfloat16, heads of 8, 16, ... channels |
 | `splash` | TPUs | nothing; tested in interpret mode, not on a TPU |
 | `xla` | everything | memory for N x N scores |
 
-No mask is ever passed: hidden tokens are left out before, not masked here.
+No mask is passed: masked tokens are removed before, not here.
 """
 
 import functools
@@ -20,11 +20,11 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 NAMES = ('auto', 'xla', 'cudnn', 'splash')
-LANES = 128  # the splash kernel wants block sizes that are multiples of this
+LANES = 128  # block sizes of the splash kernel are multiples of this
 
 
 class Machine(NamedTuple):
-  """What decides which kernels can run.
+  """Properties of a machine that decide which kernels can run.
 
   Attributes:
     kind: `cpu`, `tpu`, `nvidia` or `gpu` (another vendor's).
@@ -43,12 +43,12 @@ class Choice(NamedTuple):
 
 
 def machine() -> Machine:
-  """Returns what the step is for: the mesh's device, else JAX's default."""
+  """Returns the machine of the step: the mesh's device, else JAX's default."""
   device = jax.devices()[0]
   mesh = jax.sharding.get_abstract_mesh()
-  planned = getattr(mesh, 'abstract_device', None)
-  if planned is not None and planned.platform != device.platform:
-    return Machine(planned.platform)  # compiled ahead of time, elsewhere
+  target = getattr(mesh, 'abstract_device', None)
+  if target is not None and target.platform != device.platform:
+    return Machine(target.platform)  # ahead-of-time compilation
   if device.platform != 'gpu':
     return Machine(device.platform)
   version = str(getattr(device, 'compute_capability', '0'))
@@ -64,16 +64,16 @@ def choose(
   dtype: str,
   on: Machine | None = None,
 ) -> Choice:
-  """Returns the kernel to use and why.
+  """Chooses the attention kernel; returns it with the reason.
 
   Args:
-    implementation: `auto`, or the name of a kernel to insist on.
+    implementation: `auto`, or the name of a required kernel.
     head_dim: channels of one head.
-    dtype: of queries, keys and values.
-    on: the machine; None for this one.
+    dtype: dtype of queries, keys and values.
+    on: the machine; None for the current one.
 
   Raises:
-    ValueError: an unknown name, or a kernel that cannot run here.
+    ValueError: `implementation` is unknown, or cannot run on the machine.
   """
   if implementation not in NAMES:
     raise ValueError(
@@ -101,7 +101,7 @@ def choose(
 
 
 def _cudnn_obstacle(head_dim: int, dtype: str, on: Machine) -> str:
-  """Returns why cuDNN's attention cannot run; empty if it can."""
+  """Returns the reason why cuDNN attention cannot run; empty if it can."""
   if on.kind != 'nvidia':
     return f'needs an NVIDIA GPU and this is {on.kind}'
   if on.capability < 8.0:
@@ -126,7 +126,7 @@ def attend(
   """Returns softmax(q k^T / sqrt(d)) v, with the softmax in float32.
 
   Raises:
-    ValueError: the kernel that was asked for cannot run here.
+    ValueError: `implementation` is unknown, or cannot run on this machine.
   """
   head_dim, dtype = q.shape[-1], str(q.dtype)
   name, _ = choose(implementation, head_dim=head_dim, dtype=dtype)
@@ -140,16 +140,17 @@ def received(
 ) -> Float[Array, 'B S']:
   """Returns the mean of softmax(q k^T / sqrt(d)) over queries and heads.
 
-  What kernels hide, in float32; head by head, as all at once they would take
-  more memory than the rest of a teacher.
+  Fused kernels do not return these weights. They are computed in float32, one
+  head at a time: all heads at once would need more memory than the rest of a
+  teacher.
   """
 
   def of_head(pair: tuple[Array, Array]) -> Array:
     logits = jnp.einsum(
       'bnd,bsd->bns', *pair, preferred_element_type=jnp.float32
     )
-    found = jax.nn.softmax(logits / math.sqrt(q.shape[-1]), axis=-1)
-    return jnp.mean(found, axis=1)
+    weights = jax.nn.softmax(logits / math.sqrt(q.shape[-1]), axis=-1)
+    return jnp.mean(weights, axis=1)
 
   heads = jnp.moveaxis(q, 2, 0), jnp.moveaxis(k, 2, 0)
   return jnp.mean(jax.lax.map(of_head, heads), axis=0)
@@ -161,24 +162,24 @@ def splash(
   v: Float[Array, 'B S H d'],
   interpret: bool = False,
 ) -> Float[Array, 'B N H d']:
-  """Attends with the TPU kernel of JAX.
+  """Computes attention with JAX's splash kernel for TPUs.
 
-  Tokens are padded to whole blocks; segment ids keep the padding apart. The
-  compiler cannot split the kernel over devices, so under a mesh each device
-  gets its part of the batch by `shard_map`.
+  Tokens are padded to whole blocks; segment ids exclude the padding. The
+  compiler cannot split the kernel over devices, so under a mesh `shard_map`
+  gives each device its part of the batch.
 
   Args:
     q: queries.
     k: keys.
     v: values.
-    interpret: emulate the kernel on any device, slowly, for tests.
+    interpret: emulate the kernel on any device, for tests; slow.
   """
   attend_local = functools.partial(_splash_local, interpret=interpret)
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return attend_local(q, k, v)
-  whole = q.shape[0] % mesh.size  # too few examples for all devices
-  spec = PartitionSpec() if whole else PartitionSpec(mesh.axis_names)
+  uneven = q.shape[0] % mesh.size  # then every device has the whole batch
+  spec = PartitionSpec() if uneven else PartitionSpec(mesh.axis_names)
   return jax.shard_map(
     attend_local, in_specs=(spec,) * 3, out_specs=spec, check_vma=False
   )(q, k, v)
@@ -220,8 +221,8 @@ def _block(n: int, largest: int) -> int:
 
 
 def _block_sizes(rows: int, columns: int) -> splash_attention.BlockSizes:
-  # Whole rows of scores where they fit, so that 1,568 tokens pad to 1,664
-  # and not to 2,048.
+  # Full rows of scores if they fit, so that 1,568 tokens are padded to 1,664
+  # instead of 2,048.
   q, kv = _block(rows, 512), _block(columns, 2048)
   return splash_attention.BlockSizes(
     block_q=q,

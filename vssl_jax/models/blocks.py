@@ -1,9 +1,9 @@
-"""Transformer blocks: pre-norm attention and MLP, one named block a layer.
+"""Transformer blocks: pre-norm attention and MLP, one named block per layer.
 
-Parameters are named by block, so that each can be frozen, tapped, given a
-learning rate or counted alone. Blocks are unrolled; a stretch of them may run
-as a loop over weights that are stacked in the step, which compiles faster and
-changes no name.
+Parameters are named by block, so that each block can be frozen, read out,
+counted or given a learning rate separately. Blocks are unrolled by default. A
+range of blocks can run as a loop over weights that are stacked inside the
+step, which compiles faster and does not change parameter names.
 """
 
 import dataclasses
@@ -19,16 +19,16 @@ from jaxtyping import Array, Float
 from vssl_jax.models import attention, layers, positions
 
 REMAT = {
-  # Keeps the results of matrix products with weights, recomputes the rest.
+  # Stores the results of matrix products with weights, recomputes the rest.
   'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  # Keeps the input of each block only.
+  # Stores only the input of each block.
   'full': jax.checkpoint_policies.nothing_saveable,
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-  """What all blocks of one stack share.
+  """Options shared by all blocks of a stack.
 
   Attributes:
     num_heads: attention heads.
@@ -37,17 +37,17 @@ class Spec:
     gelu: `exact` (erf) or `tanh`.
     norm_eps: added to the variance in layer norms.
     init: family of initial values, see `layers.kernel_init`.
-    dtype: of activations and matrix products; parameters are float32.
-    remat: `none`, `dots` or `full`: what is recomputed in the backward pass.
+    dtype: dtype of activations and matrix products; parameters are float32.
+    remat: rematerialisation in the backward pass: `none`, `dots` or `full`.
     attention: implementation, see `attention.choose`.
     drop_path: drop rate of the last block; it rises linearly from 0.
-    rope_on: what turns: `qk` the heads of queries and keys, `norm` the normed
-      tokens that they are made of.
+    rope_on: tensors that are rotated: `qk`, queries and keys per head; `norm`,
+      the output of the first norm.
     layer_scale: whether each branch is multiplied by learned gains, one per
       channel, as in DINOv2.
-    mlp: `gelu`, or `swiglu` with a gate of its own, see `Mlp`.
-    products: `same`: matrix products with weights are of `dtype`; `float8`:
-      see `float8`, for networks that are not trained.
+    mlp: `gelu` or `swiglu`, see `Mlp`.
+    products: dtype of matrix products with weights: `same` as `dtype`, or
+      `float8` for networks that are not trained, see `fp8_matmul`.
   """
 
   num_heads: int
@@ -66,7 +66,7 @@ class Spec:
   products: str = 'same'
 
   def __post_init__(self) -> None:
-    wanted = {
+    allowed = {
       'qkv_bias': ('full', 'qv'),
       'gelu': ('exact', 'tanh'),
       'remat': ('none', *REMAT),
@@ -75,7 +75,7 @@ class Spec:
       'mlp': ('gelu', 'swiglu'),
       'products': tuple(layers.PRODUCTS),
     }
-    for field, values in wanted.items():
+    for field, values in allowed.items():
       if getattr(self, field) not in values:
         raise ValueError(
           f'{field} is {getattr(self, field)!r}, wanted one of {values}'
@@ -102,11 +102,11 @@ def dense(
 
 
 class Attention(nn.Module):
-  """Self-attention with three separate projections and an output one.
+  """Self-attention with separate q, k, v projections and an output layer.
 
   Attributes:
-    spec: what all blocks share.
-    index: of the block, from 0.
+    spec: options shared by all blocks.
+    index: index of the block, from 0.
   """
 
   spec: Spec
@@ -119,12 +119,14 @@ class Attention(nn.Module):
     rope: positions.Rope | None,
     asking: tuple[int, int] | None = None,
   ) -> Float[Array, 'B N D'] | Float[Array, 'B N']:
-    """Returns the mixed tokens; `rope` turns queries and keys.
+    """Returns attended tokens, or attention weights with `asking`.
 
     Args:
       x: tokens.
-      rope: rotation, if any.
-      asking: return the attention that tokens get from those of this range.
+      rope: rotation of queries and keys, if any.
+      asking: range (start, stop) of query tokens. If given, return the mean
+        attention [B, N] that each token receives from them, see
+        `attention.received`.
     """
     spec, width = self.spec, x.shape[-1]
     if width % spec.num_heads:
@@ -157,8 +159,8 @@ class Mlp(nn.Module):
   SwiGLU is fc2(silu(gate(x)) * fc1(x)).
 
   Attributes:
-    spec: what all blocks share.
-    index: of the block, from 0.
+    spec: options shared by all blocks.
+    index: index of the block, from 0.
   """
 
   spec: Spec
@@ -182,9 +184,9 @@ class Block(nn.Module):
   """x += attention(norm(x)); x += mlp(norm(x)).
 
   Attributes:
-    spec: what all blocks share.
-    index: of the block, from 0.
-    drop_path: probability of leaving out each branch, per example.
+    spec: options shared by all blocks.
+    index: index of the block, from 0.
+    drop_path: probability of dropping each branch, per example.
   """
 
   spec: Spec
@@ -198,10 +200,10 @@ class Block(nn.Module):
     rope: positions.Rope | None,
     asking: tuple[int, int] | None = None,
   ) -> Float[Array, 'B N D'] | Float[Array, 'B N']:
-    """Returns tokens of the same shape and type.
+    """Returns tokens of the same shape and dtype.
 
-    With `asking` only the attention that tokens get from those of this range,
-    and nothing is computed behind it.
+    With `asking`, returns only the attention [B, N] that tokens receive from
+    the tokens of this range; the rest of the block is not computed.
     """
     spec = self.spec
     y = layers.layer_norm('norm_1', spec.norm_eps, spec.dtype)(x)
@@ -227,13 +229,15 @@ class Block(nn.Module):
 def drop(
   block: nn.Module, x: Float[Array, 'B N D'], rate: float
 ) -> Float[Array, 'B N D']:
-  """Returns a branch without that of some examples, the others scaled up."""
+  """Applies drop path: zeroes a branch for some examples, scales the others."""
   if not rate:
     return x
-  keep = 1 - rate
+  keep_rate = 1 - rate
   shape = (x.shape[0], 1, 1)
-  kept = jax.random.bernoulli(block.make_rng('dropout'), keep, shape)
-  return jnp.where(kept, x / jnp.asarray(keep, x.dtype), jnp.zeros_like(x))
+  is_kept = jax.random.bernoulli(block.make_rng('dropout'), keep_rate, shape)
+  return jnp.where(
+    is_kept, x / jnp.asarray(keep_rate, x.dtype), jnp.zeros_like(x)
+  )
 
 
 def run(
@@ -248,26 +252,28 @@ def run(
   loops: tuple[int, ...] = (),
   params: Mapping[str, Any] | None = None,
 ) -> tuple[Float[Array, 'B N D'], ...]:
-  """Runs `block_00` ... inside the module that calls it.
+  """Runs a stack of blocks as submodules of the calling module.
+
+  The submodules are named `block_00`, `block_01` and so on.
 
   Args:
-    spec: what the blocks share.
-    depth: blocks in the stack.
+    spec: options shared by the blocks.
+    depth: number of blocks in the stack.
     x: tokens.
-    rope: rotation, if any; what turns is `spec.rope_on`.
+    rope: rotation, if any; applied as in `spec.rope_on`.
     start: first block to run.
     upto: run only blocks before this one; None for all.
     deterministic: no drop path.
     loops: blocks at which loops begin; () unrolls every block. A loop ends
-      where the next one begins.
-    params: of the module that calls; a loop needs them.
+      where the next loop begins.
+    params: parameters of the calling module; required for loops.
 
   Returns:
-    The input and the output of every block that ran; entry k is what k blocks
-    made. Outputs that nobody uses cost nothing once compiled.
+    The input, then the output of every block that ran; entry k is the output
+    of k blocks. The compiler removes outputs that are not used.
 
   Raises:
-    ValueError: a loop with drop path, whose rate differs by block.
+    ValueError: loops with drop path, whose rate differs by block.
   """
   stop = depth if upto is None else upto
   outputs = [x.astype(jnp.dtype(spec.dtype))]
@@ -298,7 +304,7 @@ def _loop(
   rope: positions.Rope | None,
   params: Mapping[str, Any],
 ) -> list[Float[Array, 'B N D']]:
-  """Returns the outputs of a stretch of blocks that runs as one loop."""
+  """Runs a range of blocks as one loop; returns the output of each block."""
   block = Block(spec, stretch.start, parent=None)
 
   def body(x: Array, params: Any) -> tuple[Array, Array]:
@@ -311,5 +317,5 @@ def _loop(
     lambda *leaves: jnp.stack(leaves),
     *(params[f'block_{i:02d}'] for i in stretch),
   )
-  last, every = jax.lax.scan(body, x, stacked)
-  return [*(every[i] for i in range(len(stretch) - 1)), last]
+  last, outputs = jax.lax.scan(body, x, stacked)
+  return [*(outputs[i] for i in range(len(stretch) - 1)), last]

@@ -1,4 +1,4 @@
-"""The head of fine-tuning: mean over tokens, layer norm, one linear layer."""
+"""Fine-tuning head: mean over tokens, layer norm, one linear layer."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -8,16 +8,16 @@ from vssl_jax.models import layers
 
 
 class Classifier(nn.Module):
-  """Mean over tokens, a layer norm of its own, dropout, one linear layer.
+  """Mean over tokens, layer norm, dropout, one linear layer.
 
-  Source: the fine-tuning code of VideoMAE and MVD, `run_class_finetuning.py`;
-  that of Hiera has the same layers with another start.
+  Source: the fine-tuning code of VideoMAE and MVD, `run_class_finetuning.py`.
+  Hiera's code has the same layers with other initial values.
 
   Attributes:
     classes: number of logits.
-    dropout: of what the linear layer sees.
-    scale: the linear layer's first weights and biases are multiplied by this.
-    init_family: of initial values, see `layers.kernel_init`.
+    dropout: dropout rate of the linear layer's input.
+    scale: factor of the linear layer's initial weights and biases.
+    init_family: family of initial values, see `layers.kernel_init`.
     norm_eps: added to the variance in the layer norm.
   """
 
@@ -34,7 +34,7 @@ class Classifier(nn.Module):
     """Returns logits, float32.
 
     Args:
-      tokens: what the encoder gives, without a final norm.
+      tokens: output of the encoder, without a final norm.
       deterministic: no dropout.
     """
     x = jnp.mean(tokens.astype(jnp.float32), axis=1)
@@ -42,8 +42,8 @@ class Classifier(nn.Module):
     x = layers.layer_norm('norm', self.norm_eps, bias=bias)(x)
     x = nn.Dropout(self.dropout)(x, deterministic=deterministic)
 
-    def scaled(first: layers.Initializer) -> layers.Initializer:
-      return lambda *args: self.scale * first(*args)
+    def scaled(init: layers.Initializer) -> layers.Initializer:
+      return lambda *args: self.scale * init(*args)
 
     return layers.dense(
       self.classes,

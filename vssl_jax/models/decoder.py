@@ -1,13 +1,13 @@
-"""The decoders of VideoMAE (pixels) and of MVD (features of a teacher)."""
+"""Decoders of VideoMAE (pixels) and MVD (teacher features)."""
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from vssl_jax import masking
+from vssl_jax.masks import sampling, tubelets
 from vssl_jax.models import blocks, layers, positions, predictor
 
-# By the encoder's size. Source: VideoMAE (arXiv 2203.12602), released code;
+# Decoders by encoder size. Source: VideoMAE (arXiv 2203.12602), released code;
 # its four-block decoders, and twelve blocks for L.
 SIZES = {
   'S': dict(width=192, depth=4, num_heads=3),
@@ -15,8 +15,8 @@ SIZES = {
   'L': dict(width=512, depth=12, num_heads=8),
   'H': dict(width=640, depth=12, num_heads=8),
 }
-# MVD's, of which a student has one for each teacher, and what differs from
-# VideoMAE's. Source: MVD (arXiv 2212.04500), released code.
+# MVD's decoders by encoder size (a student has one per teacher), and its fields
+# that differ from VideoMAE's. Source: MVD (arXiv 2212.04500), released code.
 MVD_SIZES = {
   'S': dict(width=384, depth=2, num_heads=6),
   'B': dict(width=768, depth=2, num_heads=12),
@@ -27,22 +27,22 @@ MVD = dict(positions='sincos_3d_mvd', embed_bias=True, embed_init='glorot')
 
 
 class VideoMaeDecoder(nn.Module):
-  """A transformer over visible and mask tokens with added positions.
+  """Transformer over visible tokens and mask tokens, with added positions.
 
   Attributes:
     out_width: values of a patch, or of a teacher's token.
     positions: a fixed table, one of `positions.NAMES`.
     embed_bias: whether the projection of the encoder's tokens has a bias.
-    embed_init: first values of that projection: `fan_in`, the default of
-      torch, which VideoMAE leaves there, or `glorot`, as MVD's and MAE's.
+    embed_init: initial values of that projection: `fan_in`, the default of
+      torch, as in VideoMAE, or `glorot`, as in MVD and MAE.
     drop_path: drop rate of the last block, linear from 0.
-    width: channels inside.
+    width: channels of the decoder's tokens.
     depth: number of blocks.
     num_heads: attention heads.
     mlp_width: hidden channels of the MLPs; None for 4 * width.
     gelu: `exact` or `tanh`.
     norm_eps: added to variances in layer norms.
-    dtype: of activations and matrix products.
+    dtype: dtype of activations and matrix products.
     remat: `none`, `dots` or `full`.
     attention: `auto`, `xla`, `cudnn` or `splash`.
   """
@@ -64,7 +64,7 @@ class VideoMaeDecoder(nn.Module):
 
   @property
   def block_spec(self) -> blocks.Spec:
-    """What the blocks share: no bias for keys, Glorot start."""
+    """Options shared by the blocks: no key bias, Glorot initial values."""
     return blocks.Spec(
       num_heads=self.num_heads,
       mlp_width=self.mlp_width or 4 * self.width,
@@ -82,22 +82,22 @@ class VideoMaeDecoder(nn.Module):
   def __call__(
     self,
     z: Float[Array, 'B V D'],
-    mask: masking.Mask,
-    grid: layers.Grid,
+    mask: sampling.Mask,
+    grid: tubelets.Grid,
     token: int = 0,
     *,
     at: Int[Array, 'B K'] | None = None,
     deterministic: bool = True,
   ) -> Float[Array, 'B K out']:
-    """Predicts the masked patches, or those of other positions.
+    """Predicts the masked patches, or the patches at given positions.
 
     Args:
       z: the encoder's visible tokens.
-      mask: where those stand, and which tokens to predict.
+      mask: indices of the visible tokens and of the tokens to predict.
       grid: tokens of the whole clip along (time, height, width).
-      token: unused: there is one mask token for all masks.
-      at: flat indices of the tokens to predict, visible ones among them if
-        need be; None for `mask.masked`.
+      token: not used: there is one mask token for all masks.
+      at: flat indices of the tokens to predict, which may include visible
+        tokens; None for `mask.masked`.
       deterministic: no drop path.
 
     Returns:
@@ -113,7 +113,7 @@ class VideoMaeDecoder(nn.Module):
       dtype=self.dtype,
       use_bias=self.embed_bias,
     )(z)
-    # The released code cuts at one standard deviation.
+    # The released code truncates at one standard deviation.
     init = nn.initializers.truncated_normal(0.02, lower=-1, upper=1)
     learned = self.param('mask_token', init, (1, self.width), jnp.float32)
     table = positions.table(self, self.positions, grid, self.width)
@@ -123,9 +123,9 @@ class VideoMaeDecoder(nn.Module):
     )[-1]
     if at is None:
       x = x[:, mask.visible.shape[1] :]
-    else:  # tokens stand in the order visible, masked
+    else:  # tokens are in the order visible, masked
       order = jnp.concatenate(mask, axis=1)
-      x = masking.gather(x, masking.gather(jnp.argsort(order, axis=1), at))
+      x = sampling.gather(x, sampling.gather(jnp.argsort(order, axis=1), at))
     x = layers.layer_norm('norm', self.norm_eps, self.dtype)(x)
     x = layers.dense(self.out_width, 'head', kernel=head, dtype=self.dtype)(x)
     return x.astype(jnp.float32)

@@ -1,8 +1,8 @@
-"""Image models on the frames of a clip.
+"""Image models applied to each frame of a clip.
 
-`Framewise` stands wherever a `vit.Vit` encoder does, and `FramewiseDecoder`
-wherever a decoder does. Their parameters are those of the image model, under
-the same names. Frames are batched, so nothing passes from one to another.
+`Framewise` can replace a `vit.Vit` encoder, and `FramewiseDecoder` a decoder.
+Their parameters are those of the image model, under the same names. Frames are
+part of the batch axis, so they are encoded independently.
 """
 
 from typing import Any
@@ -12,35 +12,34 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, Num, Shaped
 
-from vssl_jax import masking
-from vssl_jax.models import hiera, layers, vit
+from vssl_jax.masks import sampling, tubelets
 
 
 class Framewise(nn.Module):
-  """An image encoder on frames 0, every, 2 * every, ... of a clip.
+  """Image encoder for every `every`-th frame of a clip, starting at frame 0.
 
-  Its tokens stand in raster order of (t, h, w), as those of a video encoder
-  whose patches last `every` frames; only the first of these is looked at.
+  Its tokens are in raster order of (t, h, w), as those of a video encoder whose
+  patches have `every` frames. Of these frames only the first is encoded.
 
   Attributes:
-    image: the image encoder; its patches last one frame.
-    every: frames from one that is looked at to the next.
-    cell: side in pixels of the part of a frame that becomes one token; frames
-      are resized so that the encoder's patches cover these. A model with
-      patches of 14 gets frames of 196 instead of 224 by cell=16. None: the
-      encoder's patches, and frames as they are.
+    image: the image encoder; its patches have one frame.
+    every: stride in frames between encoded frames.
+    cell: side in pixels of the frame area of one token. Frames are resized so
+      that the encoder's patches cover these areas: with cell=16, a model with
+      patches of 14 encodes 224 x 224 frames at 196 x 196. None: frames are not
+      resized.
   """
 
-  image: vit.Vit | hiera.Hiera
+  image: nn.Module  # Vit or Hiera
   every: int = 2
   cell: int | None = None
 
   def setup(self) -> None:
-    """Names the parameters as the image encoder does.
+    """Shares the parameter scope of the image encoder.
 
     Raises:
-      ValueError: patches of several frames, fewer than one frame apart, or
-        cells without pixels.
+      ValueError: the patches have several frames, or `every` or `cell` is
+        below 1.
     """
     cell = 1 if self.cell is None else self.cell
     if self.image.patch[0] != 1 or self.every < 1 or cell < 1:
@@ -54,7 +53,7 @@ class Framewise(nn.Module):
 
   @nn.nowrap
   def clone(self, **fields: Any) -> 'Framewise':
-    """Returns a copy; fields of the image encoder are replaced there."""
+    """Returns a copy; also replaces fields of the image encoder."""
     known = set(self.image.__dataclass_fields__) - {'parent', 'name'}
     inner = {n: fields.pop(n) for n in [*fields] if n in known}
     if inner:
@@ -62,8 +61,8 @@ class Framewise(nn.Module):
     return super().clone(**fields)
 
   @property
-  def patch(self) -> layers.Grid:
-    """Frames and pixels that one token stands for."""
+  def patch(self) -> tubelets.Grid:
+    """Frames and pixels of one token."""
     if self.cell is None:
       return (self.every, *self.image.patch[1:])
     return (self.every, self.cell, self.cell)
@@ -80,7 +79,7 @@ class Framewise(nn.Module):
 
   @property
   def encoder_depth(self) -> int:
-    """Blocks before those that decode."""
+    """Number of blocks before the decoding blocks."""
     return self.image.encoder_depth
 
   @property
@@ -90,7 +89,7 @@ class Framewise(nn.Module):
 
   @property
   def dtype(self) -> str:
-    """Type of activations and matrix products."""
+    """Dtype of activations and matrix products."""
     return self.image.dtype
 
   @property
@@ -100,12 +99,12 @@ class Framewise(nn.Module):
 
   @property
   def std(self) -> tuple[float, ...]:
-    """Pixels are then divided by this."""
+    """Divisor of the pixels after that, per channel."""
     return self.image.std
 
   @property
   def products(self) -> str:
-    """Type of the blocks' products with their weights, see `vit.Vit`."""
+    """Dtype of matrix products with the blocks' weights, see `vit.Vit`."""
     return getattr(self.image, 'products', 'same')
 
   def __call__(
@@ -118,54 +117,54 @@ class Framewise(nn.Module):
 
     Args:
       video: uint8, or floats in [0, 1].
-      visible: flat indices of the tokens to embed, of Hiera of the units to
-        keep, ascending, as many of each frame; None for all.
+      visible: flat indices of the tokens to embed (for Hiera, of the units),
+        ascending, equally many per frame; None for all.
       **options: `depth`, `upto`, `features`, `attention_to`, `deterministic`
         and others of the image encoder.
 
     Returns:
-      Tokens as from the image encoder, those of all frames in a row; stages of
-      Hiera with the frames along time.
+      The output of the image encoder, with the tokens of all frames
+      concatenated; for the stages of Hiera, frames are along time.
 
     Raises:
-      ValueError: visible tokens that frames cannot share equally.
+      ValueError: the number of visible tokens is no multiple of the frames.
     """
-    grid = layers.grid_of(video.shape, self.patch)
+    grid = tubelets.grid_of(video.shape, self.patch)
     if visible is not None:
       cells = grid
-      if isinstance(self.image, hiera.Hiera):
-        left = self.image.unit[1] // 2**self.image.q_pool
-        cells = (grid[0], grid[1] // left, grid[2] // left)
+      if hasattr(self.image, 'unit'):  # of Hiera
+        side = self.image.unit[1] // 2**self.image.q_pool
+        cells = (grid[0], grid[1] // side, grid[2] // side)
       visible = _within(visible, cells)
     frames = video[:, :: self.every]
     frames = frames.reshape(-1, 1, *frames.shape[2:])
     if self.patch[1:] != self.image.patch[1:]:
       frames = _resized(frames, grid, self.image.patch)
-    found = self.image(frames, visible, **options)
-    return jax.tree.map(lambda x: _together(x, grid[0]), found)
+    outputs = self.image(frames, visible, **options)
+    return jax.tree.map(lambda x: _together(x, grid[0]), outputs)
 
 
 class FramewiseDecoder(nn.Module):
-  """A decoder of images on the tokens of each frame alone.
+  """Image decoder applied to the tokens of each frame separately.
 
   Attributes:
-    decoder: takes (z, mask, grid, token) and gives float32 [B, M, out].
+    decoder: the image decoder: (z, mask, grid, token) -> float32 [B, M, out].
   """
 
   decoder: nn.Module
 
   def setup(self) -> None:
-    """Names the parameters as the decoder of images does."""
+    """Shares the parameter scope of the image decoder."""
     nn.share_scope(self, self.decoder)
 
   @property
   def out_width(self) -> int:
-    """Channels of the result."""
+    """Channels of the predictions."""
     return self.decoder.out_width
 
   @property
   def width(self) -> int:
-    """Channels inside."""
+    """Channels of the decoder's tokens."""
     return self.decoder.width
 
   @property
@@ -175,14 +174,14 @@ class FramewiseDecoder(nn.Module):
 
   @property
   def dtype(self) -> str:
-    """Type of activations and matrix products."""
+    """Dtype of activations and matrix products."""
     return self.decoder.dtype
 
   def __call__(
     self,
     z: Float[Array, 'B V D'],
-    mask: masking.Mask,
-    grid: layers.Grid,
+    mask: sampling.Mask,
+    grid: tubelets.Grid,
     token: int = 0,
     **options: Any,
   ) -> Float[Array, 'B M out']:
@@ -190,40 +189,42 @@ class FramewiseDecoder(nn.Module):
 
     Args:
       z: the encoder's visible tokens.
-      mask: where those stand, and which tokens to predict; ascending, as many
-        of each frame.
+      mask: indices of visible tokens and of tokens to predict; ascending,
+        equally many per frame.
       grid: tokens of the whole clip along (time, height, width).
-      token: which mask token.
-      **options: others that the decoder of images takes.
+      token: index of the mask token.
+      **options: further options of the image decoder.
 
     Returns:
       float32 predictions in the order of `mask.masked`.
 
     Raises:
-      ValueError: tokens that frames cannot share equally.
+      ValueError: a number of tokens is no multiple of the frames.
     """
     t, h, w = grid
-    mask = masking.Mask(*(_within(index, grid) for index in mask))
+    mask = sampling.Mask(*(_within(index, grid) for index in mask))
     z = z.reshape(-1, z.shape[1] // t, z.shape[2])
-    found = self.decoder(z, mask, (1, h, w), token, **options)
-    return _together(found, t)
+    predictions = self.decoder(z, mask, (1, h, w), token, **options)
+    return _together(predictions, t)
 
 
 def _resized(
   frames: Num[Array | np.ndarray, 'Bt 1 H W C'],
-  grid: layers.Grid,
-  patch: layers.Grid,
+  grid: tubelets.Grid,
+  patch: tubelets.Grid,
 ) -> Float[Array, 'Bt 1 y x C']:
-  """Returns frames of as many patches as the grid has, bilinear."""
+  """Resizes frames to one patch per token of the grid, bilinear."""
   batch, channels = frames.shape[0], frames.shape[-1]
   size = (grid[1] * patch[1], grid[2] * patch[2])
   return jax.image.resize(
-    layers.to_unit(frames), (batch, 1, *size, channels), 'linear'
+    tubelets.to_unit(frames), (batch, 1, *size, channels), 'linear'
   )
 
 
-def _within(index: Int[Array, 'B K'], grid: layers.Grid) -> Int[Array, 'Bt k']:
-  """Returns where tokens stand in their own frame, one row per frame."""
+def _within(
+  index: Int[Array, 'B K'], grid: tubelets.Grid
+) -> Int[Array, 'Bt k']:
+  """Returns token indices within each frame, one row per frame."""
   t, h, w = grid
   if index.shape[1] % t:
     raise ValueError(
@@ -234,5 +235,5 @@ def _within(index: Int[Array, 'B K'], grid: layers.Grid) -> Int[Array, 'Bt k']:
 
 
 def _together(x: Shaped[Array, 'Bt k ...'], t: int) -> Shaped[Array, 'B K ...']:
-  """Returns the tokens of t frames in a row."""
+  """Concatenates the tokens of the t frames of each clip."""
   return x.reshape(-1, t * x.shape[1], *x.shape[2:])

@@ -1,4 +1,4 @@
-"""Video to patches, and the layers and initial values that models share.
+"""Layers and initialisers shared by all models.
 
 Shape legend of the whole package: B batch, T frames, H W pixels, C channels,
 t h w grid of tokens, N = t*h*w tokens, V visible tokens, M masked tokens,
@@ -13,112 +13,27 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array
 
 from vssl_jax import sharding
-from vssl_jax.models import float8
+from vssl_jax.models import fp8_matmul
 
-# Matrix products of layers: in the type of the activations, or in 8 bits.
-PRODUCTS = {'same': sharding.dot_general, 'float8': float8.dot_general}
+# Matrix products of layers: in the dtype of the activations, or in float8.
+PRODUCTS = {'same': sharding.dot_general, 'float8': fp8_matmul.dot_general}
 DTYPES = ('float32', 'bfloat16')  # of activations and matrix products
 INIT_FAMILIES = ('vjepa', 'videomae', 'mae', '4ds', 'hiera')
 
-Grid = tuple[int, int, int]
 Initializer = Callable[..., Array]
 
 
-def to_unit(
-  video: Num[Array | np.ndarray, '*shape'],
-) -> Float[Array | np.ndarray, '*shape']:
-  """Returns uint8 pixels as float32 in [0, 1]; floats pass through.
-
-  Raises:
-    TypeError: pixels of another type.
-  """
-  if jnp.issubdtype(video.dtype, jnp.floating):
-    return video
-  if video.dtype != jnp.uint8:
-    raise TypeError(
-      f'video has dtype {video.dtype}, wanted uint8 (0..255) or floats in '
-      '[0, 1]; convert it before the call'
-    )
-  return jnp.asarray(video, jnp.float32) / 255.0
-
-
-def grid_of(video_shape: Sequence[int], patch: Grid) -> Grid:
-  """Returns (t, h, w), the tokens along time, height and width.
-
-  Args:
-    video_shape: (B, T, H, W, C).
-    patch: frames and pixels of one token, (pt, py, px).
-
-  Raises:
-    ValueError: the shape is not a clip or is no multiple of the patch.
-  """
-  if len(video_shape) != 5:
-    raise ValueError(
-      f'video has shape {tuple(video_shape)}, wanted [B, T, H, W, C]; add a '
-      'batch axis to a single clip'
-    )
-  size = tuple(video_shape[1:4])
-  if any(n % p or n < p for n, p in zip(size, patch, strict=True)):
-    raise ValueError(
-      f'video of (T, H, W) = {size} cannot be cut into patches of '
-      f'{tuple(patch)}; each side must be a multiple of the patch: set '
-      '--config.data.frames and --config.data.size, or the patch'
-    )
-  t, h, w = (n // p for n, p in zip(size, patch, strict=True))
-  return t, h, w
-
-
-def patchify(
-  video: Num[Array | np.ndarray, 'B T H W C'], patch: Grid
-) -> Num[Array, 'B N P']:
-  """Cuts a clip into non-overlapping patches, in raster order.
-
-  Args:
-    video: any pixel type; the type is kept.
-    patch: (pt, py, px).
-
-  Returns:
-    One row of (pt, py, px, c) values per token.
-  """
-  t, h, w = grid_of(video.shape, patch)
-  pt, py, px = patch
-  batch, channels = video.shape[0], video.shape[-1]
-  x = jnp.asarray(video).reshape(batch, t, pt, h, py, w, px, channels)
-  x = x.transpose(0, 1, 3, 5, 2, 4, 6, 7)
-  return x.reshape(batch, t * h * w, pt * py * px * channels)
-
-
-def normalise(
-  patches: Float[Array | np.ndarray, 'B N *P'],
-  mean: tuple[float, ...],
-  std: tuple[float, ...],
-) -> Float[Array, 'B N *P']:
-  """Subtracts a mean and divides by a deviation per colour channel.
-
-  Args:
-    patches: or a clip; channels are the innermost axis, or part of it.
-    mean: one value per channel.
-    std: likewise.
-  """
-  colours = patches.reshape(*patches.shape[:2], -1, len(mean))
-  shape = (1, 1, 1, len(mean))
-  colours = colours - jnp.asarray(mean, jnp.float32).reshape(shape)
-  colours = colours / jnp.asarray(std, jnp.float32).reshape(shape)
-  return colours.reshape(patches.shape)
-
-
 def fan_in_uniform(key: Array, shape: Sequence[int], dtype: Any) -> Array:
-  """Draws a kernel in +-1/sqrt(fan in), the start of torch's layers."""
+  """Draws a kernel uniformly in +-1/sqrt(fan in), the default of torch."""
   bound = 1 / math.sqrt(math.prod(shape[:-1]))
   return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def fan_in_bias(fan_in: int) -> Initializer:
-  """Returns what draws a bias in +-1/sqrt(fan in), the start of torch's."""
+  """Returns torch's bias initialiser, uniform in +-1/sqrt(fan in)."""
   bound = 1 / math.sqrt(fan_in)
 
   def init(key: Array, shape: Sequence[int], dtype: Any) -> Array:
@@ -128,7 +43,7 @@ def fan_in_bias(fan_in: int) -> Initializer:
 
 
 def _glorot_of_three(key: Array, shape: Sequence[int], dtype: Any) -> Array:
-  """Draws one of three kernels [D, E], in Glorot's bound of one [D, 3E]."""
+  """Draws one of three kernels [D, E], with Glorot's bound for [D, 3E]."""
   fan_in, fan_out = shape
   scale = (fan_in + fan_out) / (fan_in + 3 * fan_out)
   init = nn.initializers.variance_scaling(scale, 'fan_avg', 'uniform')
@@ -136,7 +51,7 @@ def _glorot_of_three(key: Array, shape: Sequence[int], dtype: Any) -> Array:
 
 
 def _glorot_of_rows(key: Array, shape: Sequence[int], dtype: Any) -> Array:
-  """Draws a convolution's kernel as that of a product with its pixels."""
+  """Draws a convolution kernel as the matrix [fan in, channels], Glorot."""
   rows = (math.prod(shape[:-1]), shape[-1])
   return nn.initializers.xavier_uniform()(key, rows, dtype).reshape(shape)
 
@@ -147,20 +62,22 @@ def kernel_init(family: str, role: str, block: int = 1) -> Initializer:
   Args:
     family: `vjepa` (normal of deviation 0.02; the kernels that write to the
       residual stream are divided by sqrt(2 * block)), `videomae` (Glorot
-      uniform), `mae` (the same, the embedding too), `4ds` (Glorot uniform
-      MLPs, the rest normal by fan in) or `hiera` (normal of deviation 0.02).
+      uniform), `mae` (the same, including the embedding), `4ds` (Glorot uniform
+      for MLPs, LeCun normal otherwise) or `hiera` (normal of deviation 0.02).
     role: `embed`, `qkv`, `out`, `fc1`, `fc2` or `head`.
     block: number of the block, from 1.
 
   Raises:
-    ValueError: no such family.
+    ValueError: `family` is unknown.
   """
-  # The released V-JEPA code truncates at +-2, which is 100 deviations away.
+  # The released V-JEPA code truncates at +-2, i.e. 100 standard deviations.
   if family == 'vjepa':
-    deep = role in ('out', 'fc2')
-    return nn.initializers.normal(0.02 / math.sqrt(2 * block if deep else 1))
+    residual = role in ('out', 'fc2')
+    return nn.initializers.normal(
+      0.02 / math.sqrt(2 * block if residual else 1)
+    )
   if family in ('videomae', 'mae'):
-    # VideoMAE's is a convolution left as torch makes it.
+    # VideoMAE's embedding is a convolution with torch's default.
     if role == 'embed' and family == 'videomae':
       return fan_in_uniform
     if role == 'qkv':
@@ -168,11 +85,11 @@ def kernel_init(family: str, role: str, block: int = 1) -> Initializer:
     return (
       _glorot_of_rows if role == 'embed' else nn.initializers.xavier_uniform()
     )
-  if family == '4ds':  # as the released code leaves it to Flax
+  if family == '4ds':  # Flax's defaults, as in the released code
     if role in ('fc1', 'fc2'):
       return nn.initializers.xavier_uniform()
     return nn.initializers.lecun_normal()
-  if family == 'hiera':  # truncated as far out as that of V-JEPA
+  if family == 'hiera':  # truncated at +-2 too, see V-JEPA above
     return nn.initializers.normal(0.02)
   raise ValueError(f'init is {family!r}, wanted one of {INIT_FAMILIES}')
 
@@ -180,12 +97,12 @@ def kernel_init(family: str, role: str, block: int = 1) -> Initializer:
 def embed_bias_init(family: str, fan_in: int) -> Initializer:
   """Returns the initialiser of the bias of a ViT's patch embedding.
 
-  VideoMAE, MVD and MAE embed by a convolution, whose bias stays as torch
-  draws it: their own initialisation covers linear layers and norms only.
+  VideoMAE, MVD and MAE embed by a convolution, whose bias has torch's default:
+  their own initialisation covers linear layers and norms only.
 
   Args:
     family: see `kernel_init`.
-    fan_in: values of a patch.
+    fan_in: number of values of a patch.
   """
   if family in ('videomae', 'mae'):
     return fan_in_bias(fan_in)
@@ -208,9 +125,9 @@ def dense(
   products: str = 'same',
   bias: Initializer = nn.initializers.zeros,
 ) -> nn.Dense:
-  """Returns a linear layer: float32 parameters, `dtype` maths.
+  """Returns a linear layer: float32 parameters, `dtype` computation.
 
-  Products may be `float8`, forward only.
+  `products='float8'` has no gradient.
   """
   return nn.Dense(
     features,
@@ -241,11 +158,11 @@ def layer_norm(
 
 
 def with_dtype(module: nn.Module, dtype: str) -> nn.Module:
-  """Returns a network whose modules compute in a type.
+  """Returns a copy of a network with the dtype of all its modules replaced.
 
   Args:
-    module: a network, which may hold others as fields or in mappings.
-    dtype: of activations and matrix products.
+    module: a network; modules in its fields and in mappings are included.
+    dtype: dtype of activations and matrix products.
   """
   changes: dict[str, Any] = {}
   for field in dataclasses.fields(module):

@@ -1,7 +1,7 @@
-"""Where a token stands: tables that are added, and rotations of channels.
+"""Position embeddings: tables added to tokens, and rotations of channels.
 
-The tables share no formula and are not interchangeable. They are constants:
-no gradient, no weight decay, not in a checkpoint.
+The formulas of the tables differ, so they are not interchangeable. Fixed tables
+are constants: no gradient, no weight decay, not in a checkpoint.
 """
 
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from vssl_jax.models import layers
+from vssl_jax.masks import tubelets
 
 BASE = 10000.0
 
@@ -20,16 +20,16 @@ class Rope(NamedTuple):
   """Cosines and sines that rotate the channels of one head, or of a token.
 
   Attributes:
-    cos: 1 where a channel does not turn. A leading 1 serves every example.
-    sin: 0 where a channel does not turn.
+    cos: 1 for channels that are not rotated. A batch axis of 1 is broadcast.
+    sin: 0 for channels that are not rotated.
   """
 
   cos: Float[Array, 'B N d']
   sin: Float[Array, 'B N d']
 
 
-def coordinates(grid: layers.Grid) -> Int[np.ndarray, 'N 3']:
-  """Returns time, row and column of every token."""
+def coordinates(grid: tubelets.Grid) -> Int[np.ndarray, 'N 3']:
+  """Returns the time step, row and column of every token."""
   return np.stack([axis.ravel() for axis in np.indices(grid)], axis=-1)
 
 
@@ -40,7 +40,7 @@ def _sincos_1d(position: np.ndarray, size: int) -> np.ndarray:
   return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
 
 
-def sinusoid_1d(grid: layers.Grid, width: int) -> Float[np.ndarray, 'N D']:
+def sinusoid_1d(grid: tubelets.Grid, width: int) -> Float[np.ndarray, 'N D']:
   """Returns VideoMAE's table over the flat token index.
 
   Channel j of row n holds the sine (j even) or cosine (j odd) of
@@ -56,20 +56,20 @@ def sinusoid_1d(grid: layers.Grid, width: int) -> Float[np.ndarray, 'N D']:
 
 
 def sincos_3d_vjepa(
-  grid: layers.Grid, width: int, uniform_power: bool = False
+  grid: tubelets.Grid, width: int, uniform_power: bool = False
 ) -> Float[np.ndarray, 'N D']:
-  """Returns V-JEPA's table: a part for time, one for rows, one for columns.
+  """Returns V-JEPA's table: channels for time, then rows, then columns.
 
   Args:
     grid: tokens along (time, height, width).
     width: channels; a multiple of 8, so that every part is even.
-    uniform_power: three equal parts, cut to the width, and not a half and
+    uniform_power: three equal parts, cut to the width, instead of a half and
       two quarters.
 
   Source: V-JEPA, arXiv 2404.08471, released code.
 
   Raises:
-    ValueError: the width cannot be cut into even parts.
+    ValueError: the width cannot be split into even parts.
   """
   if width % 8:
     raise ValueError(
@@ -78,22 +78,22 @@ def sincos_3d_vjepa(
   parts = (width // 2, width // 4, width // 4)
   if uniform_power:
     parts = (2 * -(-width // 6),) * 3
-  where = coordinates(grid)
+  coords = coordinates(grid)
   table = np.concatenate(
-    [_sincos_1d(where[:, axis], part) for axis, part in enumerate(parts)],
+    [_sincos_1d(coords[:, axis], part) for axis, part in enumerate(parts)],
     axis=1,
   )
   return table[:, :width].astype(np.float32)
 
 
 def sincos_3d_vjepa_uniform(
-  grid: layers.Grid, width: int
+  grid: tubelets.Grid, width: int
 ) -> Float[np.ndarray, 'N D']:
   """Returns V-JEPA's table with three equal parts (its released ViT-L, H)."""
   return sincos_3d_vjepa(grid, width, uniform_power=True)
 
 
-def sincos_3d_mvd(grid: layers.Grid, width: int) -> Float[np.ndarray, 'N D']:
+def sincos_3d_mvd(grid: tubelets.Grid, width: int) -> Float[np.ndarray, 'N D']:
   """Returns MVD's table: a quarter for time, then columns, then rows.
 
   Columns and rows get three eighths of the channels each.
@@ -101,34 +101,34 @@ def sincos_3d_mvd(grid: layers.Grid, width: int) -> Float[np.ndarray, 'N D']:
   Source: MVD, arXiv 2212.04500, released code.
 
   Raises:
-    ValueError: the width cannot be cut into even parts.
+    ValueError: the width cannot be split into even parts.
   """
   if width % 16:
     raise ValueError(
       f'sincos_3d_mvd needs a width that is a multiple of 16, found {width}'
     )
-  where = coordinates(grid)
+  coords = coordinates(grid)
   parts = ((0, width // 4), (2, width * 3 // 8), (1, width * 3 // 8))
   return np.concatenate(
-    [_sincos_1d(where[:, axis], part) for axis, part in parts], axis=1
+    [_sincos_1d(coords[:, axis], part) for axis, part in parts], axis=1
   ).astype(np.float32)
 
 
-def sincos_2d(grid: layers.Grid, width: int) -> Float[np.ndarray, 'N D']:
-  """Returns MAE's table: a half for columns, then rows; the same at any time.
+def sincos_2d(grid: tubelets.Grid, width: int) -> Float[np.ndarray, 'N D']:
+  """Returns MAE's table, equal at all time steps: half columns, half rows.
 
   Source: MAE, arXiv 2111.06377, released code.
 
   Raises:
-    ValueError: the width cannot be cut into even parts.
+    ValueError: the width cannot be split into even parts.
   """
   if width % 4:
     raise ValueError(
       f'sincos_2d needs a width that is a multiple of 4, found {width}'
     )
-  where = coordinates(grid)
+  coords = coordinates(grid)
   return np.concatenate(
-    [_sincos_1d(where[:, axis], width // 2) for axis in (2, 1)], axis=1
+    [_sincos_1d(coords[:, axis], width // 2) for axis in (2, 1)], axis=1
   ).astype(np.float32)
 
 
@@ -142,32 +142,33 @@ TABLES = {
 ROTATIONS = ('rope_3d', 'rope_post_norm', 'both')
 LEARNED = ('learned', 'both')  # `both`: the learned table and rope_post_norm
 NAMES = tuple(dict.fromkeys((*TABLES, *ROTATIONS, *LEARNED, 'none')))
-# Shares of a token's channels that turn with time, row and column.
-# Source: LayerLock, arXiv 2509.10156; that segments are even is ours.
+# Fractions of a token's channels that are rotated by time, row and column.
+# Source: LayerLock, arXiv 2509.10156; even segments are our choice.
 POST_NORM_SHARES = (0.1, 0.25, 0.25)
 
 
 def table(
-  module: nn.Module, kind: str, grid: layers.Grid, width: int
+  module: nn.Module, kind: str, grid: tubelets.Grid, width: int
 ) -> Float[Array, 'N D'] | None:
-  """Returns what is added to the tokens of a grid, or None for nothing.
+  """Returns the table that is added to the tokens of a grid, or None.
 
   Args:
-    module: gets the parameter `positions` [t, h, w, D] if it is learned.
+    module: calling module; owns the parameter `positions` [t, h, w, D] if the
+      table is learned.
     kind: one of `NAMES`.
     grid: tokens along (time, height, width).
     width: channels of a token.
 
   Raises:
-    ValueError: an unknown kind, or learned positions of another grid.
+    ValueError: `kind` is unknown, or the learned table has another grid.
   """
   if kind not in NAMES:
     raise ValueError(f'positions is {kind!r}, wanted one of {sorted(NAMES)}')
   if kind in LEARNED:
-    found = module.get_variable('params', 'positions')
-    if found is not None and found.shape[:3] != tuple(grid):
+    param = module.get_variable('params', 'positions')
+    if param is not None and param.shape[:3] != tuple(grid):
       raise ValueError(
-        f'the learned positions are for a grid of {found.shape[:3]} tokens and '
+        f'the learned positions are for a grid of {param.shape[:3]} tokens and '
         f'the clip has {tuple(grid)}; load the weights for this grid, which '
         'resizes the table'
       )
@@ -180,18 +181,19 @@ def table(
 def class_row(
   module: nn.Module, kind: str, width: int
 ) -> Float[Array, '1 D'] | None:
-  """Returns what is added to a class token, or None for nothing.
+  """Returns the position embedding that is added to a class token, or None.
 
-  Learned tables have a row for it. In fixed ones it stands nowhere: MAE's has
-  a row of zeros.
+  Learned tables have a row for the class token. Fixed tables have none, which
+  equals the row of zeros in MAE's table.
 
   Args:
-    module: gets the parameter `class_position` [1, D] if it is learned.
+    module: calling module; owns the parameter `class_position` [1, D] if the
+      table is learned.
     kind: one of `NAMES`.
     width: channels of a token.
 
   Raises:
-    ValueError: the kind turns tokens by where they stand.
+    ValueError: `kind` is rotary, which needs a position for every token.
   """
   if kind in ROTATIONS:
     raise ValueError(
@@ -207,33 +209,34 @@ def class_row(
 
 
 def rope_segment(head_dim: int) -> int:
-  """Returns the channels of a head that turn with each of the three axes."""
+  """Returns the channels of a head that are rotated by each of three axes."""
   return 2 * ((head_dim // 3) // 2)
 
 
 def rope_3d(
   indices: Int[Array, 'B N'],
-  grid: layers.Grid,
+  grid: tubelets.Grid,
   head_dim: int,
   pairing: str = 'paired',
 ) -> Rope:
-  """Returns the rotation of tokens by time, row and column.
+  """Returns the rotary embedding of tokens by time, row and column.
 
-  Each axis turns `rope_segment` channels; what is left stays as it is.
-  Neighbouring channels (2i, 2i+1) form a pair.
+  Each axis rotates `rope_segment` channels; the remaining channels are
+  unchanged. Neighbouring channels (2i, 2i+1) form a pair.
 
   Args:
     indices: flat token indices.
     grid: tokens along (time, height, width).
     head_dim: channels of one head.
-    pairing: `paired` turns both channels of a pair by the same angle;
-      `vjepa2` reproduces the released code, which lists the frequencies twice
-      in a row over the pairs, so that partners differ. Needed for its weights.
+    pairing: `paired` rotates both channels of a pair by the same angle.
+      `vjepa2` reproduces the released code, which repeats the list of
+      frequencies instead of each frequency, so the two channels of a pair have
+      different angles; required for V-JEPA 2 weights.
 
   Source: V-JEPA 2, arXiv 2506.09985, section 2.1.
 
   Raises:
-    ValueError: an unknown pairing.
+    ValueError: `pairing` is unknown.
   """
   size = rope_segment(head_dim)
   omega = BASE ** (-np.arange(size // 2) / max(size / 2, 1))
@@ -249,14 +252,14 @@ def rope_3d(
 
 
 def rope_post_norm(
-  indices: Int[Array, 'B N'], grid: layers.Grid, width: int
+  indices: Int[Array, 'B N'], grid: tubelets.Grid, width: int
 ) -> Rope:
-  """Returns LayerLock's rotation of a block's normed tokens.
+  """Returns LayerLock's rotary embedding of a block's normed tokens.
 
-  10, 25 and 25 % of the channels turn with time, row and column, in this
-  order from the first channel; neighbours (2i, 2i+1) form a pair with one
-  frequency, base 10000. The rest stays as it is. The shares are published;
-  base, order and even segments are our choice.
+  Time, row and column rotate 10, 25 and 25 % of the channels, in this order
+  from the first channel. Neighbours (2i, 2i+1) form a pair with one frequency,
+  base 10000. The remaining channels are unchanged. The fractions are
+  published; base, order and even segments are our choice.
 
   Args:
     indices: flat token indices.
@@ -274,9 +277,9 @@ def rope_post_norm(
 
 
 def rope_of(
-  encoder: Any, index: Int[Array, 'R N'], grid: layers.Grid
+  encoder: Any, index: Int[Array, 'R N'], grid: tubelets.Grid
 ) -> Rope | None:
-  """Returns the rotation of an encoder's tokens; arguments as in `rope`."""
+  """Returns the rotary embedding of an encoder; arguments as in `rope`."""
   return rope(
     encoder.positions,
     index,
@@ -290,14 +293,15 @@ def rope_of(
 def rope(
   kind: str,
   indices: Int[Array, 'B N'],
-  grid: layers.Grid,
+  grid: tubelets.Grid,
   width: int,
   num_heads: int,
   pairing: str = 'paired',
 ) -> Rope | None:
-  """Returns the rotation of a kind in `NAMES`; None where nothing turns.
+  """Returns the rotary embedding of a kind in `NAMES`, or None.
 
-  `rope_3d` is of one head's channels, the others of a token's.
+  `rope_3d` rotates the channels of one head; `rope_post_norm` and `both`
+  rotate the channels of a token.
   """
   if kind not in ROTATIONS:
     return None
@@ -308,29 +312,29 @@ def rope(
 
 def _turn(
   indices: Int[Array, 'B N'],
-  grid: layers.Grid,
+  grid: tubelets.Grid,
   omegas: tuple[np.ndarray, ...],
   channels: int,
 ) -> Rope:
-  """Returns the rotation by time, row and column times their frequencies."""
+  """Returns rotations by time, row and column times their frequencies."""
   _, h, w = grid
-  where = (indices // (h * w), indices % (h * w) // w, indices % w)
+  coords = (indices // (h * w), indices % (h * w) // w, indices % w)
   angles = [
-    p[:, :, None].astype(jnp.float32)
+    position[:, :, None].astype(jnp.float32)
     * jnp.asarray(omega, jnp.float32).reshape(1, 1, -1)
-    for p, omega in zip(where, omegas, strict=True)
+    for position, omega in zip(coords, omegas, strict=True)
   ]
   angle = jnp.concatenate(angles, axis=-1)
-  rest = channels - angle.shape[-1]
-  angle = jnp.pad(angle, ((0, 0), (0, 0), (0, rest)))
+  unrotated = channels - angle.shape[-1]
+  angle = jnp.pad(angle, ((0, 0), (0, 0), (0, unrotated)))
   return Rope(jnp.cos(angle), jnp.sin(angle))
 
 
 def rotate(x: Float[Array, 'B N H d'], rope: Rope) -> Float[Array, 'B N H d']:
-  """Turns pairs of channels (2i, 2i+1) by their angles, in float32.
+  """Rotates pairs of channels (2i, 2i+1) by their angles, in float32.
 
   Raises:
-    ValueError: an odd number of channels.
+    ValueError: the number of channels is odd.
   """
   if x.shape[-1] % 2:
     raise ValueError(
@@ -339,7 +343,7 @@ def rotate(x: Float[Array, 'B N H d'], rope: Rope) -> Float[Array, 'B N H d']:
       'set num_heads or width of that encoder or predictor'
     )
   pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-  turned = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1)
+  rotated = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1)
   cos, sin = rope.cos[:, :, None, :], rope.sin[:, :, None, :]
-  out = x.astype(jnp.float32) * cos + turned.reshape(x.shape) * sin
+  out = x.astype(jnp.float32) * cos + rotated.reshape(x.shape) * sin
   return out.astype(x.dtype)

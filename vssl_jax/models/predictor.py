@@ -1,32 +1,33 @@
-"""The predictor of SALT and V-JEPA: masked tokens from visible ones."""
+"""Predictor of SALT and V-JEPA: predicts masked tokens from visible ones."""
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from vssl_jax import masking
+from vssl_jax.masks import sampling, tubelets
 from vssl_jax.models import blocks, layers, positions
 
 
 class Predictor(nn.Module):
-  """A narrow transformer over visible tokens and mask tokens.
+  """Narrow transformer over visible tokens and mask tokens.
 
   With pixels as output it is SALT's pixel decoder.
 
   Attributes:
-    out_width: channels of the result: a teacher's width, or a patch's pixels.
-    width: channels inside.
+    out_width: channels of the predictions: a teacher's width, or the values of
+      a patch.
+    width: channels of the predictor's tokens.
     depth: number of blocks.
     num_heads: attention heads.
     mlp_width: hidden channels of the MLPs; None for 4 * width.
-    num_mask_tokens: learned tokens; one per kind of mask, or one for all.
+    num_mask_tokens: learned mask tokens; one per mask, or one for all masks.
     positions: one of `positions.NAMES`.
     rope_pairing: `paired`, or `vjepa2` for weights of V-JEPA 2.
     qkv_bias: `full` or `qv`.
     init_family: family of initial values, `vjepa` or `videomae`.
     gelu: `exact` or `tanh`.
     norm_eps: added to variances in layer norms.
-    dtype: of activations and matrix products.
+    dtype: dtype of activations and matrix products.
     remat: `none`, `dots` or `full`.
     attention: `auto`, `xla`, `cudnn` or `splash`.
   """
@@ -49,7 +50,7 @@ class Predictor(nn.Module):
 
   @property
   def block_spec(self) -> blocks.Spec:
-    """What the blocks share."""
+    """Options shared by the blocks."""
     return blocks.Spec(
       num_heads=self.num_heads,
       mlp_width=self.mlp_width or 4 * self.width,
@@ -67,24 +68,24 @@ class Predictor(nn.Module):
   def __call__(
     self,
     z: Float[Array, 'B V D'],
-    mask: masking.Mask,
-    grid: layers.Grid,
+    mask: sampling.Mask,
+    grid: tubelets.Grid,
     token: int = 0,
   ) -> Float[Array, 'B M out']:
     """Predicts the masked tokens.
 
     Args:
       z: the encoder's visible tokens.
-      mask: where those stand, and which tokens to predict.
+      mask: indices of the visible tokens and of the tokens to predict.
       grid: tokens of the whole clip along (time, height, width).
-      token: which mask token; taken modulo their number.
+      token: index of the mask token, modulo `num_mask_tokens`.
 
     Returns:
       float32 predictions in the order of `mask.masked`.
     """
     head = layers.kernel_init(self.init_family, 'head')
     z = layers.dense(self.width, 'embed', kernel=head, dtype=self.dtype)(z)
-    # All of them are made, so that parameters do not depend on the mask.
+    # Create all of them, so that the parameters do not depend on the mask.
     learned = [
       self.param(
         f'mask_token_{i}', nn.initializers.zeros, (1, self.width), jnp.float32
@@ -112,23 +113,24 @@ class Predictor(nn.Module):
 def join(
   z: Float[Array, 'B V D'],
   token: Float[Array, '1 D'],
-  mask: masking.Mask,
+  mask: sampling.Mask,
   table: Float[Array, 'N D'] | None,
 ) -> Float[Array, 'B VM D']:
-  """Returns visible tokens, then mask tokens, each with its own position.
+  """Concatenates visible tokens and mask tokens, with positions added.
 
-  Attention does not see order, so this equals the published code's sorting.
+  Attention does not depend on token order, so this equals the sorting of the
+  published code.
 
   Args:
     z: visible tokens.
     token: the learned mask token.
-    mask: where the tokens stand.
-    table: added to each token by its index; None for nothing.
+    mask: indices of visible and masked tokens.
+    table: position embeddings, added by token index; None to add nothing.
   """
   batch, masked = mask.masked.shape
   shape = (batch, masked, z.shape[-1])
-  hidden = jnp.broadcast_to(token[None], shape).astype(z.dtype)
-  x = jnp.concatenate([z, hidden], axis=1)
+  mask_tokens = jnp.broadcast_to(token[None], shape).astype(z.dtype)
+  x = jnp.concatenate([z, mask_tokens], axis=1)
   if table is None:
     return x
   index: Int[Array, 'B VM'] = jnp.concatenate([mask.visible, mask.masked], 1)

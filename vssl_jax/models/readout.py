@@ -1,32 +1,33 @@
-"""Readouts: what a probe trains on the tokens of a frozen encoder."""
+"""Readouts: heads that probes train on the tokens of a frozen encoder."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vssl_jax.masks import tubelets
 from vssl_jax.models import attention, blocks, layers
 
-# The pooler of V-JEPA keeps its framework's default, unlike the encoder.
+# V-JEPA's pooler uses the default of its framework, unlike the encoder.
 POOLER_EPS = 1e-5
-# Share of a new batch in the running statistics, as in MAE's linear probe.
+# Weight of a new batch in the running statistics, as in MAE's linear probe.
 MOMENTUM = 0.1
-# Flax's, which the code of 4DS leaves as it is.
+# The default of Flax, which the code of 4DS uses.
 CROSS_EPS = 1e-6
 
 
 class Attentive(nn.Module):
   """Self-attention blocks, then one learned query that attends to all tokens.
 
-  The tokens of several clips of a video may be concatenated: there are no
-  positions. Source: SALT (arXiv 2509.24317), appendix, and the code of
+  The readout has no positions, so the tokens of several clips of a video can
+  be concatenated. Source: SALT (arXiv 2509.24317), appendix, and the code of
   V-JEPA 2, `src/models/attentive_pooler.py`.
 
   Attributes:
     classes: number of logits.
     num_heads: attention heads.
-    self_blocks: blocks before the query's.
-    dtype: of activations and matrix products; parameters are float32.
+    self_blocks: number of self-attention blocks.
+    dtype: dtype of activations and matrix products; parameters are float32.
     attention: implementation, see `attention.attend`.
   """
 
@@ -43,7 +44,7 @@ class Attentive(nn.Module):
     weight: Float[Array, 'B'],
     train: bool = False,
   ) -> Float[Array, 'B K']:
-    """Returns logits; `weight` and `train` are for other readouts."""
+    """Returns logits; `weight` and `train` are not used by this readout."""
     del weight, train
     width = tokens.shape[-1]
     spec = blocks.Spec(
@@ -62,7 +63,7 @@ class Attentive(nn.Module):
   def _pool(
     self, spec: blocks.Spec, x: Float[Array, 'B N D']
   ) -> Float[Array, 'B 1 D']:
-    """Returns the query after it has seen the tokens."""
+    """Returns the query after cross-attention to the tokens and an MLP."""
     width = x.shape[-1]
     split = (self.num_heads, width // self.num_heads)
     kernel = layers.kernel_init('vjepa', 'qkv')
@@ -73,13 +74,14 @@ class Attentive(nn.Module):
       layers.dense(width, name, kernel=kernel, dtype=self.dtype)(source)
       for name, source in (('q', query), ('k', x), ('v', x))
     )
-    mixed = attention.attend(
-      *(z.reshape(*z.shape[:2], *split) for z in (q, k, v)), self.attention
+    attended = attention.attend(
+      *(z.reshape(*z.shape[:2], *split) for z in (q, k, v)),
+      self.attention,
     )
-    # No output projection here, in contrast to the blocks above.
-    y = query + mixed.reshape(query.shape)
+    # Unlike the blocks above, this attention has no output projection.
+    y = query + attended.reshape(query.shape)
     z = layers.layer_norm('norm_2', spec.norm_eps, self.dtype)(y)
-    # Numbered like the last block before it: V-JEPA scales fc2 by that.
+    # It has the index of the last block, because V-JEPA scales fc2 by it.
     return y + blocks.Mlp(spec, max(self.self_blocks - 1, 0), name='mlp')(z)
 
 
@@ -107,7 +109,7 @@ class Linear(nn.Module):
 
     Args:
       tokens: features of the clips.
-      weight: 0 keeps an example out of the batch's statistics.
+      weight: weight of each example in the batch statistics; 0 excludes it.
       train: normalise by this batch and update the running statistics.
     """
     x = jnp.mean(tokens.astype(jnp.float32), axis=1)
@@ -123,46 +125,47 @@ class Linear(nn.Module):
       name: self.variable('stats', name, jnp.zeros, shape)
       for name in ('mean', 'variance')
     }
-    seen = self.variable('stats', 'seen', jnp.zeros, (1, 1))
+    accumulated = self.variable('stats', 'seen', jnp.zeros, (1, 1))
     if train:
-      part = (weight / jnp.maximum(jnp.sum(weight), 1e-6))[:, None]
-      mean = jnp.sum(part * x, axis=0, keepdims=True)
-      variance = jnp.sum(part * jnp.square(x - mean), axis=0, keepdims=True)
+      fraction = (weight / jnp.maximum(jnp.sum(weight), 1e-6))[:, None]
+      mean = jnp.sum(fraction * x, axis=0, keepdims=True)
+      variance = jnp.sum(fraction * jnp.square(x - mean), axis=0, keepdims=True)
       if not self.is_initializing():
-        for name, new in (('mean', mean), ('variance', variance)):
-          running[name].value += MOMENTUM * (new - running[name].value)
-        seen.value += MOMENTUM * (1 - seen.value)
+        for name, batch_value in (('mean', mean), ('variance', variance)):
+          running[name].value += MOMENTUM * (batch_value - running[name].value)
+        accumulated.value += MOMENTUM * (1 - accumulated.value)
     else:
-      # Divided by the total share of the batches seen, so that short runs do
-      # not normalise by the zeros that the averages start from.
-      total = jnp.maximum(seen.value, 1e-6)
+      # Bias correction: the averages start from zero, so divide them by the
+      # total weight of the batches so far.
+      total = jnp.maximum(accumulated.value, 1e-6)
       mean = running['mean'].value / total
       variance = running['variance'].value / total
     return (x - mean) / jnp.sqrt(variance + self.eps)
 
 
 class CrossAttention(nn.Module):
-  """Learned queries that look once at all tokens: the readout of 4DS.
+  """Cross-attention readout of 4DS: learned queries attend to all tokens once.
 
-  Tokens are resized along time to one row per frame, so that a query may ask
-  for a frame. Source: 4DS (arXiv 2412.15212) and its code, google-deepmind/
-  representations4d, `models/readout.py` (`AttentionReadout`) and
-  `models/model.py` (`EncoderToReadout`).
+  Tokens are resized along time to one time step per frame, so that a query can
+  attend to a frame. Source: 4DS (arXiv 2412.15212) and its code,
+  google-deepmind/representations4d, `models/readout.py` (`AttentionReadout`)
+  and `models/model.py` (`EncoderToReadout`).
 
   Attributes:
     outputs: values per query.
     grid: tokens (t, h, w) of a clip.
-    frames: of a clip.
-    queries: learned queries; the answer of a single one has no axis for them.
+    frames: number of frames of a clip.
+    queries: number of learned queries; the output of a single query has no
+      query axis.
     width: channels of queries, keys and values, over all heads.
     num_heads: attention heads.
-    dropout: rate at which attended values are dropped in training.
-    dtype: of activations and matrix products; parameters are float32.
+    dropout: dropout rate of attended values in training.
+    dtype: dtype of activations and matrix products; parameters are float32.
     attention: implementation, see `attention.attend`.
   """
 
   outputs: int
-  grid: layers.Grid
+  grid: tubelets.Grid
   frames: int
   queries: int = 1
   width: int = 1024
@@ -178,15 +181,16 @@ class CrossAttention(nn.Module):
     weight: Float[Array, 'B'],
     train: bool = False,
   ) -> Float[Array, 'B *Q K']:
-    """Returns the answer to each query; `weight` is for other readouts.
+    """Returns the output of each query, float32.
 
     Args:
-      tokens: in raster order of the grid.
-      weight: not used.
-      train: drop values at the rate `dropout`.
+      tokens: tokens in raster order of the grid.
+      weight: not used by this readout.
+      train: apply dropout.
 
     Raises:
-      ValueError: the tokens or the heads do not fit.
+      ValueError: the tokens do not fit the grid, or the heads do not divide
+        the width.
     """
     del weight
     if self.width % self.num_heads:
@@ -195,10 +199,10 @@ class CrossAttention(nn.Module):
         'set probe.width to a multiple of probe.num_heads'
       )
     x = self._features(tokens)
-    query, mixed = self._attend(x)
+    query, attended = self._attend(x)
     if self.dropout:
-      mixed = nn.Dropout(self.dropout, deterministic=not train)(mixed)
-    y = query + self._dense(self.width, 'out')(mixed)
+      attended = nn.Dropout(self.dropout, deterministic=not train)(attended)
+    y = query + self._dense(self.width, 'out')(attended)
     z = layers.layer_norm('norm_2', CROSS_EPS, self.dtype)(y)
     z = nn.gelu(self._dense(4 * self.width, 'fc1')(z), approximate=True)
     y = y + self._dense(self.width, 'fc2')(z)
@@ -213,7 +217,7 @@ class CrossAttention(nn.Module):
     )
 
   def _features(self, tokens: Float[Array, 'B N D']) -> Float[Array, 'B M D']:
-    """Returns normalised tokens, a row of them per frame, that know it."""
+    """Returns normed tokens with time embeddings, resized to the frames."""
     x = resize_time(tokens, self.grid, self.frames)
     x = layers.layer_norm('norm_1', CROSS_EPS, self.dtype)(x)
     kernel = nn.initializers.normal(0.02)
@@ -225,7 +229,7 @@ class CrossAttention(nn.Module):
   def _attend(
     self, x: Float[Array, 'B M D']
   ) -> tuple[Float[Array, 'B Q W'], Float[Array, 'B Q W']]:
-    """Returns the queries, and what they found."""
+    """Returns the queries and their attended values."""
     split = (self.num_heads, self.width // self.num_heads)
     kernel = nn.initializers.normal(0.02)
     shape = (self.queries, *split)
@@ -235,23 +239,23 @@ class CrossAttention(nn.Module):
       self._dense(self.width, name)(x).reshape(*x.shape[:2], *split)
       for name in ('k', 'v')
     )
-    mixed = attention.attend(query, k, v, self.attention)
+    attended = attention.attend(query, k, v, self.attention)
     flat = (*query.shape[:2], self.width)
-    return query.reshape(flat), mixed.reshape(flat)
+    return query.reshape(flat), attended.reshape(flat)
 
 
 def resize_time(
-  tokens: Float[Array, 'B N D'], grid: layers.Grid, frames: int
+  tokens: Float[Array, 'B N D'], grid: tubelets.Grid, frames: int
 ) -> Float[Array, 'B T n D']:
-  """Interpolates tokens along time, cubically, to one row per frame.
+  """Resizes tokens along time to one time step per frame, cubic.
 
   Args:
-    tokens: in raster order of the grid.
+    tokens: tokens in raster order of the grid.
     grid: (t, h, w).
-    frames: rows wanted, T.
+    frames: number of output time steps, T.
 
   Raises:
-    ValueError: the tokens are not those of the grid.
+    ValueError: the number of tokens differs from that of the grid.
   """
   batch, count, width = tokens.shape
   t, h, w = grid
@@ -260,29 +264,29 @@ def resize_time(
       f'found {count} tokens where a grid of {tuple(grid)} has {t * h * w}; '
       'this readout wants the tokens of one clip, with none left out'
     )
-  rows = tokens.reshape(batch, t, h * w, width)
-  return jax.image.resize(rows, (batch, frames, h * w, width), 'cubic')
+  steps = tokens.reshape(batch, t, h * w, width)
+  return jax.image.resize(steps, (batch, frames, h * w, width), 'cubic')
 
 
 class Dense(nn.Module):
-  """A value for each pixel of a clip, such as its depth.
+  """Dense readout: one value per pixel of a clip, such as depth.
 
-  Each query of the readout answers for one patch. Source: 4DS, as above.
+  Each query of the readout predicts one patch. Source: 4DS, as above.
 
   Attributes:
     grid: tokens (t, h, w) of a clip.
     clip: (T, H, W).
-    patch: frames and pixels that one query answers for.
-    width: see `CrossAttention`; the same holds for what follows.
+    patch: frames and pixels predicted by one query.
+    width: this and the following fields are those of `CrossAttention`.
     num_heads: attention heads.
     dropout: rate.
-    dtype: of activations.
+    dtype: dtype of activations.
     attention: implementation.
   """
 
-  grid: layers.Grid
+  grid: tubelets.Grid
   clip: tuple[int, int, int]
-  patch: layers.Grid = (2, 8, 8)
+  patch: tubelets.Grid = (2, 8, 8)
   width: int = 1024
   num_heads: int = 16
   dropout: float = 0.0
@@ -297,9 +301,9 @@ class Dense(nn.Module):
     train: bool = False,
   ) -> Float[Array, 'B T H W']:
     """Returns one value per pixel; arguments as in `CrossAttention`."""
-    t, h, w = layers.grid_of((1, *self.clip, 1), self.patch)
+    t, h, w = tubelets.grid_of((1, *self.clip, 1), self.patch)
     pt, py, px = self.patch
-    answers = CrossAttention(
+    predictions = CrossAttention(
       outputs=pt * py * px,
       grid=self.grid,
       frames=self.clip[0],
@@ -311,5 +315,5 @@ class Dense(nn.Module):
       attention=self.attention,
       name='readout',
     )(tokens, weight, train)
-    x = answers.reshape(-1, t, h, w, pt, py, px)
+    x = predictions.reshape(-1, t, h, w, pt, py, px)
     return x.transpose(0, 1, 4, 2, 5, 3, 6).reshape(-1, *self.clip)

@@ -1,7 +1,7 @@
 """Resizes tables of learned positions to another grid of tokens.
 
-Released codes differ in the filter, in the scale that source coordinates are
-computed with, and in whether neighbours are averaged where a table shrinks:
+Released codes differ in the filter, in the scale of source coordinates, and in
+antialiasing when a table shrinks:
 
 | name | as in |
 |---|---|
@@ -19,8 +19,8 @@ import numpy as np
 from jaxtyping import Float
 
 NAMES = ('trilinear', 'bicubic', 'bicubic_offset', 'bicubic_antialias')
-# Added to the number of tokens along an axis by DINO and DINOv2, to keep
-# rounding from losing one; it moves every source coordinate.
+# DINO and DINOv2 add this to the number of tokens along an axis, so that
+# rounding does not lose a token. It shifts every source coordinate.
 OFFSET = 0.1
 
 
@@ -29,18 +29,17 @@ def resize(
   grid: tuple[int, int, int],
   kind: str = 'trilinear',
 ) -> Float[np.ndarray, 'T H W D']:
-  """Returns learned positions of another grid.
+  """Resizes learned positions to another grid.
 
-  Bicubic kinds resize height and width; a table whose number of time steps
-  changes is resized linearly along time.
+  Bicubic kinds resize height and width. Time is always resized linearly.
 
   Args:
     table: positions, float.
-    grid: wanted tokens along (time, height, width).
+    grid: new number of tokens along (time, height, width).
     kind: one of `NAMES`.
 
   Raises:
-    ValueError: an unknown kind.
+    ValueError: `kind` is unknown.
   """
   if kind not in NAMES:
     raise ValueError(f'resize is {kind!r}, wanted one of {NAMES}')
@@ -48,7 +47,7 @@ def resize(
   if kind == 'trilinear':
     return _linear(table, (*grid, table.shape[3]))
   if table.shape[1:3] != grid[1:]:
-    # Also along an axis that keeps its length: with the offset it moves.
+    # Also along an axis of equal length, which the offset shifts.
     rows, columns = (
       _cubic_weights(table.shape[axis], grid[axis], kind) for axis in (1, 2)
     )
@@ -68,13 +67,13 @@ def _linear(table: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 def _cubic_weights(
   length: int, wanted: int, kind: str
 ) -> Float[np.ndarray, 'wanted length']:
-  """Returns the weight of each stored token in each wanted one."""
-  scale = length / wanted  # stored tokens per wanted one
+  """Returns the weights of the stored tokens in each new token."""
+  scale = length / wanted  # stored tokens per new token
   if kind == 'bicubic_offset':
     scale = length / (wanted + OFFSET)
   centres = (np.arange(wanted) + 0.5) * scale
   if kind == 'bicubic_antialias':
-    # A wider filter where the table shrinks, cut and normalised at the edges.
+    # A wider filter if the table shrinks, cut and normalised at the edges.
     stretch = max(scale, 1.0)
     stored = np.arange(length) + 0.5
     distance = (stored[None] - centres[:, None]) / stretch
@@ -86,7 +85,7 @@ def _cubic_weights(
   values = _keys(source[:, None] - taps, a=-0.75)
   weights = np.zeros((wanted, length))
   rows = np.broadcast_to(np.arange(wanted)[:, None], taps.shape)
-  # Tokens beyond an edge are those at the edge.
+  # Indices beyond an edge are clipped to the edge.
   np.add.at(weights, (rows, taps.clip(0, length - 1)), values)
   return weights
 

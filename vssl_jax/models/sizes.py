@@ -1,4 +1,4 @@
-"""Networks by the name of a size, or from a mapping of fields."""
+"""Resolves the size of a network: a name, or a mapping of fields."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -14,18 +14,19 @@ def fields(
   sizes: Mapping[str, Mapping[str, Any]],
   needed: Sequence[str],
 ) -> dict[str, Any]:
-  """Returns the fields that a network is made with.
+  """Returns the fields of a network of the given size.
 
   Args:
-    module: its class.
+    module: class of the network.
     size: a name in `sizes`, or a mapping of fields.
-    overrides: further fields, which come first; `init` stands for
-      `init_family`.
+    overrides: further fields, which override those of `size`; `init` is an
+      alias of `init_family`.
     sizes: name -> fields.
-    needed: what a mapping has at least.
+    needed: required fields of a mapping, for the error message.
 
   Raises:
-    ValueError: an unknown size or field; the message has the nearest one.
+    ValueError: a size or field is unknown; the message gives the known sizes
+      or the nearest field.
   """
   if isinstance(size, str):
     if size not in sizes:
@@ -34,18 +35,18 @@ def fields(
         f'of {", ".join(needed)}'
       )
     size = sizes[size]
-  found = {**size, **overrides}
-  if 'init' in found:  # Linen modules have a method of that name
-    found['init_family'] = found.pop('init')
+  values = {**size, **overrides}
+  if 'init' in values:  # a field cannot be named like the method of Linen
+    values['init_family'] = values.pop('init')
   known = [
     f for f in module.__dataclass_fields__ if f not in ('parent', 'name')
   ]
-  for name, value in found.items():
+  for name, value in values.items():
     if name not in known:
-      near = difflib.get_close_matches(name, known, n=1) or known
+      nearest = difflib.get_close_matches(name, known, n=1) or known
       raise ValueError(
-        f'{module.__name__} has no field {name!r}; nearest: {near[0]!r}'
+        f'{module.__name__} has no field {name!r}; nearest: {nearest[0]!r}'
       )
-    if isinstance(value, list):  # lists of a config would not hash
-      found[name] = tuple(value)
-  return found
+    if isinstance(value, list):  # lists of a config are not hashable
+      values[name] = tuple(value)
+  return values

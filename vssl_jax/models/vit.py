@@ -1,4 +1,4 @@
-"""The video transformer (ViT): encoder, or encoder and decoder in one."""
+"""Video transformer (ViT): an encoder, or an encoder-decoder (4DS)."""
 
 import math
 from collections.abc import Mapping
@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
-from vssl_jax import colours, masking, sharding
-from vssl_jax.models import attended, blocks, layers, positions, sizes
+from vssl_jax import sharding
+from vssl_jax.masks import sampling, tubelets
+from vssl_jax.models import blocks, layers, positions, sizes
+from vssl_jax.utils import colours
 
 # width, depth, heads, MLP width. S to G: SALT (arXiv 2509.24317); M and e:
 # 4DS (arXiv 2412.15212); g22: the released V-JEPA 2 ViT-g, which has 22 heads
-# where the papers say 16.
+# instead of the 16 in the papers.
 FIELDS = ('width', 'depth', 'num_heads', 'mlp_width')
 SIZES = {
   name: dict(zip(FIELDS, row, strict=True))
@@ -32,13 +34,15 @@ SIZES = {
   }.items()
 }
 
+SCORES = ('cls', 'column_mean')  # kinds of `token_scores`
+
 
 class Vit(nn.Module):
   """Encoder of a clip, or of its visible tokens only.
 
-  With `decoder_blocks` the last blocks decode, as in 4DS and LayerLock:
-  learned latents, one per position, join the visible tokens before them. An
-  encoder ends where they begin.
+  With `decoder_blocks`, the last blocks decode, as in 4DS and LayerLock:
+  learned latents, one per position, are appended to the visible tokens before
+  these blocks. The blocks before them are the encoder.
 
   Attributes:
     width: channels of a token.
@@ -54,23 +58,23 @@ class Vit(nn.Module):
     gelu: `exact` or `tanh`.
     norm_eps: added to variances in layer norms.
     drop_path: drop rate of the last block, linear from 0.
-    dtype: of activations and matrix products; parameters are float32.
+    dtype: dtype of activations and matrix products; parameters are float32.
     remat: `none`, `dots` or `full`.
     attention: `auto`, `xla`, `cudnn` or `splash`.
     decoder_blocks: last blocks that decode; 0 for an encoder only.
     loops: blocks at which loops over blocks begin, see `blocks.run`.
-    class_token: a learned token goes through the blocks with those of the
-      clip; it is not in what is returned.
-    registers: learned tokens beside the class token that stand nowhere and
-      are not in what is returned, as in DINOv2 with registers.
+    class_token: whether a learned class token is prepended to the tokens of
+      the clip; it is not returned.
+    registers: number of learned tokens after the class token. They have no
+      position and are not returned, as in DINOv2 with registers.
     layer_scale: learned gains on the branches of a block, as in DINOv2.
     mlp: `gelu`, or `swiglu`: silu(gate(x)) * fc1(x), as in DINOv2's ViT-g.
-    resize: how learned positions are made to fit another grid, a name in
-      `resizing.NAMES`; parameters that fit are not touched.
-    products: of the blocks with their weights: `same`, or `float8` for what is
-      not trained.
+    resize: how learned positions are resized to another grid, a name in
+      `resizing.NAMES`; tables of the right size are unchanged.
+    products: dtype of matrix products with the blocks' weights: `same`, or
+      `float8` for networks that are not trained.
     mean: subtracted from pixels in [0, 1], per channel.
-    std: pixels are then divided by this.
+    std: divisor of the pixels after that, per channel.
   """
 
   width: int
@@ -102,7 +106,7 @@ class Vit(nn.Module):
 
   @property
   def block_spec(self) -> blocks.Spec:
-    """What the blocks of this encoder share."""
+    """Options shared by the blocks of this encoder."""
     return blocks.Spec(
       num_heads=self.num_heads,
       mlp_width=self.mlp_width or 4 * self.width,
@@ -122,12 +126,12 @@ class Vit(nn.Module):
 
   @property
   def prefix(self) -> int:
-    """Tokens before those of the clip: a class token and registers."""
+    """Number of tokens before those of the clip: class token and registers."""
     return int(self.class_token) + self.registers
 
   @property
   def encoder_depth(self) -> int:
-    """Blocks before those that decode: where features are read."""
+    """Number of blocks before the decoding blocks; features are read here."""
     return self.depth - self.decoder_blocks
 
   @nn.compact
@@ -153,27 +157,29 @@ class Vit(nn.Module):
     Args:
       video: uint8, or floats in [0, 1]; normalised here.
       visible: flat indices of the tokens to embed; None for all N.
-      depth: run only part of the blocks: the tap of 4DS, see `tap`. The final
-        norm belongs to the last block and is left out.
+      depth: fraction of the blocks to run, as in 4DS, see `tap`. The final
+        norm belongs to the last block and is not applied.
       upto: the same, as a number of blocks.
       features: return the tokens at every depth.
-      normed: and, as a last entry, what is returned without `features`.
-      attention_to: return a pair: what `features` gives, and how much
-        attention of the last block each token gets, `attended.scores`.
-      latents: decode with these; one for each position.
+      normed: with `features`, append the tokens that are returned without
+        `features`.
+      attention_to: kind of `token_scores`. Return a pair: the tuple of
+        `features`, and the scores [B, V or N] of the last block that runs.
+      latents: latents to decode, one per position.
       deterministic: no drop path.
 
     Returns:
-      float32 tokens [B, V or N, D] after the final norm, or, where blocks
-      decode, after the blocks before them. With `features` a tuple in the
-      activations' type, without the final norm: the embedded tokens, then the
-      output of each block; entry k is what k blocks made. With `latents`
-      float32 [B, N, D], what the last block made of each latent.
+      float32 tokens [B, V or N, D] after the final norm or, with
+      `decoder_blocks`, after the last encoder block. With `features` a tuple
+      in the activations' dtype, without the final norm: the embedded tokens,
+      then the output of each block; entry k is the output of k blocks. With
+      `latents` float32 [B, N, D], the last block's output for each latent.
 
     Raises:
-      ValueError: blocks that decode and a final norm or a class token, or too
-        many of them; a class token and positions that turn; registers without
-        a class token; clips of other channels than it has means.
+      ValueError: `decoder_blocks` with a final norm or a class token, or not
+        fewer than `depth`; a class token with rotary positions; registers
+        without a class token; the channels of the clip differ from those of
+        `mean`.
     """
     if self.decoder_blocks and self.final_norm:
       raise ValueError(
@@ -195,14 +201,14 @@ class Vit(nn.Module):
         f'decoder_blocks is {self.decoder_blocks}, wanted fewer than the '
         f'{self.depth} blocks there are'
       )
-    grid = layers.grid_of(video.shape, self.patch)
+    grid = tubelets.grid_of(video.shape, self.patch)
     colours.check(video.shape[-1], self.mean, 'ViT')
-    x = self._embed(layers.patchify(video, self.patch), visible, grid)
+    x = self._embed(tubelets.patchify(video, self.patch), visible, grid)
     if self.class_token:
       x = self._with_class_token(x)
-    if visible is None:  # one row of angles serves the whole batch
+    if visible is None:  # one row of angles is broadcast over the batch
       visible = jnp.arange(math.prod(grid), dtype=jnp.int32)[None]
-    partly = depth is not None or upto is not None
+    truncated = depth is not None or upto is not None
     if depth is not None:
       upto = tap(self.depth, depth)
     elif self.is_initializing() or (features and upto is None):
@@ -210,13 +216,13 @@ class Vit(nn.Module):
     elif upto is None:
       upto = self.encoder_depth
     outputs = self._blocks(x, visible, grid, 0, upto, deterministic)
-    entering = outputs[-2] if attention_to else None
+    block_input = outputs[-2] if attention_to else None
     if self.class_token:
       outputs = tuple(x[:, self.prefix :] for x in outputs)
-    if entering is not None:
+    if block_input is not None:
       rope = positions.rope_of(self, visible, grid)
-      return outputs, attended.scores(
-        self, upto - 1, entering, rope, attention_to
+      return outputs, token_scores(
+        self, upto - 1, block_input, rope, attention_to
       )
     if latents is not None:
       x, visible = _join(outputs[-1], latents, visible)
@@ -225,7 +231,7 @@ class Vit(nn.Module):
       return outputs[-1][:, -count:].astype(jnp.float32)
     if features and not normed:
       return outputs
-    if partly or not self.final_norm:
+    if truncated or not self.final_norm:
       last = outputs[-1].astype(jnp.float32)
     else:
       last = layers.layer_norm('norm', self.norm_eps)(outputs[-1])
@@ -235,14 +241,14 @@ class Vit(nn.Module):
     self,
     x: Float[Array, 'B K D'],
     index: Int[Array, 'R V'],
-    grid: layers.Grid,
+    grid: tubelets.Grid,
     start: int,
     upto: int | None,
     deterministic: bool,
   ) -> tuple[Float[Array, 'B K D'], ...]:
-    """Runs a stretch of blocks on tokens that stand at `index`.
+    """Runs blocks `start` to `upto` on tokens at the positions `index`.
 
-    A class token in front of them stands nowhere.
+    A class token before them has no position.
     """
     return blocks.run(
       self.block_spec,
@@ -260,12 +266,12 @@ class Vit(nn.Module):
     self,
     patches: Num[Array, 'B N P'],
     visible: Int[Array, 'B V'] | None,
-    grid: layers.Grid,
+    grid: tubelets.Grid,
   ) -> Float[Array, 'B K D']:
     table = positions.table(self, self.positions, grid, self.width)
-    if visible is not None:  # before any arithmetic: hidden pixels cost none
-      patches = masking.gather(patches, visible)
-    x = layers.normalise(layers.to_unit(patches), self.mean, self.std)
+    if visible is not None:  # gather first: masked patches cost no arithmetic
+      patches = sampling.gather(patches, visible)
+    x = tubelets.normalise(tubelets.to_unit(patches), self.mean, self.std)
     x = layers.dense(
       self.width,
       'embed',
@@ -302,17 +308,17 @@ def _join(
   latents: Float[Array, 'N D'],
   visible: Int[Array, 'R V'],
 ) -> tuple[Float[Array, 'B K D'], Int[Array, 'B K']]:
-  """Returns visible tokens, then latents, and where all of them stand."""
+  """Returns visible tokens followed by latents, and their positions."""
   batch, count = x.shape[0], latents.shape[0]
   latents = sharding.gathered(latents.astype(x.dtype))
-  hidden = jnp.broadcast_to(latents[None], (batch, *latents.shape))
-  where = jnp.arange(count, dtype=jnp.int32)[None]
+  latent_tokens = jnp.broadcast_to(latents[None], (batch, *latents.shape))
+  latent_index = jnp.arange(count, dtype=jnp.int32)[None]
   return (
-    jnp.concatenate([x, hidden], axis=1),
+    jnp.concatenate([x, latent_tokens], axis=1),
     jnp.concatenate(
       [
         jnp.broadcast_to(visible, (batch, visible.shape[1])),
-        jnp.broadcast_to(where, (batch, count)),
+        jnp.broadcast_to(latent_index, (batch, count)),
       ],
       axis=1,
     ),
@@ -320,9 +326,9 @@ def _join(
 
 
 def tap(depth: int, fraction: float) -> int:
-  """Returns how many of `depth` blocks run for a fraction of 4DS.
+  """Returns the number of blocks to run for a depth fraction of 4DS.
 
-  4DS lists [tokens, input of block 1, ..., input of block L] and takes entry
+  4DS lists [tokens, input of block 1, ..., input of block L] and reads entry
   int((L + 1) * fraction) - 1, so 0.95 of 24 blocks is the output of block 21.
 
   Source: 4DS, arXiv 2412.15212, released code.
@@ -340,9 +346,47 @@ def make(size: str | Mapping[str, Any], **overrides: Any) -> Vit:
 
   Args:
     size: a name in `SIZES`, or at least width, depth and num_heads.
-    **overrides: fields of `Vit`; `init` stands for `init_family`.
+    **overrides: fields of `Vit`; `init` is an alias of `init_family`.
 
   Raises:
-    ValueError: an unknown name or field; the message has the nearest one.
+    ValueError: a name or field is unknown; the message gives the nearest.
   """
   return Vit(**sizes.fields(Vit, size, overrides, SIZES, FIELDS))
+
+
+def token_scores(
+  encoder: Any,
+  index: int,
+  x: Float[Array, 'B N D'],
+  rope: positions.Rope | None,
+  kind: str,
+) -> Float[Array, 'B S']:
+  """Returns the attention received by each token of a clip, float32.
+
+  The queries and keys of the block are computed a second time; under `jit`
+  they are the same computation as in the block. Rows of attention sum to 1
+  over the tokens, the class token and the registers. The latter two, if any,
+  are not in the result.
+
+  Args:
+    encoder: a bound `vit.Vit`.
+    index: index of the block, from 0.
+    x: input of that block, starting with the class token and registers, if
+      any.
+    rope: rotation, if any.
+    kind: `cls`: attention from the class token; `column_mean`: mean attention
+      from the tokens of the clip. Both are means over heads.
+
+  Raises:
+    ValueError: `kind` is unknown, or `cls` without a class token.
+  """
+  first = encoder.prefix
+  if kind not in SCORES or (kind == 'cls' and not encoder.class_token):
+    raise ValueError(
+      f'scores: found {kind!r}, wanted one of {SCORES}'
+      + ('' if first else "; without a class token 'column_mean'")
+    )
+  query_range = (0, 1) if kind == 'cls' else (first, x.shape[1])
+  variables = {'params': encoder.variables['params'][f'block_{index:02d}']}
+  block = blocks.Block(encoder.block_spec, index, parent=None)
+  return jnp.asarray(block.apply(variables, x, rope, query_range))[:, first:]

@@ -1,1 +1,1 @@
-"""The trainer: phases, steps, checkpoints, metrics. It knows no method."""
+"""Trainer: phases, steps and metrics, independent of the method."""

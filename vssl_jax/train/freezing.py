@@ -1,11 +1,10 @@
-"""Freezing is one tree of labels, used twice.
+"""Freezes parameters by one label tree, in the loss and in the optimizer.
 
-`split` and `join` keep frozen leaves out of what the loss is differentiated
-by, so that their backward pass is never computed and no gradient of them is
-stored; the optimizer's `multi_transform` gives them no update and no state.
-Either alone is wrong: without the first the gradients are computed for the
-global norm, without the second momentum and weight decay go on moving frozen
-weights.
+`split` and `join` exclude frozen leaves from differentiation, so that their
+backward pass is not computed and their gradients are not stored. The
+optimizer's `multi_transform` gives them no update and no state. Both are
+needed: without the first, gradients are computed for the global norm; without
+the second, momentum and weight decay still change frozen weights.
 """
 
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ TRAIN, FREEZE = 'train', 'freeze'
 
 
 def labels(params: Any, frozen: Sequence[str]) -> Any:
-  """Returns the tree of labels: every leaf `train` or `freeze`.
+  """Returns the label tree: `train` or `freeze` for every leaf.
 
   Args:
     params: parameters or their shapes.
@@ -38,18 +37,18 @@ def labels(params: Any, frozen: Sequence[str]) -> Any:
 
 
 def split(tree: Any, labels: Any) -> tuple[Any, Any]:
-  """Returns the trained leaves and the frozen ones, None where the other is."""
+  """Splits a tree into (trained, frozen), with None for the other leaves."""
 
-  def only(wanted: str) -> Any:
+  def select(chosen: str) -> Any:
     return jax.tree.map(
-      lambda x, label: x if label == wanted else None, tree, labels
+      lambda x, label: x if label == chosen else None, tree, labels
     )
 
-  return only(TRAIN), only(FREEZE)
+  return select(TRAIN), select(FREEZE)
 
 
 def join(trained: Any, frozen: Any) -> Any:
-  """Returns the whole tree again."""
+  """Merges the two trees of `split`."""
   return jax.tree.map(
     lambda t, f: f if t is None else t,
     trained,
@@ -59,12 +58,12 @@ def join(trained: Any, frozen: Any) -> Any:
 
 
 def store(params: Any, labels: Any, dtype: str) -> Any:
-  """Returns the parameters with frozen matrices in another type.
+  """Casts frozen matrices to another dtype.
 
-  Vectors stay as they are: norms are computed in float32.
+  Vectors are not cast: norms are computed in float32.
   """
 
-  def one(x: Any, label: str) -> Any:
+  def cast(x: Any, label: str) -> Any:
     return x.astype(dtype) if label == FREEZE and x.ndim > 1 else x
 
-  return jax.tree.map(one, params, labels)
+  return jax.tree.map(cast, params, labels)

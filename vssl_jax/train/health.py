@@ -1,10 +1,9 @@
-"""The health panel: is the encoder learning, or collapsing?
+"""Health panel: detects a collapsing encoder during training.
 
-At intervals a fixed set of clips, the first of the run's own data, goes
-through `encode`. Spread and rank of the features are logged, and the accuracy
-of a nearest-neighbour vote where the clips have labels; and for every block of
-the encoder how large its weights are and how far they moved since the look
-before.
+At intervals the encoder computes features of a fixed set of clips, the first
+of the run's data. The panel logs the spread and rank of the features and, for
+clips with labels, the k-NN accuracy. For every block of the encoder it logs the
+norm of the weights and their relative change since the previous panel.
 """
 
 from collections.abc import Mapping
@@ -18,16 +17,15 @@ from jaxtyping import Array, Float
 
 from vssl_jax import sharding, trees
 from vssl_jax.data import pipeline
-from vssl_jax.evals import knn, statistics
-from vssl_jax.train import metrics
+from vssl_jax.utils import knn, metrics, statistics
 
-# A panel this far under the reference of the early run raises the alarm.
+# A figure below this fraction of its early reference triggers a warning.
 COLLAPSE = 0.1
 REFERENCE_AT = 0.02  # fraction of the run
 WATCHED = tuple(
   f'health/{x}' for x in ('token_variance', 'rankme', 'feature_std')
 )
-SAMPLED = 65_536  # values of a matrix that the drift is measured on
+SAMPLED = 65_536  # values sampled per matrix (up to twice as many)
 
 ADVICE = (
   'COLLAPSE? {name} fell to {value:.3g}, from {before:.3g} when this encoder '
@@ -39,11 +37,11 @@ ADVICE = (
 
 
 class Panel:
-  """Looks at the encoder at intervals.
+  """Measures the features and weights of the encoder at intervals.
 
   Args:
     config: `config.health`.
-    clips: the run's data; its first batches are kept for the panel.
+    clips: the run's data; the panel keeps its first batches.
     total: steps of the run.
   """
 
@@ -62,20 +60,20 @@ class Panel:
     self._weights: dict[str, dict[str, np.ndarray]] = {}
 
   def due(self, done: int, span_start: int) -> bool:
-    """Returns whether the panel looks after this step."""
+    """Returns whether the panel runs after this step."""
     if not self._every:
       return False
     early = span_start + max(round(REFERENCE_AT * self._total), 1)
     return done == early or done % self._every == 0
 
   def look(self, run: Any, span: Any, state: Any, done: int) -> list[str]:
-    """Logs the panel and returns warnings.
+    """Computes and logs the panel; returns warnings.
 
     Args:
-      run: with method, mesh and logger.
+      run: the run; its method, mesh and logger are used.
       span: the phase and its boundaries.
       state: train state.
-      done: steps done.
+      done: completed steps.
     """
     if self._phase != span.phase.name:
       self._phase, self._early = span.phase.name, {}
@@ -94,48 +92,52 @@ class Panel:
     return collapsed(values, self._early)
 
   def _measure(self, run: Any, state: Any) -> dict[str, float]:
-    held = self._hold()
+    clips = self._hold()
     size = run.config.batch_size // jax.process_count()
     means, spreads = [], []
-    for i in range(0, len(held['video']) - size + 1, size):
+    for i in range(0, len(clips['video']) - size + 1, size):
       batch = sharding.put_batch(
-        {'video': held['video'][i : i + size]}, run.mesh
+        {'video': clips['video'][i : i + size]}, run.mesh
       )
       mean, spread = self._encode(state.params, batch['video'])
       means.append(_gather(mean))
       spreads.append(_gather(spread))
     features = np.concatenate(means)
-    labels = held.get('label')
+    labels = clips.get('label')
     if labels is not None:
       labels = _gather_host(labels[: len(features) // jax.process_count()])
     return panel(features, np.concatenate(spreads), labels)
 
   def _hold(self) -> dict[str, np.ndarray]:
-    """Returns the first clips of the run, read once."""
+    """Returns the first clips of the run; reads them once."""
     if self._held is None:
-      wanted, parts, seen = self._count // jax.process_count(), [], set()
+      num_clips, batches, indices = (
+        self._count // jax.process_count(),
+        [],
+        set(),
+      )
       for batch in self._clips.iterator(0):
-        parts.append(batch)
-        seen.update(batch['index'].tolist())
-        count = sum(len(p['index']) for p in parts)
-        # A small data set comes round again before there are enough.
-        if count >= wanted or len(seen) < count:
+        batches.append(batch)
+        indices.update(batch['index'].tolist())
+        count = sum(len(p['index']) for p in batches)
+        # A small data set repeats before there are enough clips.
+        if count >= num_clips or len(indices) < count:
           break
-      keys = [k for k in ('video', 'label') if k in parts[0]]
-      self._held = {k: np.concatenate([p[k] for p in parts]) for k in keys}
+      keys = [k for k in ('video', 'label') if k in batches[0]]
+      self._held = {k: np.concatenate([p[k] for p in batches]) for k in keys}
     return self._held
 
 
 def _first(
   run: Any, name: str, values: Mapping[str, float]
 ) -> Mapping[str, float]:
-  """Returns the first look at an encoder, also that of an earlier start.
+  """Returns the first panel of an encoder, also from an earlier start.
 
   Args:
-    run: with method and workdir.
-    name: of the phase under way. Those before it, back to a fresh start,
-      trained the same encoder.
-    values: what is seen now, which is the first look where none is logged.
+    run: the run; its method and workdir are used.
+    name: name of the current phase. The phases before it, back to a fresh
+      start, trained the same encoder.
+    values: the current panel, which is the first if none is logged.
   """
   family: list[str] = []
   for phase in run.method.phases():
@@ -143,9 +145,9 @@ def _first(
     if phase.name == name:
       break
   for line in metrics.read(run.workdir / metrics.FILE):
-    seen = {key: line.get(key) for key in WATCHED}
-    if line.get('phase') in family and None not in seen.values():
-      return seen
+    figures = {key: line.get(key) for key in WATCHED}
+    if line.get('phase') in family and None not in figures.values():
+      return figures
   return values
 
 
@@ -160,7 +162,7 @@ def _summary(
 def panel(
   features: np.ndarray, spread: np.ndarray, labels: np.ndarray | None = None
 ) -> dict[str, float]:
-  """Returns the health figures of some clips.
+  """Computes the health figures from the features of clips.
 
   Args:
     features: mean tokens [n, D].
@@ -190,14 +192,16 @@ def panel(
 def sample(
   params: Any, mesh: jax.sharding.Mesh
 ) -> dict[str, dict[str, np.ndarray]]:
-  """Returns values of each block's matrices: all, or evenly spread ones.
+  """Samples the matrices of each encoder block at even intervals.
+
+  Small matrices are returned whole.
 
   Args:
     params: role -> tree; blocks of `encoder` are read.
-    mesh: over which they are spread; every process gets all values.
+    mesh: mesh that shards them; every process gets all values.
   """
 
-  def one(x: Array) -> Array:
+  def subsample(x: Array) -> Array:
     return x.reshape(-1)[:: max(x.size // SAMPLED, 1)].astype(jnp.float32)
 
   blocks = {
@@ -205,11 +209,11 @@ def sample(
     for name, tree in params['encoder'].items()
     if name.startswith('block_')
   }
-  take = jax.jit(
-    lambda tree: jax.tree.map(one, tree),
+  subsample_blocks = jax.jit(
+    lambda tree: jax.tree.map(subsample, tree),
     out_shardings=sharding.replicated(mesh),
   )
-  return jax.device_get(take(blocks))
+  return jax.device_get(subsample_blocks(blocks))
 
 
 def drift(
@@ -219,10 +223,10 @@ def drift(
   """Returns `norm/block_i`, and `drift/block_i` = |w - w_before| / |w|.
 
   Args:
-    before: block -> leaf -> values at the look before; empty at the first. A
-      block of other leaves or shapes is another one, and not compared.
-    now: the same at this one. The norm is the root mean square of a leaf's
-      values, averaged over leaves, so that a sample gives it too.
+    before: block -> leaf -> values at the previous panel; empty at the first. A
+      block with other leaves or shapes is not compared.
+    now: the same at this panel. The norm is the root mean square of a leaf's
+      values, averaged over leaves, so that a sample is enough.
   """
   out = {}
   for name, leaves in now.items():
@@ -232,16 +236,16 @@ def drift(
     if {n: x.shape for n, x in leaves.items()} == {
       n: x.shape for n, x in past.items()
     }:
-      moved = sum(np.sum(np.square(x - past[n])) for n, x in leaves.items())
-      whole = sum(np.sum(np.square(x)) for x in leaves.values())
-      out[f'drift/{name}'] = float(np.sqrt(moved / max(whole, 1e-30)))
+      change = sum(np.sum(np.square(x - past[n])) for n, x in leaves.items())
+      total = sum(np.sum(np.square(x)) for x in leaves.values())
+      out[f'drift/{name}'] = float(np.sqrt(change / max(total, 1e-30)))
   return out
 
 
 def collapsed(
   values: Mapping[str, float], before: Mapping[str, float]
 ) -> list[str]:
-  """Returns a sentence of advice for each figure that has collapsed."""
+  """Returns a warning for each figure that has collapsed."""
   return [
     ADVICE.format(name=name, value=values[name], before=before[name])
     for name in WATCHED
@@ -250,7 +254,7 @@ def collapsed(
 
 
 def _gather(x: Array) -> np.ndarray:
-  """Returns a global array whole on every host."""
+  """Gathers a global array on every host."""
   if jax.process_count() == 1:
     return np.asarray(x)
   from jax.experimental import multihost_utils

@@ -1,11 +1,12 @@
-"""AdamW or SGD with the schedules that methods need, over a tree of labels.
+"""AdamW and SGD with learning-rate and weight-decay schedules and freezing.
 
-Learning rate and weight decay are functions of the step inside the phase and
-not of the optimizer's own count, so a skipped step does not shift them.
+Learning rate and weight decay are functions of the step in the phase, not of
+the optimizer's own count, so a skipped step does not shift them.
 """
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,14 +16,15 @@ import ml_collections
 import optax
 from jaxtyping import Array, Float, Int
 
-from vssl_jax import ranges, trees
-from vssl_jax.methods import base
-from vssl_jax.train import freezing, layer_decay
+from vssl_jax import trees
+from vssl_jax.methods import phase as phase_lib
+from vssl_jax.train import freezing
+from vssl_jax.utils import ranges
 
-# Number of the step, from 1 and counted over the run -> value. The first step
-# of a phase of S steps takes the value at 1 and the last one that at S, where
-# `lr_end` and `weight_decay_end` are reached. V-JEPA's code counts so;
-# VideoMAE's and MVD's count from 0, and their first step moves nothing.
+# Step number, counted over the run from 1 -> value. A phase of S steps uses the
+# values at 1 to S, and reaches `lr_end` and `weight_decay_end` at S. V-JEPA's
+# code also counts from 1. VideoMAE's and MVD's count from 0; their first step
+# does not change the parameters.
 Schedule = Callable[[Int[Array, ''] | int], Float[Array, '']]
 
 
@@ -47,22 +49,22 @@ KEYS = ranges.Section(  # SALT's published values
   # Whether mask tokens and other learned tokens [1, D] are decayed, as in the
   # codes of V-JEPA and MVD; VideoMAE's leaves them out.
   decay_tokens=(True, ranges.Flag()),
-  # 'sgd': momentum b1; weight decay is added to the gradient in front of
-  # it, as in torch. b2 and eps have no meaning there.
+  # 'sgd': momentum b1; weight decay is added to the gradient before
+  # momentum, as in torch. b2 and eps are not used.
   rule=('adamw', ranges.Choice(('adamw', 'sgd'))),
   b1=(0.9, ranges.Real(0, below=1)),
   b2=(0.95, ranges.Real(0, below=1)),
   eps=(1e-8, ranges.Real(ranges.LEAST, 1)),
   clip=(0.02, ranges.Real(0)),  # global norm; 0: none
-  # 'per_role': encoder and predictor apart
+  # 'per_role': encoder and predictor are clipped separately
   clip_scope=('joint', ranges.Choice(('joint', 'per_role'))),
   # Factor on the learning rate from one block of the encoder to the one
   # before it, counted from the head; 1.0: the same for all.
   layer_decay=(1.0, ranges.Real(high=1, above=0)),
-  # Micro-batches per step, at least 1. Masks, rows and the mean of a loss
-  # over clips stay what they are with 1. Drop path, dropout and mixing
-  # draw anew for each micro-batch, and clips mix within it; a mean over
-  # labelled clips is taken within each micro-batch.
+  # Micro-batches per step, at least 1. Masks, example memory and the mean
+  # of a loss over clips are the same as with 1. Drop path, dropout and
+  # mixing draw new random numbers for each micro-batch. Clips are mixed,
+  # and means over labelled clips are taken, within a micro-batch.
   accumulate=(1, ranges.Whole(1, 2**20)),
   # Skip a step whose loss is this many times the running median; 0: never.
   # Steps with a loss or gradient that is not finite are always skipped.
@@ -74,14 +76,14 @@ default = KEYS.defaults
 
 @dataclasses.dataclass(frozen=True)
 class Horizon:
-  """The stretch of steps that a schedule covers.
+  """The range of steps that a schedule covers.
 
   Attributes:
     start: its first step, counted over the run.
     steps: its length.
-    warmup: warm-up steps asked for by the phase; None for the config's.
+    warmup: warm-up steps set by the phase; None for `optim.warmup`.
     rewarm_at: first step of the phase, counted over the run.
-    rewarm: (steps, factor), see `base.Phase`.
+    rewarm: (steps, factor), see `phase.Phase`.
   """
 
   start: int
@@ -91,13 +93,15 @@ class Horizon:
   rewarm: tuple[int, float] = (0, 1.0)
 
 
-def horizon(phase: base.Phase, start: int, covers: tuple[int, int]) -> Horizon:
-  """Returns what the schedules of a phase cover.
+def horizon(
+  phase: phase_lib.Phase, start: int, covers: tuple[int, int]
+) -> Horizon:
+  """Returns the `Horizon` of a phase's schedules.
 
   Args:
     phase: the phase.
     start: its first step, counted over the run.
-    covers: first step and length of the stretch, see `run.spans`.
+    covers: first step and number of steps of the range, see `run.spans`.
   """
   return Horizon(*covers, phase.warmup, start, phase.rewarm)
 
@@ -105,7 +109,7 @@ def horizon(phase: base.Phase, start: int, covers: tuple[int, int]) -> Horizon:
 def warmup_steps(
   optim: ml_collections.ConfigDict, horizon: Horizon, phase: str = ''
 ) -> int:
-  """Returns the warm-up of a phase in steps.
+  """Returns the number of warm-up steps of a phase.
 
   Raises:
     ValueError: it is as long as the phase or longer.
@@ -123,12 +127,12 @@ def warmup_steps(
 
 
 def lr_scale(optim: ml_collections.ConfigDict, batch_size: int) -> float:
-  """Returns the factor on the learning rates for this batch size."""
+  """Returns the factor on the learning rates for a batch size in clips."""
   return (batch_size / optim.lr_batch) ** optim.lr_power
 
 
 def describe_lr(optim: ml_collections.ConfigDict, batch_size: int) -> str:
-  """Returns the learning rate as a formula with its result."""
+  """Returns the peak learning rate as a formula with its result."""
   factor = (
     f' * ({batch_size}/{optim.lr_batch})^{optim.lr_power:g}'
     if optim.lr_power
@@ -141,38 +145,39 @@ def describe_lr(optim: ml_collections.ConfigDict, batch_size: int) -> str:
 def learning_rate(
   optim: ml_collections.ConfigDict, horizon: Horizon, batch_size: int
 ) -> Schedule:
-  """Returns number of the step, from 1 -> learning rate."""
+  """Returns the schedule: step number, from 1 -> learning rate."""
   scale = lr_scale(optim, batch_size)
   start, peak, end = (
     x * scale for x in (optim.lr_start, optim.lr, optim.lr_end)
   )
   warmup = warmup_steps(optim, horizon)
-  rest = horizon.steps - warmup
+  decay_steps = horizon.steps - warmup
   if optim.schedule == 'cosine':
     alpha = end / peak if peak else 0.0
-    after = optax.cosine_decay_schedule(peak, rest, alpha=alpha)
+    main_schedule = optax.cosine_decay_schedule(peak, decay_steps, alpha=alpha)
   elif optim.schedule == 'constant':
-    down = min(optim.cooldown, rest)
-    after = optax.join_schedules(
+    cooldown = min(optim.cooldown, decay_steps)
+    main_schedule = optax.join_schedules(
       [
         optax.constant_schedule(peak),
-        optax.linear_schedule(peak, end, max(down, 1)),
+        optax.linear_schedule(peak, end, max(cooldown, 1)),
       ],
-      [rest - down if down else rest],
+      [decay_steps - cooldown if cooldown else decay_steps],
     )
   else:
     raise ValueError(
       f"optim.schedule: found {optim.schedule!r}, wanted 'cosine' or 'constant'"
     )
   joined = optax.join_schedules(
-    [optax.linear_schedule(start, peak, max(warmup, 1)), after], [warmup]
+    [optax.linear_schedule(start, peak, max(warmup, 1)), main_schedule],
+    [warmup],
   )
   steps, factor = horizon.rewarm
 
   def schedule(step: Any) -> Float[Array, '']:
     rate = jnp.asarray(joined(step - horizon.start), jnp.float32)
-    done = jnp.clip((step - horizon.rewarm_at) / max(steps, 1), 0.0, 1.0)
-    return rate * (factor + (1 - factor) * done) if steps else rate
+    fraction = jnp.clip((step - horizon.rewarm_at) / max(steps, 1), 0.0, 1.0)
+    return rate * (factor + (1 - factor) * fraction) if steps else rate
 
   return schedule
 
@@ -180,30 +185,30 @@ def learning_rate(
 def weight_decay(
   optim: ml_collections.ConfigDict, horizon: Horizon
 ) -> Schedule:
-  """Returns number of the step, from 1 -> weight decay: half a cosine."""
+  """Returns the schedule: step number, from 1 -> weight decay (half cosine)."""
   first, last = optim.weight_decay, optim.weight_decay_end
 
   def schedule(step: Any) -> Float[Array, '']:
-    done = (step - horizon.start) / horizon.steps
-    return last + (first - last) * 0.5 * (1 + jnp.cos(math.pi * done))
+    fraction = (step - horizon.start) / horizon.steps
+    return last + (first - last) * 0.5 * (1 + jnp.cos(math.pi * fraction))
 
   return schedule
 
 
 def decayed(params: Any, decay_tokens: bool) -> Any:
-  """Returns True for leaves that weight decay acts on.
+  """Returns a tree of booleans: True for leaves with weight decay.
 
   Matrices are decayed; biases, norms and position tables are not. A token
-  [1, D] is a matrix by shape, and counts as one where `decay_tokens` is set.
+  [1, D] has the shape of a matrix and is decayed if `decay_tokens` is set.
   """
 
-  def one(name: str, x: Any) -> bool:
+  def is_decayed(name: str, x: Any) -> bool:
     last = name.rsplit('/', maxsplit=1)[-1]
     if x.ndim < 2 or 'position' in last:
       return False
     return decay_tokens or 'token' not in last
 
-  return trees.map_named(one, params)
+  return trees.map_named(is_decayed, params)
 
 
 def make(
@@ -212,16 +217,19 @@ def make(
   lr: Schedule,
   decay: Schedule,
 ) -> optax.GradientTransformationExtraArgs:
-  """Makes the optimizer; `update` takes the keyword `step`.
+  """Builds the optimizer; its `update` takes the keyword `step`.
 
-  Clipping sits inside the trained branch, so that its norm, like the logged
-  one, is that of the trained leaves alone.
+  Clipping is part of the trained branch, so that its norm, like the logged
+  one, covers the trained leaves only.
 
   Args:
     optim: `config.optim`.
     labels: `freezing.labels`.
     lr: step -> learning rate.
     decay: step -> weight decay.
+
+  Raises:
+    ValueError: `clip_scope` or `rule` is not a known value.
   """
   if optim.clip_scope not in ('joint', 'per_role'):
     raise ValueError(
@@ -260,19 +268,19 @@ def make(
   )
   if optim.layer_decay == 1.0:
     return tx
-  # Behind the branches, which see their own leaves only: a rate goes by all
-  # blocks of the encoder, frozen ones too.
-  return optax.chain(tx, layer_decay.scale(optim.layer_decay))
+  # After the branches, because each sees only its own leaves: the factor
+  # depends on the number of all encoder blocks, frozen ones included.
+  return optax.chain(tx, scale_by_layer(optim.layer_decay))
 
 
 def _by_role(labels: Any) -> Any:
-  """Returns `labels` with the role in that of every trained leaf."""
+  """Returns `labels` with the role appended to the label of trained leaves."""
 
-  def one(name: str, label: str) -> str:
+  def add_role(name: str, label: str) -> str:
     role = name.split('/', maxsplit=1)[0]
     return label if label == freezing.FREEZE else f'{label}_{role}'
 
-  return trees.map_named(one, labels)
+  return trees.map_named(add_role, labels)
 
 
 def _decay(
@@ -306,3 +314,58 @@ def _scale(lr: Schedule) -> optax.GradientTransformationExtraArgs:
   return optax.GradientTransformationExtraArgs(
     lambda params: optax.EmptyState(), update
   )
+
+
+_BLOCK = re.compile(r'encoder/block_(\d+)/')
+# Name prefixes of the encoder leaves after its blocks.
+_AFTER_BLOCKS = ('encoder/norm/',)
+
+
+def layer_scales(params: Any, decay: float) -> Any:
+  """Returns the layer-wise learning-rate factor of every leaf.
+
+  Args:
+    params: role -> tree; the role `encoder` has blocks.
+    decay: factor from one block to the one before it.
+
+  Raises:
+    ValueError: the encoder has no leaves named `block_00` and so on.
+  """
+  matches = [_BLOCK.match(name) for name, _ in trees.named_leaves(params)]
+  if not any(matches):
+    raise ValueError(
+      f'optim.layer_decay: found {decay}, but the encoder has no leaves named '
+      'block_00 and so on; wanted 1.0 for such an encoder'
+    )
+  num_blocks = 1 + max(int(m[1]) for m in matches if m)
+
+  def leaf_factor(name: str, _: Any) -> float:
+    block = _BLOCK.match(name)
+    if block:
+      return decay ** (num_blocks - int(block[1]))
+    if not name.startswith('encoder/') or name.startswith(_AFTER_BLOCKS):
+      return 1.0
+    return decay ** (num_blocks + 1)
+
+  return trees.map_named(leaf_factor, params)
+
+
+def scale_by_layer(decay: float) -> optax.GradientTransformation:
+  """Returns a transformation that multiplies updates by `layer_scales`.
+
+  Args:
+    decay: see `layer_scales`; 1.0 for none.
+
+  Raises:
+    ValueError: `decay` is not in (0, 1].
+  """
+  if not 0 < decay <= 1:
+    raise ValueError(
+      f'optim.layer_decay: found {decay}, wanted more than 0, at most 1'
+    )
+
+  def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    factors = layer_scales(params, decay)
+    return jax.tree.map(lambda u, f: f * u, updates, factors), state
+
+  return optax.GradientTransformation(lambda _: optax.EmptyState(), update)

@@ -1,9 +1,10 @@
-"""Going back to before a step that did harm, past the batches that did it.
+"""Rewinds a run to before a harmful step and leaves out its batches.
 
-The run goes on from the newest whole checkpoint before that step. Later
-checkpoints are moved to `<workdir>/rewound/`, and `run.json` keeps which
-batches are left out from then on. The move comes first: killed between the
-two, the run is an older one of itself and the same command does the rest.
+The run continues from the newest complete checkpoint before that step. Later
+checkpoints are moved to `<workdir>/rewound/`, and `run.json` records the
+batches that are left out. The move comes first: if the process is killed
+between the two, the run is in an earlier state, and the same command completes
+the rewind.
 """
 
 import dataclasses
@@ -11,18 +12,20 @@ import pathlib
 
 import jax
 
-from vssl_jax.train import manifests, metrics, order, probes
+from vssl_jax.checkpoint import batch_order, integrity
 from vssl_jax.train import run as run_lib
+from vssl_jax.train import step_records
 from vssl_jax.train.run import Run, TrainingError
+from vssl_jax.utils import metrics
 
 
 @dataclasses.dataclass(frozen=True)
 class Rewind:
-  """What was asked for.
+  """A request to rewind, from `--rewind` and `--skip`.
 
   Attributes:
-    step: first step that did harm, numbered as in the log: from 1.
-    skip: batches to leave out, from that step's on; 0 for none.
+    step: first harmful step, numbered as in the log: from 1.
+    skip: number of batches to leave out, from that step on; 0 for none.
   """
 
   step: int
@@ -36,60 +39,62 @@ class Rewind:
       )
 
 
-def rewind(run: Run, asked: Rewind) -> manifests.Saved:
-  """Takes a run back and returns the checkpoint that it goes on from.
+def rewind(run: Run, asked: Rewind) -> integrity.Saved:
+  """Rewinds a run and returns the checkpoint to continue from.
 
-  A command that was carried out at an earlier start is not carried out again,
-  so that a scheduler may restart it.
+  A request that an earlier start carried out is not repeated, so that a
+  scheduler may restart the command.
 
   Args:
-    run: opened, with what its `run.json` says of batches left out.
-    asked: where to and what to leave out.
+    run: the opened run, with `left_out` and `rewinds` from its `run.json`.
+    asked: the request.
 
   Raises:
-    TrainingError: the run never took that step, or nothing from before it is
-      kept.
+    TrainingError: the run has not reached that step, or no checkpoint from
+      before it is kept.
   """
   newest = run.checkpoints.newest()
-  wanted = dataclasses.asdict(asked)
-  if run.rewinds and wanted.items() <= run.rewinds[-1].items() and newest:
-    run.logger.say(
+  request = dataclasses.asdict(asked)
+  if run.rewinds and request.items() <= run.rewinds[-1].items() and newest:
+    run.logger.log(
       f'the rewind to before step {asked.step} was done at an earlier start'
     )
     return newest
   total = run_lib.spans(run.method)[-1].total
   logged = metrics.last_step(run.workdir, total)
-  came_to = max(logged, newest.step if newest else 0)
-  if asked.step > came_to:
+  reached = max(logged, newest.step if newest else 0)
+  if asked.step > reached:
     raise TrainingError(
-      f'--rewind={asked.step}: {run.workdir} has come to step {came_to} only'
+      f'--rewind={asked.step}: {run.workdir} has come to step {reached} only'
     )
   saved = run.checkpoints.newest(asked.step - 1)
   if saved is None:
-    kept = [s.step for s in run.checkpoints.whole()]
+    steps = [s.step for s in run.checkpoints.whole()]
     raise TrainingError(
       f'--rewind={asked.step}: no whole checkpoint from before step '
       f'{asked.step} is kept under {run.checkpoints.folder}, only those of '
-      f'steps {kept}; rewind to after one of them, or start anew in another '
+      f'steps {steps}; rewind to after one of them, or start anew in another '
       '--config.workdir (checkpoint.keep and checkpoint.keep_every keep more)'
     )
-  left_out = order.leave_out(run.left_out, asked.step - 1, asked.skip)
-  place = run.workdir / 'rewound' / f'{len(run.rewinds) + 1}-from-{came_to:08d}'
-  moved = run.checkpoints.move_later(saved.step, place)
-  _move_probes(run, saved.step, place)
-  note = {'to': saved.step, 'from': came_to}
-  run.left_out, run.rewinds = left_out, [*run.rewinds, wanted | note]
+  left_out = batch_order.leave_out(run.left_out, asked.step - 1, asked.skip)
+  folder = (
+    run.workdir / 'rewound' / f'{len(run.rewinds) + 1}-from-{reached:08d}'
+  )
+  moved = run.checkpoints.move_later(saved.step, folder)
+  _move_probes(run, saved.step, folder)
+  note = {'to': saved.step, 'from': reached}
+  run.left_out, run.rewinds = left_out, [*run.rewinds, request | note]
   run_lib.write_record(run)
-  done = run.rewinds[-1] | {'left_out': left_out}
-  run.logger.write(saved.step, {}, event='rewound', rewind=done)
-  run.logger.say(_describe(asked, saved, moved, place))
+  details = run.rewinds[-1] | {'left_out': left_out}
+  run.logger.write(saved.step, {}, event='rewound', rewind=details)
+  run.logger.log(_describe(asked, saved, moved, folder))
   return saved
 
 
 def _move_probes(run: Run, step: int, place: pathlib.Path) -> None:
-  """Moves what was recorded of later steps: they will take other batches."""
+  """Moves the records of later steps, which will use other batches."""
   if jax.process_index() == 0:
-    for path in probes.paths(run.workdir):
+    for path in step_records.paths(run.workdir):
       if int(path.stem) > step:
         (place / 'probes').mkdir(parents=True, exist_ok=True)
         path.rename(place / 'probes' / path.name)
@@ -97,11 +102,11 @@ def _move_probes(run: Run, step: int, place: pathlib.Path) -> None:
 
 def _describe(
   asked: Rewind,
-  saved: manifests.Saved,
+  saved: integrity.Saved,
   moved: list[str],
   place: pathlib.Path,
 ) -> str:
-  """Returns what was done, in one or two lines."""
+  """Describes a completed rewind in one or two lines."""
   last = asked.step + asked.skip - 1
   batches = {
     0: 'the same batches come again',

@@ -1,4 +1,4 @@
-"""What all phases of a run share, and how a run is opened or resumed."""
+"""Opens, checks, resumes and stops a run; `Run` is shared by all phases."""
 
 import dataclasses
 import itertools
@@ -12,60 +12,59 @@ import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
-from vssl_jax import config as config_lib
-from vssl_jax import encoders, methods, sharding
-from vssl_jax.data import options, pipeline
-from vssl_jax.methods import base
-from vssl_jax.models import float8
-from vssl_jax.train import (
-  checkpoint,
+from vssl_jax import encoder, methods, sharding
+from vssl_jax.checkpoint import (
+  batch_order,
   data_changes,
-  health,
-  keeping,
-  manifests,
-  metrics,
-  order,
+  integrity,
+  manager,
   provenance,
+  retention,
 )
+from vssl_jax.data import options, pipeline
+from vssl_jax.methods import phase as phase_lib
+from vssl_jax.models import fp8_matmul
+from vssl_jax.train import health
+from vssl_jax.utils import config_io, metrics
 
 
 class TrainingError(RuntimeError):
-  """The run cannot go on; the message says why and what to do."""
+  """The run cannot continue; the message gives the reason and the remedy."""
 
 
 @runtime_checkable
-class Watcher(Protocol):
-  """Looks at a run between steps, such as the health panel."""
+class Hook(Protocol):
+  """Hook that runs between steps, such as the health panel."""
 
   def due(self, done: int, span_start: int) -> bool:
-    """Returns whether it looks after this step."""
+    """Returns whether the hook runs after this step."""
 
   def look(self, run: Any, span: Any, state: Any, done: int) -> list[str]:
-    """Looks, logs, and returns lines to say aloud."""
+    """Runs the hook, logs its metrics and returns lines to log."""
 
 
 @dataclasses.dataclass
 class Run:
-  """What all phases of one run share."""
+  """Objects and state shared by all phases of a run."""
 
   config: ml_collections.ConfigDict
   workdir: pathlib.Path
   mesh: jax.sharding.Mesh
   clips: pipeline.Clips
-  method: base.Method
-  checkpoints: checkpoint.Checkpoints
+  method: phase_lib.Method
+  checkpoints: manager.Checkpoints
   logger: metrics.Logger
   clock: metrics.Clock
   panel: health.Panel
-  kept_phases: tuple[str, ...]  # whose parameters are saved at their end
+  kept_phases: tuple[str, ...]  # their last parameters are saved
   read_only: bool = False
-  watchers: Sequence[Watcher] = ()
-  left_out: order.Ranges = ()  # batches that no step takes
+  hooks: Sequence[Hook] = ()
+  left_out: batch_order.Ranges = ()  # batches that no step uses
   rewinds: list[dict[str, int]] = dataclasses.field(default_factory=list)
-  # How the videos changed between starts, where data.allow_change let it.
+  # Changes of the videos between starts, accepted by data.allow_change.
   data_changes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-  signal: int = 0  # that asked this process to save and stop; 0: none
-  stopped_by: int = 0  # the signal that all processes agreed to stop on
+  signal: int = 0  # received as a request to save and stop; 0: none
+  stopped_by: int = 0  # signal that all processes stop on; 0: none
 
   @property
   def video(self) -> tuple[int, ...]:
@@ -80,44 +79,47 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-  """A phase and where it lies in a run of `total` steps: `start` to `end`.
+  """A phase and its steps, `start` to `end`, in a run of `total` steps.
 
-  `covers` is the first step and the length of what its schedules cover: the
-  phase, or all neighbours whose horizon is `run`.
+  `covers` is the first step and the number of steps that its schedules cover:
+  the phase, or all adjacent phases whose horizon is `run`.
   """
 
-  phase: base.Phase
+  phase: phase_lib.Phase
   start: int
   end: int
   total: int
   covers: tuple[int, int]
 
 
-def spans(method: base.Method) -> tuple[Span, ...]:
-  """Returns the phases with their cumulative boundaries."""
+def spans(method: phase_lib.Method) -> tuple[Span, ...]:
+  """Returns the phases of a method with their steps in the run."""
   phases = method.phases()
   ends = list(itertools.accumulate(phase.steps for phase in phases))
   out = []
-  for shared, group in itertools.groupby(
+  for is_shared, group in itertools.groupby(
     zip(phases, ends, strict=True), key=lambda pair: pair[0].horizon == 'run'
   ):
-    stretch = list(group)
-    first = stretch[0][1] - stretch[0][0].steps
-    for phase, end in stretch:
+    members = list(group)
+    first = members[0][1] - members[0][0].steps
+    for phase, end in members:
       start = end - phase.steps
       covers = (
-        (first, stretch[-1][1] - first) if shared else (start, phase.steps)
+        (first, members[-1][1] - first) if is_shared else (start, phase.steps)
       )
       out.append(Span(phase, start, end, ends[-1], covers))
   return tuple(out)
 
 
 def open_run(config: ml_collections.ConfigDict, read_only: bool = False) -> Run:
-  """Opens everything that a run needs, and checks that it fits together.
+  """Opens a run: mesh, data, method, checkpoints and logs; checks the config.
 
   Args:
     config: a resolved config.
-    read_only: write nothing, and leave what another process may be writing.
+    read_only: write nothing, and leave unfinished files of other processes.
+
+  Raises:
+    ValueError: the batch size, a teacher's dtype or the data do not fit.
   """
   clock = metrics.Clock('start')
   workdir = pathlib.Path(config.workdir)
@@ -136,12 +138,12 @@ def open_run(config: ml_collections.ConfigDict, read_only: bool = False) -> Run:
   method = methods.build(
     config.method,
     tuple(clips.shapes['video']),
-    encoders.module_of,
+    encoder.module_of,
     options.colours_of(config.data),
   )
   phases = method.phases()
   check_units(phases, jax.devices()[0])
-  if any(phase.row_specs for phase in phases):
+  if any(phase.memory_specs for phase in phases):
     _check_distinct(config, clips)
   return Run(
     config=config,
@@ -149,7 +151,7 @@ def open_run(config: ml_collections.ConfigDict, read_only: bool = False) -> Run:
     mesh=mesh,
     clips=clips,
     method=method,
-    checkpoints=checkpoint.Checkpoints(
+    checkpoints=manager.Checkpoints(
       workdir,
       config.checkpoint.keep,
       config.checkpoint.keep_every,
@@ -160,7 +162,7 @@ def open_run(config: ml_collections.ConfigDict, read_only: bool = False) -> Run:
     ),
     clock=clock,
     panel=health.Panel(config.health, clips, sum(p.steps for p in phases)),
-    kept_phases=keeping.phases(config.checkpoint.keep_phases, phases),
+    kept_phases=retention.phases(config.checkpoint.keep_phases, phases),
     read_only=read_only,
   )
 
@@ -176,11 +178,11 @@ def _check_batch(
     )
 
 
-def check_units(phases: Sequence[base.Phase], device: Any) -> None:
-  """Refuses teachers in 8 bits on devices that would be slower for it."""
+def check_units(phases: Sequence[phase_lib.Phase], device: Any) -> None:
+  """Raises for float8 teachers on a device without matrix units for them."""
   for phase in phases:
     for name, teacher in phase.teachers.items():
-      if teacher.dtype == 'float8' and not float8.has_units(device):
+      if teacher.dtype == 'float8' and not fp8_matmul.has_units(device):
         raise ValueError(
           f'phase {phase.name!r}: teacher {name!r} has dtype float8, and '
           f'{device.device_kind} has no matrix units for it; wanted a GPU of '
@@ -192,60 +194,69 @@ def check_units(phases: Sequence[base.Phase], device: Any) -> None:
 def _check_distinct(
   config: ml_collections.ConfigDict, clips: pipeline.Clips
 ) -> None:
-  """Refuses batches that may hold an example twice: which row would stay?"""
+  """Raises if a batch may hold an example twice, as `scatter` forbids."""
   data, size = config.data, config.batch_size
-  why = ''
+  cause = ''
   if data.repeats > 1:
-    why = f'data.repeats={data.repeats}; set --config.data.repeats=1'
+    cause = f'data.repeats={data.repeats}; set --config.data.repeats=1'
   elif data.weights:
-    why = f'data.weights={data.weights}; set --config.data.weights=()'
+    cause = f'data.weights={data.weights}; set --config.data.weights=()'
   elif not clips.distinct:
-    why = (
+    cause = (
       f'batch_size={size} of {clips.num_examples} videos; lower '
       '--config.batch_size to as many at most'
     )
-  if why:
+  if cause:
     raise ValueError(
       f'{config.method.name} remembers every training example, and a batch may '
-      f'not hold one twice, as it may with {why}'
+      f'not hold one twice, as it may with {cause}'
     )
 
 
-def check_same_run(run: Run, saved: manifests.Saved | None) -> None:
-  """Compares a resumed run with its `run.json`, and reads what it left out.
+def check_same_run(
+  run: Run, saved: integrity.Saved | None, defaults: Mapping[str, Any]
+) -> None:
+  """Compares a resumed run with its `run.json` and restores its history.
+
+  Sets `left_out`, `rewinds` and `data_changes` of the run.
+
+  Args:
+    run: the run.
+    saved: its newest checkpoint.
+    defaults: default of every key, by dotted name.
 
   Raises:
-    TrainingError: it is another run, or took other batches so far.
+    TrainingError: the config, the videos or the batches so far differ.
   """
   if saved is not None:
-    before = _record(run) or saved.manifest
-    _check_config(run, before)
-    run.left_out = order.from_json(before.get('left_out', ()))
-    run.rewinds = before.get('rewinds', [])
-    run.data_changes = before.get('data_changes', [])
-    _check_data(run, before, saved.step)
+    record = _record(run) or saved.manifest
+    _check_config(run, record, defaults)
+    run.left_out = batch_order.from_json(record.get('left_out', ()))
+    run.rewinds = record.get('rewinds', [])
+    run.data_changes = record.get('data_changes', [])
+    _check_data(run, record, saved.step)
     _check_batches(run, saved)
 
 
 def _record(run: Run) -> dict[str, Any] | None:
-  """Returns the record of an earlier start; a corrupt one is set aside."""
-  path = run.workdir / manifests.RUN
+  """Loads `run.json`; None if absent or corrupt. Renames a corrupt file."""
+  path = run.workdir / integrity.RUN
   try:
-    return manifests.load(path)
+    return integrity.load(path)
   except FileNotFoundError:
     return None
-  except manifests.CorruptError as error:
-    run.logger.say(
+  except integrity.CorruptError as error:
+    run.logger.log(
       f'{error}. The newest checkpoint says what the run is; the file is set '
-      f'aside as {path.name}.rotten and written again'
+      f'aside as {path.name}.corrupt and written again'
     )
     if not run.read_only and jax.process_index() == 0:
-      path.replace(path.with_name(f'{path.name}.rotten'))
+      path.replace(path.with_name(f'{path.name}.corrupt'))
     return None
 
 
-def check_may_resume(run: Run, saved: manifests.Saved | None) -> None:
-  """Refuses a folder that holds a run, if that was asked for."""
+def check_may_resume(run: Run, saved: integrity.Saved | None) -> None:
+  """Raises if the folder holds a run and `checkpoint.resume` is False."""
   if saved is not None and not run.config.checkpoint.resume:
     raise TrainingError(
       f'{run.workdir} holds a run at step {saved.step} and '
@@ -253,27 +264,28 @@ def check_may_resume(run: Run, saved: manifests.Saved | None) -> None:
     )
 
 
-def _check_config(run: Run, record: Mapping[str, Any]) -> None:
-  """Refuses a config that differs in a key that may not.
+def _check_config(
+  run: Run, record: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> None:
+  """Raises if a config key differs that must not change within a run.
 
-  A key that is newer than the run may only have its default, which leaves
-  runs as they were.
+  A key that is newer than the run must have its default, which does not change
+  older runs.
   """
   if 'config' not in record:
     return
   _check_rounding(run, record['config'])
-  before = config_lib.from_json(record['config'])
-  defaults = dict(config_lib.flatten(config_lib.default(before.method.name)))
-  known = dict(config_lib.flatten(before))
-  newer = tuple(
+  old_config = config_io.from_json(record['config'])
+  old_keys = dict(config_io.flatten(old_config))
+  new_keys = tuple(
     key
-    for key, value in config_lib.flatten(run.config)
-    if key not in known and defaults.get(key) == value
+    for key, value in config_io.flatten(run.config)
+    if key not in old_keys and key in defaults and defaults[key] == value
   )
-  if newer:
-    run.logger.say(f'newer than this run, at their defaults: {list(newer)}')
-  changed = config_lib.difference(
-    before, run.config, (*run.config.checkpoint.may_change, *newer)
+  if new_keys:
+    run.logger.log(f'newer than this run, at their defaults: {list(new_keys)}')
+  changed = config_io.difference(
+    old_config, run.config, (*run.config.checkpoint.may_change, *new_keys)
   )
   if changed:
     raise TrainingError(
@@ -283,10 +295,10 @@ def _check_config(run: Run, record: Mapping[str, Any]) -> None:
 
 
 def _check_data(run: Run, record: Mapping[str, Any], step: int) -> None:
-  """Refuses other videos than before, or records them with data.allow_change.
+  """Raises if the videos changed; data.allow_change records the change instead.
 
   Raises:
-    TrainingError: the videos changed, and that was not allowed.
+    TrainingError: the videos changed and data.allow_change is False.
   """
   change = data_changes.compare(run.workdir, record, run.clips)
   if not change:
@@ -297,15 +309,17 @@ def _check_data(run: Run, record: Mapping[str, Any], step: int) -> None:
       f'{change}. Put them back as they were, or give a new --config.workdir, '
       'or go on with other batches: --config.data.allow_change=True'
     )
-  run.logger.say(f'data.allow_change: going on at step {step} with {change}')
+  run.logger.log(f'data.allow_change: going on at step {step} with {change}')
   run.data_changes = [*run.data_changes, {'step': step, 'change': change}]
 
 
 def _check_rounding(run: Run, before: Mapping[str, Any]) -> None:
-  """Refuses targets of another precision: a cache rounds, its place does not.
+  """Raises if target caching was switched on or off.
+
+  Cached targets are rounded; the folder of the cache may change.
 
   Raises:
-    TrainingError: the run kept targets and is not to any more, or vice versa.
+    TrainingError: only one of the two starts caches targets.
   """
   was = before.get('cache_targets', '')
   now = run.config.cache_targets
@@ -318,22 +332,24 @@ def _check_rounding(run: Run, before: Mapping[str, Any]) -> None:
     )
 
 
-def _check_batches(run: Run, saved: manifests.Saved) -> None:
-  """Refuses a state that came from other batches than the record says."""
-  took = order.from_json(saved.manifest.get('left_out', ()))
-  took, should = (order.passed(x, saved.step) for x in (took, run.left_out))
-  if took != should:
+def _check_batches(run: Run, saved: integrity.Saved) -> None:
+  """Raises if a checkpoint and `run.json` differ in the left-out batches."""
+  ranges = batch_order.from_json(saved.manifest.get('left_out', ()))
+  ranges, expected = (
+    batch_order.passed(x, saved.step) for x in (ranges, run.left_out)
+  )
+  if ranges != expected:
     raise TrainingError(
-      f'{run.workdir}/run.json leaves out batches {should} up to step '
-      f'{saved.step}, and checkpoint {saved.path.name} left out {took}: they '
+      f'{run.workdir}/run.json leaves out batches {expected} up to step '
+      f'{saved.step}, and checkpoint {saved.path.name} left out {ranges}: they '
       'are not of one run. Put the right run.json back, or remove it and the '
       "checkpoint's list counts"
     )
 
 
 def write_record(run: Run) -> None:
-  """Writes `run.json`: what the run is, and what it needs to be rebuilt."""
-  config = config_lib.to_json(run.config)
+  """Writes `run.json`: config, data, left-out batches and provenance."""
+  config = config_io.to_json(run.config)
   record = {
     'config': config,
     'video': list(run.video),
@@ -343,23 +359,23 @@ def write_record(run: Run) -> None:
     'classes': run.clips.classes,
     'left_out': run.left_out,
     'rewinds': run.rewinds,
-    'outside': encoders.outside(run.method),
+    'outside': encoder.outside(run.method),
     'provenance': provenance.describe(config),
   }
   if jax.process_index() == 0:
     data_changes.store(run.workdir, run.clips)
-    manifests.write_atomic(run.workdir / manifests.RUN, record, indent=1)
+    integrity.write_atomic(run.workdir / integrity.RUN, record, indent=1)
 
 
 def on_device(
   run: Run, local: Mapping[str, np.ndarray], done: int, total: int
 ) -> dict[str, Any]:
-  """Returns a step's batch with its place in the run, on the mesh.
+  """Puts a step's batch on the mesh, with `progress` = done / total.
 
   Args:
     run: the run.
-    local: this process's part.
-    done: steps done.
+    local: this process's part of the batch.
+    done: completed steps of the run.
     total: steps of the run.
   """
   local = dict(local, progress=np.float32(done / total))
@@ -369,8 +385,8 @@ def on_device(
 class Preemption:
   """Turns the first SIGTERM or Ctrl-C into a request to save and stop.
 
-  The second one ends the process. A SIGINT that is ignored, as in what a shell
-  starts in the background, stays ignored.
+  The second one ends the process. A SIGINT that is ignored, as in background
+  jobs of a shell, stays ignored.
   """
 
   def __init__(self, run: Run) -> None:
@@ -392,12 +408,12 @@ class Preemption:
       signal.signal(number, handler)
 
 
-# Steps between agreements of several processes; each costs them a round trip.
+# Steps between agreements of several processes; each costs a round trip.
 AGREE_EVERY = 8
 
 
 def should_stop(run: Run, done: int) -> bool:
-  """Returns whether all processes are to save and stop after this step."""
+  """Returns whether all processes must save and stop after this step."""
   if jax.process_count() == 1:
     run.stopped_by = run.signal
   elif done % AGREE_EVERY == 0:

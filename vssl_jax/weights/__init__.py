@@ -1,4 +1,4 @@
-"""Weights of other people's models, read without running anything."""
+"""Loads and exports published weights without executing code from files."""
 
 from vssl_jax.weights.classifiers import Classifier
 from vssl_jax.weights.classifiers import load as load_classifier
@@ -10,7 +10,7 @@ from vssl_jax.weights.published import (
   describe,
   load_published,
 )
-from vssl_jax.weights.read import WeightsError
+from vssl_jax.weights.readers.tensors import WeightsError
 from vssl_jax.weights.source import fingerprint
 
 __all__ = [

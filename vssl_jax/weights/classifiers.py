@@ -1,8 +1,8 @@
-"""The classifier of a fine-tuned model, in our files and in published ones.
+"""Loads and converts classifiers of fine-tuned models, ours and published ones.
 
-It is what `models.classifier.Classifier` computes: the mean over tokens, a
-layer norm and a linear layer. `VideoMAEForVideoClassification` of transformers
-has the same, with a norm whose epsilon is 1e-5 instead of 1e-6.
+They compute the same as `models.classifier.Classifier`: mean over tokens, layer
+norm, linear layer. `VideoMAEForVideoClassification` of transformers differs in
+the epsilon of the norm, 1e-5 instead of 1e-6.
 """
 
 import os
@@ -12,16 +12,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vssl_jax import trees
-from vssl_jax.weights import read
 from vssl_jax.weights import source as source_lib
+from vssl_jax.weights.readers import tensors
 
-# Names of the norm and of the linear layer, by family of files; the first ones
-# are written.
+# Names of the norm and of the linear layer, by family of layouts. The first
+# pair is the one that is written.
 NAMES = {
   'videomae': (('fc_norm', 'classifier'), ('fc_norm', 'head')),
   'hiera': (('norm', 'head.projection'),),
 }
-# Of ours, in the order of theirs.
+# Our names, in the order of the published ones in `_theirs`.
 LEAVES = ('norm/scale', 'norm/bias', 'head/kernel', 'head/bias')
 
 
@@ -30,7 +30,7 @@ class Classifier(NamedTuple):
 
   Attributes:
     params: `norm` (scale, bias) and `head` (kernel [D, K], bias), float32.
-    classes: names by label.
+    classes: class names by label.
   """
 
   params: Any
@@ -38,7 +38,7 @@ class Classifier(NamedTuple):
 
 
 def to_tensors(classifier: Classifier, layout: str) -> dict[str, np.ndarray]:
-  """Returns a classifier's tensors by their names in a layout."""
+  """Converts a classifier to tensors by their names in a layout."""
   if layout == source_lib.OURS:
     return {
       source_lib.CLASSIFIER + name: np.asarray(x)
@@ -56,7 +56,7 @@ def to_tensors(classifier: Classifier, layout: str) -> dict[str, np.ndarray]:
 
 
 def labels(classes: Sequence[str]) -> dict[str, Any]:
-  """Returns the entries of `config.json` on class names."""
+  """Returns the class-name entries of `config.json`."""
   return {
     'id2label': {str(i): name for i, name in enumerate(classes)},
     'label2id': {name: i for i, name in enumerate(classes)},
@@ -64,21 +64,24 @@ def labels(classes: Sequence[str]) -> dict[str, Any]:
 
 
 def load(source: str | os.PathLike[str]) -> Classifier | None:
-  """Loads the classifier of a fine-tuned model; None where there is none.
+  """Loads the classifier of a fine-tuned model.
 
   Args:
     source: see `source.open_source`.
 
+  Returns:
+    The classifier; None if the file has none.
+
   Raises:
-    WeightsError: nothing there, tensors that do not fit each other, or
-      weights that are integers, NaN or Inf, each named.
+    WeightsError: the source does not exist, shapes are inconsistent, or weights
+      are integers, NaN or Inf. The message names the tensors.
   """
-  found = source_lib.open_source(source)
-  keys = _ours(found) if found.layout is None else _theirs(found)
+  opened = source_lib.open_source(source)
+  keys = _ours(opened) if opened.layout is None else _theirs(opened)
   if keys is None:
     return None
   leaves = {
-    name: np.asarray(found.groups[group][key])
+    name: np.asarray(opened.groups[group][key])
     for name, (group, key) in keys.items()
   }
   trees.check_finite(
@@ -88,35 +91,36 @@ def load(source: str | os.PathLike[str]) -> Classifier | None:
   params = trees.nest(
     {name: x.astype(np.float32) for name, x in leaves.items()}
   )
-  if found.layout is not None:
+  if opened.layout is not None:
     params['head']['kernel'] = params['head']['kernel'].T
   kernel, bias = params['head']['kernel'], params['head']['bias']
   width = params['norm']['scale'].shape
   if kernel.shape != (*width, *bias.shape) or params['norm']['bias'].shape != (
     width
   ):
-    raise read.WeightsError(
+    raise tensors.WeightsError(
       f'{source}: found a classifier of {kernel.shape} behind a norm of {width}'
     )
-  return Classifier(params, _classes(found.config, len(bias)))
+  return Classifier(params, _classes(opened.config, len(bias)))
 
 
 def _ours(found: source_lib.Found) -> dict[str, tuple[str, str]] | None:
-  """Returns (group, key) by our name, None where there is no classifier."""
+  """Returns our name -> (group, key); None if there is no classifier."""
   keys = {
     name.removeprefix(source_lib.CLASSIFIER): ('', name)
     for name in found.groups['']
     if name.startswith(source_lib.CLASSIFIER)
   }
   if keys and set(keys) != set(LEAVES):
-    raise read.WeightsError(
+    raise tensors.WeightsError(
       f'{found.source}: found a classifier of '
-      f'{[read.short(name) for name in sorted(keys)[:6]]}, wanted {LEAVES}'
+      f'{[tensors.short(name) for name in sorted(keys)[:6]]}, wanted {LEAVES}'
     )
   return keys or None
 
 
 def _theirs(found: source_lib.Found) -> dict[str, tuple[str, str]] | None:
+  """Same as `_ours` for published layouts."""
   groups = found.layout.parts['encoder'].groups
   for group in (g for g in groups if g in found.groups):
     for norm, linear in NAMES.get(found.layout.family, ()):
@@ -129,7 +133,7 @@ def _theirs(found: source_lib.Found) -> dict[str, tuple[str, str]] | None:
 
 
 def _classes(config: Mapping[str, Any], count: int) -> tuple[str, ...]:
-  """Returns class names by label; numbers where the file has no names."""
+  """Returns class names by label; numbers if names are missing."""
   names = config.get('id2label') or {}
-  found = tuple(str(names.get(str(i), i)) for i in range(count))
-  return found if len(names) == count else tuple(map(str, range(count)))
+  classes = tuple(str(names.get(str(i), i)) for i in range(count))
+  return classes if len(names) == count else tuple(map(str, range(count)))

@@ -1,4 +1,4 @@
-"""Moves numbers between published layouts and ours, and reports every key."""
+"""Converts parameters between published layouts and ours."""
 
 import dataclasses
 import math
@@ -11,20 +11,21 @@ import numpy as np
 
 from vssl_jax import trees
 from vssl_jax.models import resizing
-from vssl_jax.weights import pairs, read
+from vssl_jax.weights.name_maps import rules
+from vssl_jax.weights.readers import tensors as tensors_lib
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """What became of every key of a file.
+  """Report on all keys of a loaded file.
 
   Attributes:
     source: the file or folder.
-    layout: which table was used.
-    loaded: their keys, in full or in part.
-    resized: our names, with the two shapes, of position tables made to fit.
-    missing: our names that no key filled, allowed ones.
-    unused: their keys that filled nothing, allowed ones.
+    layout: name of the layout.
+    loaded: published keys that were loaded, in full or in part.
+    resized: our names of resized position tables, with both shapes.
+    missing: our names without a published key (only allowed ones).
+    unused: published keys that were not loaded (only allowed ones).
   """
 
   source: str
@@ -35,19 +36,19 @@ class Report:
   unused: tuple[str, ...] = ()
 
   def __str__(self) -> str:
-    """Returns a summary that fits in a log."""
+    """Returns a one-line summary for the log."""
     counts = [f'{len(self.loaded)} tensors loaded']
-    for what in ('resized', 'missing', 'unused'):
-      names = getattr(self, what)
+    for field in ('resized', 'missing', 'unused'):
+      names = getattr(self, field)
       if names:
-        counts.append(f'{len(names)} {what} ({_some(names)})')
+        counts.append(f'{len(names)} {field} ({_some(names)})')
     return f'{self.source} [{self.layout}]: ' + ', '.join(counts)
 
 
 def _some(names: Iterable[str], limit: int = 6) -> str:
   names = list(names)
-  rest = len(names) - limit
-  return ', '.join(names[:limit]) + (f', and {rest} more' if rest > 0 else '')
+  more = len(names) - limit
+  return ', '.join(names[:limit]) + (f', and {more} more' if more > 0 else '')
 
 
 def _conv_to_ours(x: np.ndarray) -> np.ndarray:
@@ -55,10 +56,10 @@ def _conv_to_ours(x: np.ndarray) -> np.ndarray:
 
 
 def _grid_rows(x: np.ndarray) -> np.ndarray:
-  """Returns the rows [1, 1 + side * side, D] of a square as [1, h, w, D]."""
+  """Reshapes [1, 1 + side * side, D] to [1, h, w, D], without the class row."""
   side = math.isqrt(x.shape[1] - 1)
   if x.shape[:2] != (1, 1 + side * side) or not side:
-    raise read.WeightsError(
+    raise tensors_lib.WeightsError(
       f'a position table of shape {x.shape} is not that of a class token and '
       'a square of patches, [1, 1 + side * side, D]'
     )
@@ -70,8 +71,9 @@ def _conv_to_theirs(x: np.ndarray, patch: tuple[int, ...]) -> np.ndarray:
 
 
 Form = Callable[[np.ndarray], np.ndarray]
-# torch multiplies by [out, in], we by [in, out]; a convolution whose stride is
-# its kernel is a product with its flattened kernel, another one stays whole.
+# Dense kernels are [out, in] in torch and [in, out] here. A convolution whose
+# stride equals its kernel size becomes a dense layer with the flattened kernel;
+# other convolutions keep their kernel shape.
 FORMS: dict[str, Form] = {
   'same': lambda x: x,
   'dense': lambda x: x.T,
@@ -83,7 +85,7 @@ FORMS: dict[str, Form] = {
   'registers': lambda x: x[0],
   'class_row': lambda x: x[0, :1],
   'grid_rows': _grid_rows,
-  # Flax keeps axes of their own for heads and for the pixels of a patch.
+  # Flax kernels have separate axes for heads and for the pixels of a patch.
   'patches': lambda x: x.reshape(-1, x.shape[-1]),
   'heads': lambda x: x.reshape(x.shape[0], -1),
   'head_bias': lambda x: x.reshape(-1),
@@ -105,8 +107,8 @@ AXES = {
 
 
 def to_ours(
-  tensors: Mapping[str, read.Tensor],
-  rows: Iterable[pairs.Row],
+  tensors: Mapping[str, tensors_lib.Tensor],
+  rows: Iterable[rules.Row],
   shapes: Any,
   *,
   source: str = 'weights',
@@ -116,40 +118,40 @@ def to_ours(
   allow_unused: Iterable[str] = (),
   elsewhere: Iterable[str] = (),
 ) -> tuple[dict[str, Any], Report]:
-  """Fills our tree from published tensors.
+  """Converts published tensors to our parameters.
 
   Args:
     tensors: key -> tensor, by the names of the table.
     rows: the table.
-    shapes: our tree, of shapes (`jax.eval_shape` of the module's init).
-    source: for messages.
-    layout: for the report.
-    resize: how position tables are made to fit, a name in `resizing.NAMES`.
-    allow_missing: patterns of our names that may stay out; they are left out
-      of the tree.
-    allow_unused: patterns of their keys that need not be used.
-    elsewhere: keys, no patterns, that other parts of the model use.
+    shapes: shapes of our parameters (`jax.eval_shape` of the module's init).
+    source: the source, for messages.
+    layout: name of the layout, for the report.
+    resize: method to resize position tables, a name in `resizing.NAMES`.
+    allow_missing: patterns of our names that may be missing; these are not in
+      the result.
+    allow_unused: patterns of published keys that may stay unused.
+    elsewhere: keys (not patterns) that other parts of the model use.
 
   Returns:
     float32 parameters and the report.
 
   Raises:
-    WeightsError: a leaf that nothing fills, a key that fills nothing, a shape
-      that does not fit, or weights that are integers, NaN or Inf, each named.
+    WeightsError: missing or unused tensors, shapes that do not match, or
+      weights that are integers, NaN or Inf. The message names the tensors.
   """
-  wanted = dict(trees.named_leaves(shapes))
-  by_name = pairs.by_name(rows, tensors)
+  leaf_shapes = dict(trees.named_leaves(shapes))
+  by_name = rules.by_name(rows, tensors)
   leaves: dict[str, np.ndarray] = {}
-  used, resized, missing, not_finite = set(), [], [], []
-  for name, shape in wanted.items():
+  loaded, resized, missing, not_finite = set(), [], [], []
+  for name, shape in leaf_shapes.items():
     row = by_name.get(name)
     if row is None or row.theirs not in tensors:
       missing.append(f'{name} ({row.theirs if row else "not in the table"})')
       continue
-    used.add(row.theirs)
+    loaded.add(row.theirs)
     stored = np.asarray(tensors[row.theirs])
-    if not jnp.issubdtype(stored.dtype, jnp.floating):  # bfloat16 is one
-      raise read.WeightsError(
+    if not jnp.issubdtype(stored.dtype, jnp.floating):  # includes bfloat16
+      raise tensors_lib.WeightsError(
         f'{source}: {row.theirs} holds {stored.dtype}, wanted floating-point '
         'weights; quantised weights have to be converted to floats before'
       )
@@ -158,27 +160,27 @@ def to_ours(
       resized.append(f'{name} {x.shape} -> {shape.shape}')
       x = resizing.resize(x, shape.shape[:3], resize)
     if x.shape != shape.shape:
-      raise read.WeightsError(
+      raise tensors_lib.WeightsError(
         f'{source}: {row.theirs} gives shape {x.shape} and {name} wants '
         f'{shape.shape}; the size or the patch of the encoder differs'
       )
-    with np.errstate(over='ignore'):  # float64 beyond float32 is Inf below
+    with np.errstate(over='ignore'):  # float64 out of float32 range becomes Inf
       leaves[name] = x.astype(np.float32)
     if not np.isfinite(leaves[name]).all():
       not_finite.append(f'{row.theirs} ({name})')
   if not_finite:
-    raise read.WeightsError(
+    raise tensors_lib.WeightsError(
       f'{source}: found NaN or Inf in {len(not_finite)} tensors, wanted finite '
       f'weights: {_some(not_finite)}. Download the file again, or take another'
     )
-  unused = sorted(set(tensors) - used)
+  unused = sorted(set(tensors) - loaded)
   unknown = sorted({*unused} - {*elsewhere})
   _refuse(source, 'no tensor for', missing, allow_missing, 'allow_missing')
   _refuse(source, 'no use for', unknown, allow_unused, 'allow_unused')
   report = Report(
     source,
     layout,
-    tuple(sorted(used)),
+    tuple(sorted(loaded)),
     tuple(resized),
     tuple(missing),
     tuple(unused),
@@ -186,15 +188,20 @@ def to_ours(
   return trees.nest(leaves), report
 
 
-def piece(x: np.ndarray, row: pairs.Row, source: str) -> np.ndarray:
-  """Returns a row's part of a tensor in our layout.
+def piece(x: np.ndarray, row: rules.Row, source: str) -> np.ndarray:
+  """Converts the part of a tensor that a row selects to our layout.
+
+  Args:
+    x: the published tensor.
+    row: the row of the table.
+    source: the source, for messages.
 
   Raises:
-    WeightsError: the tensor has another shape than the row says.
+    WeightsError: the shape of the tensor does not match the row.
   """
   dimensions = AXES.get(row.form, x.ndim)
   if x.ndim != dimensions or len(x) % row.parts:
-    raise read.WeightsError(
+    raise tensors_lib.WeightsError(
       f'{source}: {row.theirs} has shape {x.shape}, wanted {dimensions} axes, '
       f'the first a multiple of {row.parts}'
     )
@@ -203,14 +210,14 @@ def piece(x: np.ndarray, row: pairs.Row, source: str) -> np.ndarray:
     x = x[row.part * size : (row.part + 1) * size]
   try:
     return FORMS[row.form](x)
-  except read.WeightsError as e:
-    raise read.WeightsError(f'{source}: {row.theirs}: {e}') from e
+  except tensors_lib.WeightsError as e:
+    raise tensors_lib.WeightsError(f'{source}: {row.theirs}: {e}') from e
 
 
 def _is_table(name: str, x: np.ndarray, shape: tuple[int, ...]) -> bool:
-  last = name.rsplit('/', maxsplit=1)[-1]
-  table = last.startswith('positions') and x.ndim == 4
-  return table and x.shape[-1] == shape[-1]
+  leaf = name.rsplit('/', maxsplit=1)[-1]
+  is_table = leaf.startswith('positions') and x.ndim == 4
+  return is_table and x.shape[-1] == shape[-1]
 
 
 def _refuse(
@@ -218,7 +225,7 @@ def _refuse(
 ) -> None:
   bad = [n for n in names if not any(re.match(p, n) for p in allowed)]
   if bad:
-    raise read.WeightsError(
+    raise tensors_lib.WeightsError(
       f'{source}: {what} {len(bad)} names: {_some(bad)}. The file is of '
       f'another model or release; what may be so goes into {option}'
     )
@@ -226,21 +233,21 @@ def _refuse(
 
 def to_theirs(
   params: Any,
-  rows: Iterable[pairs.Row],
+  rows: Iterable[rules.Row],
   patch: tuple[int, int, int] = (1, 1, 1),
 ) -> dict[str, np.ndarray]:
-  """Returns published tensors from our tree.
+  """Converts our parameters to published tensors.
 
   Args:
     params: our parameters.
     rows: the table.
-    patch: frames and pixels of a token, to unfold the embedding.
+    patch: patch size (t, h, w), to reshape the patch embedding.
 
   Raises:
-    WeightsError: a leaf that the table does not know.
+    WeightsError: a parameter that is not in the table.
   """
   leaves = {n: np.asarray(x) for n, x in trees.named_leaves(params)}
-  inverse: dict[str, Form] = {
+  inverse_forms: dict[str, Form] = {
     'same': lambda x: x,
     'dense': lambda x: x.T,
     'conv': lambda x: _conv_to_theirs(x, patch),
@@ -251,12 +258,12 @@ def to_theirs(
   pieces: dict[str, list[np.ndarray]] = {}
   for row in rows:
     if row.ours in leaves:
-      x = inverse[row.form](leaves.pop(row.ours))
+      x = inverse_forms[row.form](leaves.pop(row.ours))
       if row.form == 'token' and row.parts > 1:
-        x = x[None]  # mask tokens are stacked along an axis of their own
+        x = x[None]  # mask tokens are stacked along a new first axis
       pieces.setdefault(row.theirs, []).append(x)
   if leaves:
-    raise read.WeightsError(
+    raise tensors_lib.WeightsError(
       f'the layout has no place for {_some(leaves)}; save in another layout'
     )
   return {

@@ -1,4 +1,4 @@
-"""Writes an encoder as safetensors, in a published layout where one fits."""
+"""Exports encoders as safetensors, in a published layout if possible."""
 
 import json
 import os
@@ -9,24 +9,21 @@ from typing import Any
 import numpy as np
 
 from vssl_jax import trees
-from vssl_jax.models import framewise, hiera
-from vssl_jax.weights import (
-  classifiers,
-  convert,
-  hiera_tables,
-  modules,
-  read,
-  tables,
-)
+from vssl_jax.models import framewise
+from vssl_jax.models.hiera import encoder as encoder_lib
+from vssl_jax.weights import classifiers, convert, modules
 from vssl_jax.weights import source as source_lib
+from vssl_jax.weights.name_maps import hiera as hiera_lib
+from vssl_jax.weights.name_maps import video as video_lib
+from vssl_jax.weights.readers import tensors as tensors_lib
 
 LAYOUTS = ('auto', 'vjepa2', 'videomae', 'hiera', source_lib.OURS)
 TABLES = {
-  'vjepa2': tables.VJEPA2['encoder'],
-  'videomae': tables.VIDEOMAE['encoder'],
-  'hiera': hiera_tables.PARTS['encoder'],
+  'vjepa2': video_lib.VJEPA2['encoder'],
+  'videomae': video_lib.VIDEOMAE['encoder'],
+  'hiera': hiera_lib.PARTS['encoder'],
 }
-# What the authors' code has fixed, or needs for clips.
+# Fields that are fixed in the authors' code, or that it requires for clips.
 HIERA = {
   'separable': True,
   'gelu': 'exact',
@@ -46,29 +43,35 @@ def export(
 ) -> str:
   """Writes `model.safetensors`, `config.json` and `preprocessor_config.json`.
 
-  The last one holds sizes and colours for the image processors of
-  `transformers`. In the layout `hiera` it holds all that the authors' class
-  takes no key for; our own layout does not need it.
+  `preprocessor_config.json` contains sizes and pixel mean and deviation for the
+  image processors of `transformers`. In the layout `hiera` it contains
+  everything that is not an argument of the authors' class. Our own layout does
+  not need it.
 
   Args:
     encoder: the module.
     params: its parameters.
-    folder: made if need be.
-    video: (T, H, W, C) of the clips it was trained on.
-    timing: their stride and frames per second; 0 where not known.
-    layout: `vjepa2` or `videomae`, which `transformers` can load; `hiera`,
-      whose config is what `Hiera` of `hiera-transformer` is made with (the
-      norm and the classifier that it has behind the mean over tokens are in
-      the file if there is a `classifier`; our `final_norm` is not);
-      `vssl_vit`, which fits every encoder; or `auto`: the first that fits.
-    classifier: of a fine-tuned encoder; class names go into `config.json`.
+    folder: created if it does not exist.
+    video: (T, H, W, C) of the clips the encoder was trained on.
+    timing: stride and frames per second of these clips; 0 if unknown.
+    layout: one of
+      `vjepa2`, `videomae`: can be loaded by `transformers`;
+      `hiera`: its config contains the arguments of `Hiera` in
+      `hiera-transformer`. The norm and the classifier after the mean over
+      tokens are written if there is a `classifier`; our `final_norm` is not;
+      `vssl_vit`: supports every encoder;
+      `auto`: the first of `vjepa2`, `videomae` and `vssl_vit` that supports
+      the encoder.
+    classifier: classifier of a fine-tuned encoder; its class names are written
+      to `config.json`.
 
   Returns:
     The layout.
 
   Raises:
-    WeightsError: the layout cannot express this encoder; says which field. Or
-      the folder has an index, by which readers would take other files.
+    WeightsError: the layout cannot express a field of this encoder, which the
+      message names; or the folder has an index, which would make readers load
+      other files.
   """
   obstacles = {name: _obstacle(encoder, name, video) for name in TABLES}
   if classifier is not None:
@@ -79,15 +82,17 @@ def export(
       name for name in obstacles if not obstacles[name] and name != 'hiera'
     )
   if layout not in obstacles:
-    raise read.WeightsError(f'layout is {layout!r}, wanted one of {LAYOUTS}')
+    raise tensors_lib.WeightsError(
+      f'layout is {layout!r}, wanted one of {LAYOUTS}'
+    )
   if obstacles[layout]:
-    raise read.WeightsError(
+    raise tensors_lib.WeightsError(
       f'layout {layout!r} has no place for {obstacles[layout]}: other code '
       f'would compute something else; use {source_lib.OURS!r}'
     )
   folder = pathlib.Path(folder)
   if (folder / source_lib.INDEX).exists():
-    raise read.WeightsError(
+    raise tensors_lib.WeightsError(
       f'{folder}: found {source_lib.INDEX}, which names the files of another '
       'model to read in place of model.safetensors; export into another folder'
     )
@@ -105,14 +110,14 @@ def export(
       tensors = {f'videomae.{name}': x for name, x in tensors.items()}
       config['architectures'] = ['VideoMAEForVideoClassification']
     tensors |= classifiers.to_tensors(classifier, layout)
-    labels = classifiers.labels(classifier.classes)
+    label_entries = classifiers.labels(classifier.classes)
     if layout == 'hiera':
       config['num_classes'] = len(classifier.classes)
-      processor |= labels
+      processor |= label_entries
     else:
-      config |= labels
+      config |= label_entries
   (processor if layout == 'hiera' else config)['clip'] = list(timing)
-  read.write_safetensors(folder / 'model.safetensors', tensors)
+  tensors_lib.write_safetensors(folder / 'model.safetensors', tensors)
   _write(folder / 'config.json', config)
   if processor:
     _write(folder / 'preprocessor_config.json', processor)
@@ -130,7 +135,7 @@ def _colours(encoder: modules.Encoder) -> dict[str, list[float]]:
 def _processor(
   encoder: modules.Encoder, layout: str, video: Sequence[int]
 ) -> dict[str, Any]:
-  """Returns the config of an image processor: sizes and colours of clips."""
+  """Returns the config of an image processor: sizes, mean and deviation."""
   if layout == 'hiera':
     return _colours(encoder)
   kinds = {'image_processor_type': 'VideoMAEImageProcessor'}
@@ -152,33 +157,33 @@ def _processor(
 def _obstacle(
   encoder: modules.Encoder, layout: str, video: Sequence[int]
 ) -> str:
-  """Returns the first field that a published layout cannot express."""
+  """Returns the first field that a layout cannot express; '' if none."""
   if isinstance(encoder, framewise.Framewise):
     return 'an encoder of single frames'
-  if isinstance(encoder, hiera.Hiera) != (layout == 'hiera'):
+  if isinstance(encoder, encoder_lib.Hiera) != (layout == 'hiera'):
     return 'stages' if layout != 'hiera' else 'an encoder without stages'
   if layout == 'hiera':
     return _differs(encoder, HIERA)
-  wanted = dict(modules.FIELDS[layout], gelu=('exact', 'tanh'))
-  wanted |= {'class_token': False, 'layer_scale': False, 'mlp': 'gelu'}
-  del wanted['init_family']
+  allowed = dict(modules.FIELDS[layout], gelu=('exact', 'tanh'))
+  allowed |= {'class_token': False, 'layer_scale': False, 'mlp': 'gelu'}
+  del allowed['init_family']
   if layout == 'videomae':
-    wanted = {'positions': 'sinusoid_1d', **wanted}
+    allowed = {'positions': 'sinusoid_1d', **allowed}
   if layout == 'vjepa2':
-    wanted['final_norm'] = True
+    allowed['final_norm'] = True
   if encoder.patch[1] != encoder.patch[2] or video[1] != video[2]:
     return (
       f'patch {encoder.patch} of clips {tuple(video)}, which are not square'
     )
-  return _differs(encoder, wanted)
+  return _differs(encoder, allowed)
 
 
 def _differs(encoder: modules.Encoder, wanted: Mapping[str, Any]) -> str:
-  """Returns the first field with none of the values that it may have."""
+  """Returns the first field whose value is not allowed; '' if none."""
   for field, value in wanted.items():
-    found = getattr(encoder, field)
-    if found not in (value if isinstance(value, tuple) else (value,)):
-      return f'{field}={found!r}'
+    actual = getattr(encoder, field)
+    if actual not in (value if isinstance(value, tuple) else (value,)):
+      return f'{field}={actual!r}'
   return ''
 
 
@@ -222,8 +227,10 @@ def _config(
   }
 
 
-def _hiera_config(encoder: hiera.Hiera, video: Sequence[int]) -> dict[str, Any]:
-  """Returns the arguments of the authors' class."""
+def _hiera_config(
+  encoder: encoder_lib.Hiera, video: Sequence[int]
+) -> dict[str, Any]:
+  """Returns the arguments of the authors' `Hiera` class."""
   return {
     'input_size': list(video[:3]),
     'in_chans': video[3],

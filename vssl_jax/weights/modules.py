@@ -1,4 +1,4 @@
-"""Networks for published weights, from the shapes in the file."""
+"""Builds networks for published weights from the shapes in the file."""
 
 import contextlib
 import dataclasses
@@ -8,19 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from vssl_jax.models import decoder, framewise, hiera, predictor, vit
-from vssl_jax.weights import (
-  convert,
-  hiera_files,
-  hiera_tables,
-  pairs,
-  read,
-  video_positions,
-)
+from vssl_jax.models import decoder, framewise, predictor, vit
+from vssl_jax.models.hiera import encoder as encoder_lib
+from vssl_jax.weights import convert, hiera_files, video_positions
 from vssl_jax.weights import source as source_lib
+from vssl_jax.weights.name_maps import hiera as hiera_lib
+from vssl_jax.weights.name_maps import rules
+from vssl_jax.weights.readers import tensors as tensors_lib
 
-Encoder = vit.Vit | hiera.Hiera | framewise.Framewise
-# Attention heads by width, for files that come without a config.
+Encoder = vit.Vit | encoder_lib.Hiera | framewise.Framewise
+# Family -> width -> attention heads, for files without a config.
 HEADS = {
   'vjepa2': {1024: 16, 1280: 16, 1408: 22, 384: 12},
   'videomae': {
@@ -52,13 +49,14 @@ FIELDS = {
   },
   'image': {'class_token': True, 'qkv_bias': 'full', 'init_family': 'mae'},
 }
-# The released demos read 4DS here: after 10 blocks of 12, and after 52 of 56,
-# where the encoder ends and the blocks begin that served as its decoder.
+# Depth at which the released demos read features of 4DS: after 10 of 12 blocks
+# and after 52 of 56. There the encoder ends; the remaining blocks were its
+# decoder.
 SCALING4D_TAP = 0.95
 
 
 def to_fields(encoder: Encoder) -> dict[str, Any]:
-  """Returns all that an encoder is made with, as JSON can hold it."""
+  """Returns the fields of an encoder as a JSON-compatible dict."""
   if isinstance(encoder, framewise.Framewise):
     frames = {'every': encoder.every, 'cell': encoder.cell}
     return to_fields(encoder.image) | {'framewise': frames}
@@ -67,13 +65,13 @@ def to_fields(encoder: Encoder) -> dict[str, Any]:
     for f in dataclasses.fields(encoder)
     if f.name not in ('parent', 'name')
   }
-  return {'hiera' if isinstance(encoder, hiera.Hiera) else 'vit': fields}
+  return {'hiera' if isinstance(encoder, encoder_lib.Hiera) else 'vit': fields}
 
 
 def from_fields(config: Mapping[str, Any]) -> Encoder:
-  """Returns the encoder that `to_fields` describes."""
+  """Builds an encoder from the dict of `to_fields`."""
   if 'hiera' in config:
-    encoder = hiera.make(config['hiera'])
+    encoder = encoder_lib.make(config['hiera'])
   else:
     encoder = vit.make(config['vit'])
   if 'framewise' in config:
@@ -82,33 +80,34 @@ def from_fields(config: Mapping[str, Any]) -> Encoder:
 
 
 def build(found: source_lib.Found, part: str, num_heads: int | None) -> Any:
-  """Builds the network of a source without reading its numbers.
+  """Builds the network of a source without loading its weights.
 
-  Sizes come from the shapes of the tensors, not from the config, which is
-  known to be wrong about the depth of some published predictors.
+  Sizes are taken from tensor shapes and not from the config, because the config
+  has a wrong depth for some published predictors.
 
   Args:
     found: the source.
     part: `encoder` or `head`.
-    num_heads: attention heads; None for the config's, or the usual ones.
+    num_heads: attention heads; None for the number in the config, or the
+      default of the width.
 
   Raises:
-    WeightsError: the file does not tell the network.
+    WeightsError: the file does not determine the network.
   """
   if found.layout is None:
     if not {'vit', 'hiera'} & {*found.config} or part != 'encoder':
-      raise read.WeightsError(
+      raise tensors_lib.WeightsError(
         f'{found.source}: weights of layout {source_lib.OURS} are encoders and '
         'need the config.json that was written beside them'
       )
     return _ours(found)
   if part not in found.layout.parts:
-    raise read.WeightsError(
+    raise tensors_lib.WeightsError(
       f'{found.source}: {found.layout.name} has no {part}; wanted one of '
       f'{sorted(found.layout.parts)}'
     )
   table = found.layout.parts[part]
-  if found.layout.family == hiera_tables.FAMILY:
+  if found.layout.family == hiera_lib.FAMILY:
     with _says_what_is_missing(found.source):
       return hiera_files.build(found, part, num_heads)
   shapes = {n: x.shape for n, (_, x) in found.tensors(part).items()}
@@ -119,14 +118,14 @@ def build(found: source_lib.Found, part: str, num_heads: int | None) -> Any:
     common = _common(found, table, part, shapes, num_heads)
     if part == 'encoder':
       embed = {r.ours: r.theirs for r in table.rows(0)}['embed/kernel']
-      # Fine-tuned VideoMAE has none: its norm comes after the mean.
+      # Fine-tuned VideoMAE has no final norm: its norm follows the mean.
       norm = {r.ours: r.theirs for r in table.rows(0)}['norm/scale'] in shapes
       fields = common | FIELDS[found.layout.family] | _colours(found.config)
-      colours = len(fields.get('mean', vit.Vit.mean))
-      if shapes[embed][1:2] != (colours,):
-        raise read.WeightsError(
+      channels = len(fields.get('mean', vit.Vit.mean))
+      if shapes[embed][1:2] != (channels,):
+        raise tensors_lib.WeightsError(
           f'{found.source}: {embed} has shape {shapes[embed]}, whose second '
-          f'axis are channels, wanted {colours} as of image_mean; a '
+          f'axis are channels, wanted {channels} as of image_mean; a '
           'config.json beside model.safetensors may say other image_mean and '
           'image_std'
         )
@@ -136,8 +135,8 @@ def build(found: source_lib.Found, part: str, num_heads: int | None) -> Any:
       if found.layout.family == 'videomae':
         fields['positions'] = video_positions.of(found).kind
       return vit.Vit(**fields, patch=tuple(shapes[embed][2:]))
-    last = next(r.theirs for r in table.rows(0) if r.ours == 'head/kernel')
-    common['out_width'] = shapes[last][0]
+    head = next(r.theirs for r in table.rows(0) if r.ours == 'head/kernel')
+    common['out_width'] = shapes[head][0]
     if found.layout.family == 'videomae':
       return decoder.VideoMaeDecoder(**common)
     stacked = shapes.get('predictor.embeddings.mask_tokens')
@@ -150,63 +149,63 @@ def build(found: source_lib.Found, part: str, num_heads: int | None) -> Any:
 
 
 def _ours(found: source_lib.Found) -> Encoder:
-  """Returns the encoder of a config of ours, held against the tensors.
+  """Builds the encoder of our own layout from its config.
 
   Raises:
-    WeightsError: the config describes no network, or another one.
+    WeightsError: the config is invalid or does not match the tensors.
   """
   try:
     encoder = from_fields(found.config)
     network = getattr(encoder, 'image', encoder)
-    described = {'depth': network.depth, 'width': network.width}
+    expected = {'depth': network.depth, 'width': network.width}
     if isinstance(network, vit.Vit):
-      described['patch'] = math.prod(network.patch) * len(network.mean)
+      expected['patch'] = math.prod(network.patch) * len(network.mean)
   except (TypeError, ValueError) as e:
-    raise read.WeightsError(
+    raise tensors_lib.WeightsError(
       f'{found.source}: config.json describes no network: {str(e)[:200]}'
     ) from e
   tensors = found.groups['']
   blocks = {n.split('/')[0] for n in tensors if n.startswith('block_')}
-  stored = {'depth': len(blocks), 'width': network.width}
+  actual = {'depth': len(blocks), 'width': network.width}
   if isinstance(network, vit.Vit):
-    stored['patch'], stored['width'] = tensors['embed/kernel'].shape
-  for field, value in described.items():
-    if value != stored[field]:
-      raise read.WeightsError(
-        f'{found.source}: {field} is {read.short(value)} by config.json and '
-        f'{stored[field]} by the tensors (a patch counts its values); one of '
-        'the two files is of another model'
+    actual['patch'], actual['width'] = tensors['embed/kernel'].shape
+  for field, value in expected.items():
+    if value != actual[field]:
+      raise tensors_lib.WeightsError(
+        f'{found.source}: {field} is {tensors_lib.short(value)} by config.json '
+        f'and {actual[field]} by the tensors (a patch counts its values); one '
+        'of the two files is of another model'
       )
   return encoder
 
 
 def _image(
-  found: source_lib.Found, table: pairs.Part, fields: Mapping[str, Any]
+  found: source_lib.Found, table: rules.Part, fields: Mapping[str, Any]
 ) -> framewise.Framewise:
-  """Returns an image encoder on every second frame.
+  """Builds an image encoder that reads every second frame.
 
-  MAE's positions are a formula, which fits every grid, and are recognised by
-  their numbers; other tables were learned.
+  Positions that equal MAE's formula are treated as fixed, which is valid for
+  every grid; other tables are treated as learned.
   """
   tensors = found.tensors('encoder')
-  rows = pairs.by_name(table.rows(1), tensors)
+  rows = rules.by_name(table.rows(1), tensors)
 
   def read_piece(ours: str) -> np.ndarray:
-    stored = np.asarray(tensors[rows[ours].theirs][1], np.float32)
-    return convert.piece(stored, rows[ours], found.source)
+    tensor = np.asarray(tensors[rows[ours].theirs][1], np.float32)
+    return convert.piece(tensor, rows[ours], found.source)
 
-  fixed = _is_formula(read_piece('positions'), read_piece('class_position'))
+  is_fixed = _is_formula(read_piece('positions'), read_piece('class_position'))
   kernel = tensors[rows['embed/kernel'].theirs][1].shape
   _, registers = tensors.get(rows['registers'].theirs, ('', None))
   resize = found.layout.resize
-  if fixed:
-    resize = 'trilinear'  # a formula fits every grid
+  if is_fixed:
+    resize = 'trilinear'  # a formula is valid for every grid
   elif registers is not None:
     resize = 'bicubic_antialias'
   image = vit.Vit(
     **fields,
     patch=(1, *kernel[2:]),
-    positions='sincos_2d' if fixed else 'learned',
+    positions='sincos_2d' if is_fixed else 'learned',
     registers=0 if registers is None else registers.shape[1],
     layer_scale='block_00/gain_1' in rows,
     resize=resize,
@@ -215,7 +214,7 @@ def _image(
 
 
 def _is_formula(of_grid: np.ndarray, of_class: np.ndarray) -> bool:
-  """Returns whether a table [1, h, w, D] and a class row are MAE's."""
+  """Returns whether a table [1, h, w, D] and its class row are MAE's."""
   if np.abs(of_class).max() > video_positions.SAME_TABLE:
     return False
   table = of_grid.reshape(-1, of_grid.shape[3])
@@ -224,24 +223,24 @@ def _is_formula(of_grid: np.ndarray, of_class: np.ndarray) -> bool:
 
 def _scaling4d(
   source: str,
-  table: pairs.Part,
+  table: rules.Part,
   shapes: Mapping[str, tuple[int, ...]],
   num_heads: int | None,
 ) -> vit.Vit:
-  """Returns the encoder of 4DS, told by the shapes alone."""
+  """Builds the encoder of 4DS from tensor shapes."""
   rows = {r.ours: r.theirs for r in table.rows(1)}
 
-  def sizes(ours: str, axes: int) -> tuple[int, ...]:
-    found = shapes[rows[ours]]
-    if len(found) != axes:
-      raise read.WeightsError(
-        f'{source}: {rows[ours]} has shape {found}, wanted {axes} axes'
+  def shape_of(ours: str, axes: int) -> tuple[int, ...]:
+    shape = shapes[rows[ours]]
+    if len(shape) != axes:
+      raise tensors_lib.WeightsError(
+        f'{source}: {rows[ours]} has shape {shape}, wanted {axes} axes'
       )
-    return found
+    return shape
 
-  query = sizes('block_00/attn/q/kernel', 3)
+  query = shape_of('block_00/attn/q/kernel', 3)
   if num_heads not in (None, query[1]):
-    raise read.WeightsError(
+    raise tensors_lib.WeightsError(
       f'{source}: num_heads is {num_heads} and queries of shape {query} have '
       f'{query[1]} heads; leave num_heads out'
     )
@@ -250,8 +249,8 @@ def _scaling4d(
     width=query[0],
     depth=depth,
     num_heads=query[1],
-    mlp_width=sizes('block_00/mlp/fc1/kernel', 2)[1],
-    patch=sizes('embed/kernel', 5)[:3],
+    mlp_width=shape_of('block_00/mlp/fc1/kernel', 2)[1],
+    patch=shape_of('embed/kernel', 5)[:3],
     decoder_blocks=depth - max(vit.tap(depth, SCALING4D_TAP), 1),
     **FIELDS['scaling4d'],
   )
@@ -259,26 +258,27 @@ def _scaling4d(
 
 @contextlib.contextmanager
 def _says_what_is_missing(source: str) -> Iterator[None]:
+  """Converts KeyErrors to WeightsErrors, whose messages name the source."""
   try:
     yield
   except KeyError as e:
-    raise read.WeightsError(f'{source}: no tensor {e}') from e
-  except read.WeightsError as e:
+    raise tensors_lib.WeightsError(f'{source}: no tensor {e}') from e
+  except tensors_lib.WeightsError as e:
     if source in str(e):
       raise
-    raise read.WeightsError(f'{source}: {e}') from e
+    raise tensors_lib.WeightsError(f'{source}: {e}') from e
 
 
 def _common(
   found: source_lib.Found,
-  table: pairs.Part,
+  table: rules.Part,
   part: str,
   shapes: Mapping[str, tuple[int, ...]],
   num_heads: int | None,
 ) -> dict[str, Any]:
-  """Returns the fields that encoders and heads share."""
+  """Returns the fields that encoders and heads have in common."""
   config, family = found.config, found.layout.family
-  rows = pairs.by_name(table.rows(1), shapes)
+  rows = rules.by_name(table.rows(1), shapes)
   fc1 = rows['block_00/mlp/fc1/kernel']
   mlp, width = shapes[fc1.theirs]
   gate = rows.get('block_00/mlp/gate/kernel')
@@ -292,20 +292,20 @@ def _common(
     }[family]
   heads = num_heads or config.get(name) or HEADS[family].get(width)
   if heads is None:
-    raise read.WeightsError(
+    raise tensors_lib.WeightsError(
       f'{found.source}: width {width} does not tell the number of heads; give '
       'a folder with model.safetensors and a config.json that says '
       f'{name}, or num_heads to weights.load_published'
     )
   if width % heads:
-    raise read.WeightsError(
+    raise tensors_lib.WeightsError(
       f'{found.source}: found {heads} heads by {name} or num_heads, wanted a '
       f'divisor of the width {width} of the tensors; config.json may be of '
       'another model'
     )
   activation = config.get('hidden_act', 'gelu')
   if activation not in ('gelu', 'gelu_new', 'gelu_pytorch_tanh'):
-    raise read.WeightsError(
+    raise tensors_lib.WeightsError(
       f'{found.source}: hidden_act is {activation!r}, wanted a GELU'
     )
   return {

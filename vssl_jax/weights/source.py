@@ -1,4 +1,4 @@
-"""Opens published weights: a folder, a file, or a model on the hub."""
+"""Opens published weights from a folder, a file, or the hub."""
 
 import dataclasses
 import hashlib
@@ -8,55 +8,50 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from vssl_jax.weights import (
-  config_fields,
-  npz,
-  pairs,
-  read,
-  tables,
-  unpickle,
-)
+from vssl_jax.weights.name_maps import rules, video
+from vssl_jax.weights.readers import config_fields, npz, torch_pickle
+from vssl_jax.weights.readers import tensors as tensors_lib
 
-OURS = 'vssl_vit'  # model_type of the layout that fits every Vit
-CLASSIFIER = 'classifier/'  # begins the names of a classifier there
+OURS = 'vssl_vit'  # model_type of our own layout, for all encoders
+CLASSIFIER = 'classifier/'  # prefix of classifier names in our own layout
 HUB_ID = re.compile(r'^[\w-][\w.-]*/[\w-][\w.-]*$')
-# Of image processors, of the older and newer names, and of the network, which
-# comes last and counts most.
+# Configs of image processors (older and newer names) and of the network. Later
+# ones override earlier ones.
 CONFIGS = (
   'preprocessor_config.json',
   'video_preprocessor_config.json',
   'processor_config.json',
   'config.json',
 )
-INDEX = 'model.safetensors.index.json'  # of a model in several files
+INDEX = 'model.safetensors.index.json'  # for models in several files
 HUB_FILES = ('*.json', '*.safetensors')
-# What a VideoMAE-style source may be followed by: `x.pth#mvd`.
+# Layouts that can be named after a VideoMAE-style source: `x.pth#mvd`.
 NAMED = ('videomae', 'mvd')
 WEIGHTS = ('.safetensors', '.npz', '.pth', '.pt')
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-  """A source that was opened; numbers are read later.
+  """An opened source, with tensors that are loaded on access.
 
   Attributes:
-    source: what the user gave.
-    config: of `config.json`; empty where there is none.
-    groups: name -> key -> tensor; one group '' but for `.pth` files.
-    layout: the table, or None for our own layout.
-    named: the layout that the user named behind a `#`, out of `NAMED`, or ''.
-    trained: whether the network that was trained comes before its average.
+    source: the source as given by the user.
+    config: fields of `config.json`; empty if there is none.
+    groups: group -> key -> tensor; a single group '' except for `.pth` files.
+    layout: the layout with its tables, or None for our own layout.
+    named: the layout named by the user after `#`, one of `NAMED`, or ''.
+    trained: whether the trained network has priority over its average.
   """
 
   source: str
   config: Mapping[str, Any]
-  groups: Mapping[str, Mapping[str, read.Tensor]]
-  layout: pairs.Layout | None
+  groups: Mapping[str, Mapping[str, tensors_lib.Tensor]]
+  layout: rules.Layout | None
   named: str = ''
   trained: bool = False
 
-  def tensors(self, part: str) -> dict[str, tuple[str, read.Tensor]]:
-    """Returns the table's name -> (their key, tensor) of one part."""
+  def tensors(self, part: str) -> dict[str, tuple[str, tensors_lib.Tensor]]:
+    """Returns name in the table -> (published key, tensor) of one part."""
     if self.layout is None:
       return {
         k: (k, x)
@@ -68,33 +63,33 @@ class Found:
       groups = (*self.layout.parts[part].trained, *groups)
     group = next((g for g in groups if g in self.groups), None)
     if group is None:
-      raise read.WeightsError(
+      raise tensors_lib.WeightsError(
         f'{self.source}: no {part}; found {sorted(self.groups)}, wanted one '
         f'of {groups}'
       )
     tensors = self.groups[group]
     named = {_renamed(k, self.layout): (k, x) for k, x in tensors.items()}
     if len(named) != len(tensors):
-      kept = {key for key, _ in named.values()}
-      double = next(k for k in tensors if k not in kept)
-      raise read.WeightsError(
-        f'{self.source}: {read.short(double)} and another key are the same '
-        f'name of the layout {self.layout.name}'
+      unique = {key for key, _ in named.values()}
+      double = next(k for k in tensors if k not in unique)
+      raise tensors_lib.WeightsError(
+        f'{self.source}: {tensors_lib.short(double)} and another key are the '
+        f'same name of the layout {self.layout.name}'
       )
     return named
 
 
-def _renamed(key: str, layout: pairs.Layout) -> str:
+def _renamed(key: str, layout: rules.Layout) -> str:
   for pattern, replacement in layout.renames:
     key = re.sub(pattern, replacement, key)
   return key
 
 
 def _place(source: str | os.PathLike[str]) -> tuple[pathlib.Path, str]:
-  """Returns the file or folder of a source, and the layout named behind it.
+  """Returns the path of a source and the layout named after its `#`.
 
   Raises:
-    WeightsError: it does not exist, or the layout is not one of `NAMED`.
+    WeightsError: the source does not exist, or the layout is not in `NAMED`.
   """
   text, named = str(source), ''
   if text and pathlib.Path(text).exists():
@@ -102,7 +97,7 @@ def _place(source: str | os.PathLike[str]) -> tuple[pathlib.Path, str]:
   if '#' in text:
     text, _, named = text.rpartition('#')
     if named not in NAMED:
-      raise read.WeightsError(
+      raise tensors_lib.WeightsError(
         f'{source}: no such file, and the layout behind # is {named!r}, wanted '
         f'one of {NAMED}'
       )
@@ -111,34 +106,36 @@ def _place(source: str | os.PathLike[str]) -> tuple[pathlib.Path, str]:
 
 
 def open_source(source: str | os.PathLike[str]) -> Found:
-  """Opens a folder, a file or a model on the hub.
+  """Opens published weights and recognises their layout.
 
   Args:
     source: a folder with `config.json` and safetensors files, or with one
       `.npz` file; a single `.safetensors`, `.npz`, `.pth` or `.pt` file; or a
-      hub id. `#mvd` or `#videomae` may follow, for files of the names of
-      VideoMAE that do not tell which of the two they are of.
+      hub id. `#mvd` or `#videomae` may follow, for files with VideoMAE's tensor
+      names, from which the two models cannot be distinguished.
 
   Raises:
-    WeightsError: it does not exist, or its layout is unknown.
+    WeightsError: the source does not exist, or its layout is unknown.
   """
   path, named = _place(source)
   config: dict[str, Any] = {}
   if path.is_dir():
     for file in (path / name for name in CONFIGS):
       if file.exists():
-        config |= config_fields.of_file(str(file), read.json_object(file))
+        config |= config_fields.of_file(
+          str(file), tensors_lib.json_object(file)
+        )
     groups = {'': _folder(path)}
   elif path.suffix == '.safetensors':
-    groups = {'': read.safetensors(path)}
+    groups = {'': tensors_lib.safetensors(path)}
   elif path.suffix == '.npz':
     groups = {'': npz.load(path)}
   else:
-    groups = _groups(path, unpickle.load(path))
+    groups = _groups(path, torch_pickle.load(path))
   _check_tensors(str(source), groups)
   layout = _recognise(str(source), groups)
   if named and (layout is None or layout.family != 'videomae'):
-    raise read.WeightsError(
+    raise tensors_lib.WeightsError(
       f'{source}: #{named} is for files of the names of VideoMAE, and this '
       f'one is of the layout {layout.name if layout else OURS}; leave it out'
     )
@@ -146,14 +143,15 @@ def open_source(source: str | os.PathLike[str]) -> Found:
 
 
 def _check_tensors(
-  source: str, groups: Mapping[str, Mapping[str, read.Tensor]]
+  source: str, groups: Mapping[str, Mapping[str, tensors_lib.Tensor]]
 ) -> None:
-  """Refuses tensors without numbers, whose other axes may be of any size."""
+  """Raises for empty tensors, whose other axes could have any size."""
   for group in groups.values():
     for key, x in group.items():
       if 0 in x.shape:
-        raise read.WeightsError(
-          f'{source}: {read.short(key)} is empty, of shape {tuple(x.shape)}'
+        raise tensors_lib.WeightsError(
+          f'{source}: {tensors_lib.short(key)} is empty, of shape '
+          f'{tuple(x.shape)}'
         )
 
 
@@ -161,16 +159,17 @@ def fingerprint(source: str | os.PathLike[str]) -> str:
   """Returns a hash of the files that hold a model's weights.
 
   Args:
-    source: as of `open_source`; all files with weights of a folder count.
+    source: as in `open_source`. In a folder, all JSON files and files with
+      weights are hashed.
 
   Raises:
-    WeightsError: it does not exist, or holds no such file.
+    WeightsError: the source does not exist, or has no file with weights.
   """
   path, named = _place(source)
   files = sorted(path.iterdir()) if path.is_dir() else [path]
   files = [f for f in files if f.suffix in ('.json', *WEIGHTS)]
   if all(f.suffix == '.json' for f in files):
-    raise read.WeightsError(f'{source}: found no file of {WEIGHTS}')
+    raise tensors_lib.WeightsError(f'{source}: found no file of {WEIGHTS}')
   digest = hashlib.sha256(named.encode())
   for file in files:
     with file.open('rb') as f:
@@ -180,14 +179,14 @@ def fingerprint(source: str | os.PathLike[str]) -> str:
 
 def _download(source: str) -> pathlib.Path:
   if not HUB_ID.match(source):
-    raise read.WeightsError(
+    raise tensors_lib.WeightsError(
       f'{source!r}: no such file or folder from {os.getcwd()}, and not a hub '
       'id (owner/name)'
     )
   try:
     import huggingface_hub
   except ImportError as e:
-    raise read.WeightsError(
+    raise tensors_lib.WeightsError(
       f'{source}: no such folder here. To fetch it from the hub, pip install '
       'huggingface_hub; or download it elsewhere and give the folder'
     ) from e
@@ -195,8 +194,8 @@ def _download(source: str) -> pathlib.Path:
     return pathlib.Path(
       huggingface_hub.snapshot_download(source, allow_patterns=HUB_FILES)
     )
-  except Exception as e:  # offline, not found, not allowed: many types
-    raise read.WeightsError(
+  except Exception as e:  # many types: offline, not found, no access
+    raise tensors_lib.WeightsError(
       f'{source}: no run folder (run.json) and no weights at '
       f'{pathlib.Path(source).resolve()}, and the hub could not be read '
       f'({type(e).__name__}: {e}). Without a network, download config.json '
@@ -204,8 +203,8 @@ def _download(source: str) -> pathlib.Path:
     ) from e
 
 
-def _folder(path: pathlib.Path) -> dict[str, read.Tensor]:
-  """Returns the tensors of one file, or of the files of an index."""
+def _folder(path: pathlib.Path) -> dict[str, tensors_lib.Tensor]:
+  """Returns the tensors in a folder: of one file, or all files of an index."""
   arrays = sorted(path.glob('*.npz'))
   if len(arrays) == 1 and not list(path.glob('*.safetensors')):
     return npz.load(arrays[0])
@@ -213,75 +212,81 @@ def _folder(path: pathlib.Path) -> dict[str, read.Tensor]:
   names = ['model.safetensors']
   if index.exists():
     names = _indexed(index)
-  tensors: dict[str, read.Tensor] = {}
+  tensors: dict[str, tensors_lib.Tensor] = {}
   for name in names:
     if pathlib.Path(name).name != name:
-      raise read.WeightsError(
-        f'{index}: {read.short(name)} is not a file beside it'
+      raise tensors_lib.WeightsError(
+        f'{index}: {tensors_lib.short(name)} is not a file beside it'
       )
     if not (path / name).exists():
-      raise read.WeightsError(
+      raise tensors_lib.WeightsError(
         f'{path}: no {name}; found {sorted(p.name for p in path.iterdir())}. '
         'A .pth file, or one of several .npz files, is given by its own path'
       )
-    tensors |= read.safetensors(path / name)
+    tensors |= tensors_lib.safetensors(path / name)
   return tensors
 
 
 def _indexed(index: pathlib.Path) -> list[str]:
-  """Returns the files that an index names."""
-  files = read.json_object(index).get('weight_map')
+  """Returns the file names in an index."""
+  files = tensors_lib.json_object(index).get('weight_map')
   if not isinstance(files, dict) or not files:
-    raise read.WeightsError(f'{index}: no weight_map, wanted key -> file')
-  names = {x if isinstance(x, str) else read.short(x) for x in files.values()}
+    raise tensors_lib.WeightsError(
+      f'{index}: no weight_map, wanted key -> file'
+    )
+  names = {
+    x if isinstance(x, str) else tensors_lib.short(x) for x in files.values()
+  }
   return sorted(names)
 
 
 def _groups(
   path: pathlib.Path, payload: Any
-) -> dict[str, dict[str, read.Tensor]]:
-  """Returns the dicts of tensors in a `.pth` file that a layout may use."""
+) -> dict[str, dict[str, tensors_lib.Tensor]]:
+  """Returns the groups of tensors in a `.pth` file that any layout uses."""
   if not isinstance(payload, dict):
-    raise read.WeightsError(f'{path}: the .pth file holds no dict of tensors')
+    raise tensors_lib.WeightsError(
+      f'{path}: the .pth file holds no dict of tensors'
+    )
   names = {
     name
-    for layout in tables.LAYOUTS
+    for layout in video.LAYOUTS
     for part in layout.parts.values()
     for name in (*part.groups, *part.trained)
   }
-  found = {}
+  groups = {}
   for name in sorted(names):
     group = payload.get(name) if name else payload
     if isinstance(group, dict):
       tensors = {
         k: x
         for k, x in group.items()
-        if isinstance(k, str) and isinstance(x, unpickle.Tensor)
+        if isinstance(k, str) and isinstance(x, torch_pickle.Tensor)
       }
       if tensors:
-        found[name] = tensors
-  if not found:
-    keys = [read.short(k) for k in list(payload)[:5]]
-    raise read.WeightsError(
+        groups[name] = tensors
+  if not groups:
+    keys = [tensors_lib.short(k) for k in list(payload)[:5]]
+    raise tensors_lib.WeightsError(
       f'{path}: the .pth file has no tensors at its top, nor under one of '
       f'{sorted(names - {""})}; found {", ".join(keys)}'
     )
-  return found
+  return groups
 
 
 def _recognise(
   source: str, groups: Mapping[str, Mapping[str, Any]]
-) -> pairs.Layout | None:
-  """Returns the layout by its names, None for ours."""
+) -> rules.Layout | None:
+  """Recognises the layout by its tensor names; None for our own layout."""
   if 'embed/kernel' in groups.get('', {}):
     return None
-  for layout in tables.LAYOUTS:
+  for layout in video.LAYOUTS:
     for group in layout.parts['encoder'].groups:
       names = {_renamed(k, layout) for k in groups.get(group, {})}
       if names.issuperset(layout.marks):
         return layout
-  some = [k[:80] for group in groups.values() for k in group][:3]
-  raise read.WeightsError(
-    f'{source}: the layout is unknown; keys look like {some}. Known are '
-    f'{", ".join(layout.name for layout in tables.LAYOUTS)} and {OURS}'
+  examples = [k[:80] for group in groups.values() for k in group][:3]
+  raise tensors_lib.WeightsError(
+    f'{source}: the layout is unknown; keys look like {examples}. Known are '
+    f'{", ".join(layout.name for layout in video.LAYOUTS)} and {OURS}'
   )

@@ -1,9 +1,9 @@
-"""Which positions a VideoMAE-style file was trained with.
+"""Determines the position table of VideoMAE-style files.
 
-VideoMAE and MVD have encoders of the same names and shapes, and add different
-tables to their tokens. Fine-tuned files do not hold the table, so the user
-names the layout behind the source: `mvd_ssv2.pth#mvd`. Pre-training files of
-MVD hold it, as do those of VideoMAE with learned positions.
+The encoders of VideoMAE and MVD have the same names and shapes but different
+position tables. Fine-tuned files do not contain the table, so the user names
+the layout after the source: `mvd_ssv2.pth#mvd`. Pretraining files of MVD
+contain it, as do those of VideoMAE with learned positions.
 """
 
 import logging
@@ -12,42 +12,44 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vssl_jax.models import layers, positions
-from vssl_jax.weights import read
+from vssl_jax.masks import tubelets
+from vssl_jax.models import positions
 from vssl_jax.weights import source as source_lib
+from vssl_jax.weights.readers import tensors
 
 STORED = 'pos_embed'
 PATCH = 'patch_embed.proj.weight'
-# Between a table as it is stored, perhaps in 16 bits, and its formula: bfloat16
-# rounds numbers below 1 by up to 1 / 512.
+# Tolerance between a stored table, possibly in 16 bits, and its formula:
+# bfloat16 rounds numbers below 1 by up to 1 / 512.
 SAME_TABLE = 2e-3
 FORMULAS = {'videomae': 'sinusoid_1d', 'mvd': 'sincos_3d_mvd'}
-# Time steps of most published models (16 frames, 2 a token), and pixels.
+# Time steps of most published models (16 frames, tubelets of 2), and pixels.
 TIMES, SIDE = 8, 224
 
 
 class Positions(NamedTuple):
-  """The positions of an encoder, and how they are known.
+  """The positions of an encoder, with the evidence for them.
 
   Attributes:
     kind: `sinusoid_1d`, `sincos_3d_mvd` or `learned`.
-    grid: tokens (t, h, w) of a stored table, else None.
-    evidence: for the log; empty where the file does not tell.
-    others: grids that a learned table may be for as well; none if `grid` is
-      the usual one.
+    grid: token grid (t, h, w) of a stored table, else None.
+    evidence: reason, for the log; empty if the kind is assumed.
+    others: alternative grids of a learned table; empty if `grid` is the usual
+      one.
   """
 
   kind: str
-  grid: layers.Grid | None
+  grid: tubelets.Grid | None
   evidence: str
-  others: tuple[layers.Grid, ...] = ()
+  others: tuple[tubelets.Grid, ...] = ()
 
 
 def of(found: source_lib.Found) -> Positions:
-  """Returns the positions of a file of the family `videomae`.
+  """Determines the positions of a file of the family `videomae`.
 
   Raises:
-    WeightsError: a stored table contradicts the named layout, or has no grid.
+    WeightsError: a stored table contradicts the named layout, or its number of
+      rows fits no grid.
   """
   named = FORMULAS.get(found.named, '')
   _, stored = found.tensors('encoder').get(STORED, ('', None))
@@ -59,20 +61,20 @@ def of(found: source_lib.Found) -> Positions:
     return Positions('sinusoid_1d', None, '')
   position = _of_table(found, stored)
   if named and position.kind != named:
-    raise read.WeightsError(
+    raise tensors.WeightsError(
       f'{found.source}: #{found.named} means positions {named}, and the '
       f'{STORED} in the file is {position.kind}; leave #{found.named} out'
     )
   return position
 
 
-def _of_table(found: source_lib.Found, stored: read.Tensor) -> Positions:
-  """Returns which formula a stored table is, or that it was learned."""
+def _of_table(found: source_lib.Found, stored: tensors.Tensor) -> Positions:
+  """Classifies a stored table as one of the formulas or as learned."""
   table = np.asarray(stored, np.float32)
   *_, patch = (1, *found.tensors('encoder')[PATCH][1].shape)
   grids = _grids(table.shape, patch)
   if not grids:
-    raise read.WeightsError(
+    raise tensors.WeightsError(
       f'{found.source}: {STORED} has shape {table.shape}, wanted '
       '[1, t * side * side, D]'
     )
@@ -82,16 +84,16 @@ def _of_table(found: source_lib.Found, stored: read.Tensor) -> Positions:
         evidence = f'{STORED} in the file equals its formula'
         return Positions(kind, grid, evidence)
   evidence = f'{STORED} in the file is no known formula; grid {grids[0]}'
-  usual = grids[0][0] == TIMES and grids[0][1] * patch == SIDE
-  others = () if usual else tuple(grids[1:])
+  is_usual = grids[0][0] == TIMES and grids[0][1] * patch == SIDE
+  others = () if is_usual else tuple(grids[1:])
   return Positions('learned', grids[0], evidence, others)
 
 
-def _grids(shape: tuple[int, ...], patch: int) -> list[layers.Grid]:
-  """Returns the grids that a table [1, N, D] may have, the likeliest first.
+def _grids(shape: tuple[int, ...], patch: int) -> list[tubelets.Grid]:
+  """Returns the possible grids of a table [1, N, D], the most likely first.
 
-  That is the one whose clips are nearest to 16 frames of 224 pixels, on a
-  scale of factors; time steps are powers of 2 if they can be.
+  Grids whose number of time steps is a power of 2 come first. Among these, the
+  clip closest to 16 frames of 224 pixels does, by the ratios of the sizes.
   """
   if len(shape) != 3 or shape[0] != 1:
     return []
@@ -101,7 +103,7 @@ def _grids(shape: tuple[int, ...], patch: int) -> list[layers.Grid]:
     if side and t * side * side == shape[1]:
       grids.append((t, side, side))
 
-  def rank(grid: layers.Grid) -> tuple[bool, float]:
+  def rank(grid: tubelets.Grid) -> tuple[bool, float]:
     t, side, _ = grid
     factors = abs(math.log(t / TIMES)) + abs(math.log(side * patch / SIDE))
     return t.bit_count() > 1, factors
@@ -109,13 +111,13 @@ def _grids(shape: tuple[int, ...], patch: int) -> list[layers.Grid]:
   return sorted(grids, key=rank)
 
 
-def is_formula(table: np.ndarray, kind: str, grid: layers.Grid) -> bool:
-  """Returns whether a table [N, D] is that of a formula on a grid.
+def is_formula(table: np.ndarray, kind: str, grid: tubelets.Grid) -> bool:
+  """Returns whether a table [N, D] equals a formula on a grid.
 
   Args:
-    table: float32.
+    table: position table, float32.
     kind: a name in `positions.TABLES`.
-    grid: tokens (t, h, w).
+    grid: token grid (t, h, w).
   """
   try:
     formula = positions.TABLES[kind](grid, table.shape[1])
@@ -125,7 +127,7 @@ def is_formula(table: np.ndarray, kind: str, grid: layers.Grid) -> bool:
 
 
 def log(found: source_lib.Found) -> None:
-  """Logs the positions of a VideoMAE-style file, as a warning if assumed."""
+  """Logs the positions of a VideoMAE-style file; warns if they are assumed."""
   position = of(found)
   logger = logging.getLogger(__name__)
   if position.others:

@@ -1,0 +1,1 @@
+"""Checkpoints, their verification and the record of a run."""

@@ -1,0 +1,1 @@
+"""Reads clips from video files: isolated decoding, sampling, augmentation."""

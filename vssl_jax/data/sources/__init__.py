@@ -1,0 +1,1 @@
+"""Sources of videos and labels: folders, manifests, shards, TFDS."""

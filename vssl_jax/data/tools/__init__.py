@@ -1,0 +1,1 @@
+"""Programs that write data sets: synthetic videos, transcoding, shards."""

@@ -1,0 +1,1 @@
+"""Depth readout of a frozen encoder."""

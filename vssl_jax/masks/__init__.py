@@ -1,0 +1,1 @@
+"""Mask sampling in batches with `jax.random`."""

@@ -1,0 +1,1 @@
+"""Hiera: encoder, decoder and token order."""

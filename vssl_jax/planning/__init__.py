@@ -1,0 +1,1 @@
+"""`--plan`, benchmarks and compilation ahead of time."""

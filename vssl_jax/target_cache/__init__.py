@@ -1,0 +1,1 @@
+"""Optional on-disk cache of teacher outputs."""

@@ -1,0 +1,1 @@
+"""Utilities without dependencies on the rest of the package."""

@@ -1,0 +1,1 @@
+"""Pictures and the report of a run: `python -m vssl_jax.visualize <folder>`."""

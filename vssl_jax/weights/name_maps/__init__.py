@@ -1,0 +1,1 @@
+"""Tables from published parameter names to ours."""

@@ -2,6 +2,7 @@
 
 import doctest
 import inspect
+import logging
 
 import jax
 import numpy as np
@@ -39,7 +40,11 @@ def _functions():
 
 
 @pytest.mark.parametrize('module, function', [*_functions()])
-def test_the_example_of_a_function_runs(module, function, folder):
+def test_the_example_of_a_function_runs(
+    module, function, folder, monkeypatch
+):
+  # A test that ran `main` in this process may have left its printer of logs.
+  monkeypatch.setattr(logging.getLogger('vssl_jax'), 'handlers', [])
   names = vars(module) | {'np': np, 'vssl_jax': vssl_jax, 'folder': folder}
   finder = doctest.DocTestFinder(recurse=False)
   tests = finder.find(inspect.unwrap(function), function.__name__, globs=names)

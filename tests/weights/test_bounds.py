@@ -295,7 +295,7 @@ def test_messages_on_headers_are_short(tmp_path):
                 f'[{"9" * 4000}], "data_offsets": [0, 4]}}'):  # fmt: skip
     header = f'{{"{"k" * 10**6}": {entry}}}'.encode()
     file.write_bytes(struct.pack('<Q', len(header)) + header + bytes(4))
-    refused(lambda: tensors_lib.safetensors(file), 'described by|has shape')
+    refused(lambda: tensors_lib.safetensors(file), 'invalid JSON in header')
 
 
 def test_archives_with_endless_lists_of_entries(tmp_path):

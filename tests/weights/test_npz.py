@@ -2,6 +2,7 @@
 
 import io
 import pathlib
+import struct
 import tracemalloc
 import zipfile
 
@@ -134,8 +135,101 @@ def test_damage_is_found(path):
   data = bytearray(path.read_bytes())
   data[2000] ^= 1
   path.write_bytes(data)
-  with pytest.raises(tensors.WeightsError, match=r'a\.npy is damaged'):
+  with pytest.raises(tensors.WeightsError, match=r"'a\.npy' is damaged"):
     np.asarray(npz.load(path)['a'])
   path.write_bytes(data[:3000])
   with pytest.raises(tensors.WeightsError, match='not a zip file'):
     npz.load(path)
+
+
+def sizes(path, *, packed=None, unpacked=None):
+  """Changes the sizes that the directory gives for its only entry."""
+  data = bytearray(path.read_bytes())
+  start = data.rfind(b'PK\1\2')
+  for offset, size in ((20, packed), (24, unpacked)):
+    if size is not None:
+      struct.pack_into('<I', data, start + offset, size)
+  path.write_bytes(data)
+
+
+def refused(path):
+  """Opens and reads a file; returns the message of one line."""
+  with pytest.raises(tensors.WeightsError) as caught:
+    for x in npz.load(path).values():
+      np.asarray(x)
+  text = str(caught.value)
+  assert text.startswith(f'{path}: ')
+  assert text.isprintable() and len(text) < 1000
+  return text
+
+
+@pytest.mark.parametrize('method', [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize('columns', [2, 3, 4])
+@pytest.mark.parametrize('more', [-8, 8])
+@pytest.mark.parametrize('packed', [False, True])
+def test_sizes_that_differ_from_the_data(path, method, columns, more, packed):
+  """Whatever the header of the array says: it fits, is less, or is more."""
+  data = entry(X, head(shape=(2, columns)))
+  with zipfile.ZipFile(path, 'w', method) as archive:
+    archive.writestr('a.npy', data)
+    size = archive.getinfo('a.npy').compress_size
+  sizes(path, packed=size + more if packed else None, unpacked=len(data) + more)
+  refused(path)
+
+
+def test_bombs_that_lie_about_their_size(path):
+  with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
+    archive.writestr('a.npy', entry(X) + bytes(10**8))
+  sizes(path, unpacked=len(entry(X)))
+  tracemalloc.start()
+  refused(path)
+  assert tracemalloc.get_traced_memory()[1] < 2**20
+  tracemalloc.stop()
+
+
+def test_names_that_could_be_mistaken(path):
+  """Numpy's file['a.npy'] is another array for its key a.npy."""
+  with zipfile.ZipFile(path, 'w') as archive:
+    archive.writestr('a.npy.npy', entry(X))
+    archive.writestr('a.npy', entry(X + 1))
+  found = npz.load(path)
+  np.testing.assert_array_equal(found['a.npy'], X)
+  np.testing.assert_array_equal(found['a'], X + 1)
+
+
+def test_messages_hold_nothing_but_text(path):
+  with zipfile.ZipFile(path, 'w') as archive:
+    archive.writestr('a\n\x1b[2J.npy', entry(X))
+  data = path.read_bytes()
+  path.write_bytes(data.replace(X.tobytes(), bytes(24)))
+  refused(path)
+
+
+def test_no_message_advises_to_run_code(path):
+  with zipfile.ZipFile(path, 'w') as archive:
+    archive.writestr('a.npy', entry(X))
+  path.write_bytes(b'hello' + path.read_bytes())  # still an archive
+  assert 'allow_pickle' not in refused(path)
+  long = b'\x93NUMPY\x01\x00' + struct.pack('<H', 20_000) + b' ' * 20_000
+  with zipfile.ZipFile(path, 'w') as archive:
+    archive.writestr('a.npy', long)
+  assert 'allow_pickle' not in refused(path)
+
+
+def test_what_is_no_archive(path):
+  refused(path)
+  path.write_bytes(b'')
+  refused(path)
+  with path.open('wb') as file:
+    np.save(file, X)
+  refused(path)
+  path.unlink()
+  path.mkdir()
+  assert 'directory' in refused(path)
+
+
+def test_empty_arrays_too_large_for_numpy(path):
+  data = entry(X[:0], head(shape=(0, 2**62, 2**62)))
+  with zipfile.ZipFile(path, 'w') as archive:
+    archive.writestr('a.npy', data)
+  assert 'array is too big' in refused(path)

@@ -2,26 +2,30 @@
 
 A file from the internet can contain wrong sizes and executable code. The
 readers of this package check every size against the file before they use it,
-memory-map tensors instead of copying them, and never execute code.
+read tensors on access, and never execute code.
 """
 
+import dataclasses
 import json
-import math
 import os
 import pathlib
-import struct
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
+import safetensors as safetensors_lib
+from safetensors import numpy as safetensors_numpy
 
-# A ViT-G has about 800 tensors and a header of 100 kB.
+# A ViT-G has about 800 tensors and a header of 100 kB. The library allows
+# 100 MB, which is more than a million tensors.
 MAX_HEADER = 8 * 2**20
 MAX_JSON = 8 * 2**20
 MAX_NESTED = 16  # depth of nested objects and lists in a config
 MAX_AXES = 32
 
+# What the library can read into numpy and models need; numpy has no float8.
 DTYPES = {
   'F64': np.dtype('<f8'),
   'F32': np.dtype('<f4'),
@@ -54,6 +58,13 @@ def short(x: Any) -> str:
   return f'a {type(x).__name__}'
 
 
+def one_line(error: Exception) -> str:
+  """Formats another library's message, which can contain text of the file."""
+  # What follows the first sentence is advice, such as to allow pickles.
+  text = re.split(r'\.\s', str(error)[:200], maxsplit=1)[0]
+  return ''.join(c if c.isprintable() else ' ' for c in text)
+
+
 def json_object(path: pathlib.Path) -> dict[str, Any]:
   """Reads a JSON file that contains an object.
 
@@ -71,7 +82,7 @@ def json_object(path: pathlib.Path) -> dict[str, Any]:
   try:
     config = json.loads(path.read_bytes(), parse_constant=refuse)
   except (ValueError, RecursionError) as e:
-    raise WeightsError(f'{path}: not valid JSON: {str(e)[:200]}') from e
+    raise WeightsError(f'{path}: not valid JSON: {one_line(e)}') from e
   if not isinstance(config, dict):
     raise WeightsError(f'{path}: no JSON object')
   level = list(config.values())
@@ -100,151 +111,127 @@ class Tensor(Protocol):
     ...
 
 
-def safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-  """Memory-maps the tensors of a safetensors file.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Lazy:
+  """A tensor of an opened file, read on conversion to numpy.
+
+  Attributes:
+    name: the file and the tensor, for messages.
+    shape: shape of the tensor.
+    dtype: dtype of the tensor.
+    read: reads the data into a new array.
+  """
+
+  name: str
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  read: Callable[[], np.ndarray]
+
+  def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+    """Reads the data; two calls share no memory.
+
+    Raises:
+      WeightsError: the data is damaged, or the file was cut short.
+    """
+    try:
+      x = self.read()
+    except Exception as e:  # damage can raise anything
+      raise WeightsError(
+        f'{self.name} is damaged ({one_line(e)}); download it again'
+      ) from e
+    return x.astype(dtype or self.dtype, copy=False)
+
+
+def safetensors(path: str | os.PathLike[str]) -> dict[str, Lazy]:
+  """Opens a safetensors file.
 
   Args:
     path: the file.
 
   Returns:
-    Key -> read-only array; pages are read on access.
+    Key -> tensor, whose data is read on access.
 
   Raises:
-    WeightsError: the header is too large or malformed, or its tensors overlap,
-      leave gaps or extend beyond the file.
+    WeightsError: the file cannot be read, the header is too large or malformed,
+      a name occurs twice, or the tensors overlap, leave gaps or extend beyond
+      the file.
   """
-  path = pathlib.Path(path)
-  header, start = _header(path)
-  size = path.stat().st_size - start
-  entries = {k: v for k, v in header.items() if k != '__metadata__'}
-  spans = {key: _span(path, key, entry) for key, entry in entries.items()}
-  total = 0
-  for key, (begin, end) in sorted(spans.items(), key=lambda x: x[1]):
-    if begin != total:
-      error = (
-        'overlaps the tensor before it' if begin < total else 'leaves a gap'
-      )
-      raise WeightsError(f'{path}: tensor {short(key)} at byte {begin} {error}')
-    total = end
-  if total != size:
-    raise WeightsError(
-      f'{path}: the header describes {total} bytes of tensors and the file has '
-      f'{size}; download it again'
-    )
-  if not size:
-    data = np.zeros(0, np.uint8)
-  else:
-    data = np.memmap(path, np.uint8, 'r', offset=start)
-  return {
-    key: data[begin:end]
-    .view(DTYPES[entries[key]['dtype']])
-    .reshape(entries[key]['shape'])
-    for key, (begin, end) in spans.items()
-  }
-
-
-def _header(path: pathlib.Path) -> tuple[dict[str, Any], int]:
-  """Returns the header and the offset of the tensors, in bytes."""
-  size = path.stat().st_size
-  with path.open('rb') as file:
-    prefix = file.read(8)
-    if len(prefix) < 8:
-      raise WeightsError(f'{path}: {size} bytes, too short for safetensors')
-    (length,) = struct.unpack('<Q', prefix)
-    if length > min(MAX_HEADER, size - 8):
-      raise WeightsError(
-        f'{path}: claims a header of {length} bytes; wanted at most '
-        f'{MAX_HEADER}, within the {size} bytes of the file. It is no '
-        'safetensors file, was cut short, or is hostile'
-      )
-    text = file.read(length)
   try:
-    header = json.loads(text, object_pairs_hook=_unique)
-  except (ValueError, RecursionError) as e:
+    header = _header(path)
+    # Not memory-mapped: a file that is cut short later would end the process.
+    file = safetensors_lib.safe_open(path, framework='numpy', backend='pread')
+    # The library takes the last of several tensors of the same name.
+    json.loads(header, object_pairs_hook=_unique)
+  except OSError as e:
     raise WeightsError(
-      f'{path}: the header is not valid JSON: {str(e)[:200]}'
+      f'{path}: cannot be read ({one_line(e)}); wanted a safetensors file'
     ) from e
-  if not isinstance(header, dict):
-    raise WeightsError(f'{path}: the header is no JSON object')
-  return header, 8 + length
+  except (safetensors_lib.SafetensorError, ValueError) as e:
+    raise WeightsError(
+      f'{path}: {one_line(e)}. It is no safetensors file, was cut short, or is '
+      'hostile; download it again'
+    ) from e
+  return {key: _tensor(path, file, key) for key in file.offset_keys()}
+
+
+def _header(path: str | os.PathLike[str]) -> bytes:
+  """Returns the header, or what there is of it."""
+  with open(path, 'rb') as file:
+    prefix = file.read(8)
+    length = int.from_bytes(prefix, 'little')
+    if len(prefix) == 8 and length > MAX_HEADER:
+      raise ValueError(
+        f'claims a header of {length} bytes, wanted at most {MAX_HEADER}'
+      )
+    return file.read(min(length, MAX_HEADER))
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   """Builds a dict and raises for duplicate names."""
   result = dict(pairs)
   if len(result) != len(pairs):
-    raise ValueError('a name occurs twice')
+    raise ValueError('a name occurs twice in the header')
   return result
 
 
-def _span(path: pathlib.Path, key: str, entry: Any) -> tuple[int, int]:
-  """Returns the byte range [begin, end) of a tensor after checking its size."""
-
-  def is_natural(x: Any) -> bool:
-    return type(x) is int and 0 <= x < 2**63
-
-  try:
-    dtype, shape = DTYPES[entry['dtype']], entry['shape']
-    begin, end = entry['data_offsets']
-  except (KeyError, TypeError, ValueError) as e:
+def _tensor(path: str | os.PathLike[str], file: Any, key: str) -> Lazy:
+  """Returns a tensor of an open file after checking its type and shape."""
+  found = file.get_slice(key)
+  shape, dtype = tuple(found.get_shape()), found.get_dtype()
+  name = f'{path}: tensor {short(key)}'
+  if dtype not in DTYPES or len(shape) > MAX_AXES:
     raise WeightsError(
-      f'{path}: tensor {short(key)} is described by {_described(entry)}; '
-      f'wanted shape, data_offsets and a dtype out of {sorted(DTYPES)}'
-    ) from e
-  sizes = shape if isinstance(shape, list) else [None]
-  too_long = len(sizes) > MAX_AXES
-  if too_long or not all(is_natural(n) for n in [*sizes, begin, end]):
-    raise WeightsError(
-      f'{path}: tensor {short(key)} has shape {short(shape)} at bytes '
-      f'{short(begin)} to {short(end)}; wanted natural numbers, and at most '
-      f'{MAX_AXES} axes'
+      f'{name} has type {dtype} and {len(shape)} axes, wanted a type out of '
+      f'{sorted(DTYPES)} and at most {MAX_AXES} axes; convert it where it was '
+      'made'
     )
-  if end - begin != math.prod(shape) * dtype.itemsize:
-    raise WeightsError(
-      f'{path}: tensor {short(key)} of shape {shape} and type {entry["dtype"]} '
-      f'needs {math.prod(shape) * dtype.itemsize} bytes and has {end - begin}'
-    )
-  return begin, end
-
-
-def _described(entry: Any) -> str:
-  """Formats a tensor's header entry for a message."""
-  if not isinstance(entry, dict):
-    return short(entry)
-  parts = [f'{short(k)}: {short(x)}' for k, x in list(entry.items())[:4]]
-  return '{' + ', '.join(parts) + '}'
+  return Lazy(name, shape, DTYPES[dtype], lambda: file.get_tensor(key))
 
 
 def write_safetensors(
-  path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]
+  path: str | os.PathLike[str], tensors: Mapping[str, Any]
 ) -> None:
   """Writes arrays as a safetensors file, atomically.
 
   Args:
     path: the file; an existing one is replaced.
-    tensors: key -> array with a dtype in `DTYPES`.
+    tensors: key -> array, or lazy tensor, with a dtype in `DTYPES`.
 
   Raises:
-    WeightsError: unsupported dtype.
+    WeightsError: unsupported dtype, or the disk is full.
   """
-  path, names = pathlib.Path(path), {d: n for n, d in DTYPES.items()}
-  header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
-  offset = 0
-  for key, x in tensors.items():
-    if np.asarray(x).dtype not in names:
+  path = pathlib.Path(path)
+  # The library writes memory as it is, which is wrong in any other order.
+  arrays = {key: np.asarray(x, order='C') for key, x in tensors.items()}
+  for key, x in arrays.items():
+    if x.dtype not in DTYPES.values():
       raise WeightsError(f'{key}: cannot write arrays of type {x.dtype}')
-    size = math.prod(x.shape) * x.dtype.itemsize
-    header[key] = {
-      'dtype': names[x.dtype],
-      'shape': list(x.shape),
-      'data_offsets': [offset, offset + size],
-    }
-    offset += size
-  text = json.dumps(header).encode()
-  text += b' ' * (-len(text) % 8)  # tensors are aligned to 8 bytes
   temporary = path.with_name(path.name + '.part')
-  with temporary.open('wb') as file:
-    file.write(struct.pack('<Q', len(text)) + text)
-    for x in tensors.values():
-      file.write(np.ascontiguousarray(x).tobytes())
+  temporary.touch()
+  mode = temporary.stat().st_mode  # the library's files are private
+  try:
+    safetensors_numpy.save_file(arrays, temporary, metadata={'format': 'pt'})
+  except safetensors_lib.SafetensorError as e:
+    raise WeightsError(f'{path}: cannot be written ({one_line(e)})') from e
+  temporary.chmod(mode)
   temporary.replace(path)

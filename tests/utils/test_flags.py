@@ -45,3 +45,13 @@ def test_wrong_ones_end_the_program(capsys, argv, needs_page, message):
     _parse(*argv, needs_page=needs_page)
   assert stopped.value.code == 2
   assert message in capsys.readouterr().err
+
+
+def test_workdir_is_a_key_with_a_flag_of_its_own(capsys):
+  _, keys = _parse('--config.seed=1', '--workdir=runs/a b')
+  assert keys == ['seed=1', 'workdir=runs/a b']
+  with pytest.raises(SystemExit):
+    _parse('--workdir=a', '--config.workdir=b')
+  assert (
+    '--workdir: found --config.workdir beside it' in capsys.readouterr().err
+  )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 def parser(
   program: str, description: str, *, needs_page: bool = False
 ) -> argparse.ArgumentParser:
-  """Returns a parser with the flags `--config` and `--config_root`.
+  """Returns a parser with `--config`, `--workdir` and `--config_root`.
 
   Args:
     program: the command before the flags, for the usage message.
@@ -26,6 +26,9 @@ def parser(
     default='',
     required=needs_page,
     help='page.py or page.py:variant' + ('' if needs_page else '; else demo'),
+  )
+  result.add_argument(
+    '--workdir', default='', help='the run folder: --config.workdir'
   )
   result.add_argument(
     '--config_root',
@@ -63,4 +66,8 @@ def parse(
     if '=' not in flag and rest and not rest[0].startswith('--'):
       flag += '=' + rest.pop(0)
     assignments.append(flag.removeprefix('--config.'))
+  if args.workdir:
+    if any(x.startswith('workdir=') for x in assignments):
+      parser.error('--workdir: found --config.workdir beside it; give one')
+    assignments.append(f'workdir={args.workdir}')
   return args, assignments

@@ -47,6 +47,6 @@ def get_config(variant=''):
   m = c.method
   m.steps = EPOCHS * epoch
   m.encoder.size, m.drop_path = size, drop_path
-  m.targets, m.units, m.teachers = 'pixels', 'random', ()
+  m.objective, m.units, m.teachers = 'pixels', 'random', ()
   m.decoder.depth = 8
   return c

@@ -47,7 +47,7 @@ def get_config(variant=''):
   c.optim.warmup = 40 * epoch
   m = c.method
   m.steps = EPOCHS * epoch
-  m.targets, m.units, m.teachers = 'visible', 'attention', ('image', 'video')
+  m.objective, m.units, m.teachers = 'visible', 'attention', ('image', 'video')
   m.drop_path, m.decoder.depth = DROP_PATH[size], 2
   for name, source in (('image', IMAGE[size]), ('video', VIDEO[size])):
     m[name].teacher, m[name].layers = source, LAYERS[size]

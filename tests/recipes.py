@@ -154,7 +154,7 @@ def _layerlock(size, batch, lr, count, ends):
     **_at('phases.pixels.encoder', decoder_blocks=4, final_norm=False),
     **_at('phases.pixels.encoder', mean=(0.0,) * 3, std=(1.0,) * 3),
     **_at('method', pixel_norm='patch_channel', target_norm='ln'),
-    **_at('method', positions='all', targets='single'),
+    **_at('method', positions='all', target_layers='newest'),
   }  # fmt: skip
 
 
@@ -233,7 +233,7 @@ def _pmd(mvd, window, dtype):
     own |= {
       f'steps.mask_{ratio}': steps, f'masks.mask_{ratio}': {'tube': tokens},
       f'teachers.mask_{ratio}': teachers | before,
-      f'phases.mask_{ratio}.example_memory': 'fresh',
+      f'phases.mask_{ratio}.carry': ('params', 'opt') if before else (),
       **_at(f'phases.mask_{ratio}.memory_specs.image', **rows),
       **_at(f'phases.mask_{ratio}.memory_specs.video', **rows),
     }  # fmt: skip
@@ -262,7 +262,7 @@ def _hiera(size, lr, drop_path, batch=512, clips=K400, epochs=3200, warmup=120):
     'lr.distill': _rise(lr, warmup * epoch) | {epochs * epoch: 0},
     'wd.distill': {0: 0.05, epochs * epoch: 0.05}, 'teachers.distill': {},
     **_at('phases.distill.encoder', drop_path=drop_path, q_pool=2),
-    **_at('method', targets='pixels', units='random', pixel_norm='patch'),
+    **_at('method', objective='pixels', units='random', pixel_norm='patch'),
     **_at('phases.distill.heads.pixels', width=512, depth=8, num_heads=8),
   }  # fmt: skip
 
@@ -273,7 +273,7 @@ def _kdhiera(size, lr, drop_path, image, video, layers, **run):
   return table | {
     'data.repeats': 2, 'masks.distill': {'': (40, 352)},
     'teachers.distill': {'image': image, 'video': video},
-    **_at('method', targets='visible', units='attention', scores='cls'),
+    **_at('method', objective='visible', units='attention', scores='cls'),
     **_at('method', selection='sample', tube=False, mask_teacher='image'),
     **_at('method', feature_loss='cosine', target_norm='ln', layer_weights=()),
     **_at('method', stages=(1, 2, 3, 4), mask_ratio=0.9, masks_per_clip=1),

@@ -95,18 +95,18 @@ def test_a_run_is_opened_without_its_outside_teachers(name):
       m.image.layers = m.video.layers = (1, 3)
       m.stages = (2, 4)
   video = (16, 224, 224, 3)
-  method = methods.build(m, video, there.__getitem__)
+  phases = methods.build(m, video, there.__getitem__)
   record = {
     'config': config_io.to_json(config),
     'video': video,
-    'outside': encoder_lib.outside(method),
+    'outside': encoder_lib.outside(phases),
   }
   assert set(record['outside']) == (
     {'videos'} if name == 'salt' else set(there)
   )
-  assert encoder_lib.method_of(json.loads(json.dumps(record))) == method
+  assert encoder_lib.phases_of(json.loads(json.dumps(record))) == phases
   with pytest.raises(ValueError, match='no such file'):
-    encoder_lib.method_of(record | {'outside': {}})
+    encoder_lib.phases_of(record | {'outside': {}})
 
 
 def test_phases_and_averages_by_name(run):

@@ -40,9 +40,7 @@ def _functions():
 
 
 @pytest.mark.parametrize('module, function', [*_functions()])
-def test_the_example_of_a_function_runs(
-    module, function, folder, monkeypatch
-):
+def test_the_example_of_a_function_runs(module, function, folder, monkeypatch):
   # A test that ran `main` in this process may have left its printer of logs.
   monkeypatch.setattr(logging.getLogger('vssl_jax'), 'handlers', [])
   names = vars(module) | {'np': np, 'vssl_jax': vssl_jax, 'folder': folder}

@@ -42,8 +42,8 @@ def test_a_second_student_follows_the_variant(spec):
   c.method.phases += ('latent_student_2',)
   if name not in ('vjepa2-H', 'videomae_k400-S'):
     c.method.phases = ('pixel_teacher', *c.method.phases)
-  method = methods.build(c.method, options.spec(c.data).shape, _outside)
-  *_, first, second = method.phases()
+  phases = methods.build(c.method, options.spec(c.data).shape, _outside)
+  *_, first, second = phases
   assert second.name == 'latent_student_2'
   assert second.encoder == first.encoder
   assert second.steps == first.steps
@@ -57,9 +57,9 @@ def test_teachers_of_a_distillation_follow_the_variant(size):
   _, c = config_lib.load(f'configs/mvd_k400.py:{size}')
   c.method.image.teacher = '@image_teacher'
   c.method.video.teacher = '@video_teacher'
-  method = methods.build(c.method, options.spec(c.data).shape, _outside)
-  teachers = {p.name: p for p in method.phases()[:2]}
-  steps = method.phases()[2].steps
+  phases = methods.build(c.method, options.spec(c.data).shape, _outside)
+  teachers = {p.name: p for p in phases[:2]}
+  steps = phases[2].steps
   for phase in teachers.values():
     assert _shape(phase) == recipes.VIT['L' if size == 'L' else 'B']
     assert phase.steps == steps
@@ -105,26 +105,25 @@ def _outside(source):
 
 
 def _flops(spec):
-  _, clip, method = _built(spec)
-  return sum(p.steps * method.cost(p, clip).total for p in method.phases())
+  _, clip, phases = _built(spec)
+  return sum(p.steps * p.cost(clip).total for p in phases)
 
 
 def _resolved(spec):
   """Returns the config's sections, and by phase what is made of them."""
-  c, clip, method = _built(spec)
-  spans = run_lib.spans(method)
+  c, clip, built = _built(spec)
+  spans = run_lib.spans(built)
   phases = {span.phase.name: span.phase for span in spans}
   out = {key: c[key] for key in c} | {'phases': phases, 'count': len(spans)}
   out['ends'] = {span.phase.name: span.end for span in spans}
   out['steps'] = {name: phase.steps for name, phase in phases.items()}
   out['teachers'] = {
-    name: {of: teacher.source for of, teacher in phase.teachers.items()}
+    name: {of: str(teacher.source) for of, teacher in phase.teachers.items()}
     for name, phase in phases.items()
   }
   out['masks'] = {
-    name: {mask.name: mask.counts(_grid(phase, clip)) for mask in masks}
+    name: {mask.name: mask.counts(_grid(phase, clip)) for mask in phase.masks}
     for name, phase in phases.items()
-    for masks in [getattr(phase, 'masks', None) or (method.mask,)]
   }
   out['shapes'] = {name: _shape(phase) for name, phase in phases.items()}
   horizons = {

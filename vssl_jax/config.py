@@ -402,7 +402,7 @@ def override(
     value = _parse(text, section[leaf], key)
     if key == 'method.name' and value != section[leaf]:
       raise ValueError(
-        f'--config.{key}: found {value!r} for a page whose knobs are those of '
+        f'--config.{key}: found {value!r} for a page with the keys of '
         f'{section[leaf]!r}; take a page of that method, see configs/README.md'
       )
     section[leaf] = value

@@ -17,10 +17,9 @@ import functools
 import logging
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +31,14 @@ from vssl_jax.checkpoint import integrity, manager
 from vssl_jax.data import options
 from vssl_jax.masks import tubelets
 from vssl_jax.methods import phase as phase_lib
-from vssl_jax.models import compatibility, framewise, layers, resizing
+from vssl_jax.methods import supervised
+from vssl_jax.models import (
+  Module,
+  compatibility,
+  framewise,
+  layers,
+  resizing,
+)
 from vssl_jax.models.hiera import encoder
 from vssl_jax.utils import colours, config_io
 
@@ -70,7 +76,7 @@ class Encoder:
     classifier: classifier of a fine-tuned encoder; `export` writes it.
   """
 
-  module: nn.Module
+  module: Module
   params: Any
   name: str
   video: tuple[int, int, int, int]
@@ -199,9 +205,7 @@ class Encoder:
     )
 
 
-def _checked(
-  video: np.ndarray | Array, module: nn.Module
-) -> np.ndarray | Array:
+def _checked(video: np.ndarray | Array, module: Module) -> np.ndarray | Array:
   """Validates an input video and returns it as [B, T, H, W, C].
 
   Args:
@@ -239,7 +243,7 @@ def _checked(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _apply(
-  module: nn.Module, depth: float | None, params: Any, video: Array
+  module: Module, depth: float | None, params: Any, video: Array
 ) -> Array:
   return module.apply({'params': params}, video, depth=depth)
 
@@ -320,7 +324,7 @@ def _opened(
 ) -> tuple[dict[str, Any], tuple[phase_lib.Phase, ...]]:
   """Loads the record (`run.json`) and the phases of a run."""
   record = integrity.load_record(folder)
-  return record, method_of(record).phases()
+  return record, phases_of(record)
 
 
 def _clip_of_run(record: Mapping[str, Any]) -> Clip:
@@ -336,18 +340,19 @@ def clip_of(source: str) -> Clip:
   return Clip(weights.clip_shape(source), *weights.clip_timing(source))
 
 
-def outside(method: phase_lib.Method) -> dict[str, Any]:
+def outside(phases: Sequence[phase_lib.Phase]) -> dict[str, Any]:
   """Returns the fields of external teacher networks by source."""
   return {
-    teacher.source: weights.to_fields(teacher.module)
-    for phase in method.phases()
+    teacher.source.path: weights.to_fields(teacher.module)
+    for phase in phases
     for teacher in phase.teachers.values()
-    if teacher.source[0] != '@' and isinstance(teacher.module, weights.Encoder)
+    if isinstance(teacher.source, phase_lib.FromWeights)
+    and isinstance(teacher.module, weights.Encoder)
   }
 
 
-def method_of(record: Mapping[str, Any]) -> phase_lib.Method:
-  """Builds the method of a run, even if external teachers no longer exist.
+def phases_of(record: Mapping[str, Any]) -> tuple[phase_lib.Phase, ...]:
+  """Builds the phases of a run, even if external teachers no longer exist.
 
   Args:
     record: contents of its `run.json`.
@@ -357,7 +362,7 @@ def method_of(record: Mapping[str, Any]) -> phase_lib.Method:
     record.get('outside', {}),
   )
 
-  def resolve(source: str) -> nn.Module:
+  def resolve(source: str) -> Module:
     if source in networks:
       return weights.from_fields(networks[source])
     return module_of(source)
@@ -395,7 +400,11 @@ def find(source: str) -> Source:
       f'{sorted(phase.ema)}'
     )
   subtree = f'ema/{average}' if average else 'params/encoder'
-  classes = record.get('classes') if hasattr(phase, 'head') else ()
+  classes = (
+    record.get('classes')
+    if isinstance(phase, supervised.SupervisedPhase)
+    else ()
+  )
   return Source(
     folder, phase, subtree, saved, _clip_of_run(record), tuple(classes or ())
   )
@@ -480,7 +489,7 @@ def load_role(source: str, role: str = 'encoder') -> tuple[Any, Any]:
 
   Args:
     source: as in `load`.
-    role: name in `Method.init`. For a run: `encoder` or any role of the phase.
+    role: name in `Phase.init`. For a run: `encoder` or any role of the phase.
       For published weights: `encoder`; any other name is the predictor or
       decoder in the same file.
 
@@ -522,7 +531,7 @@ def _restore(source: str, saved: integrity.Saved, subtree: str) -> Any:
   return params
 
 
-def load_as(source: str, module: nn.Module) -> Encoder:
+def load_as(source: str, module: Module) -> Encoder:
   """Loads the weights of a source into a given, compatible module.
 
   `every` and `cell` (the frames and the cell size of an image model) may differ
@@ -563,7 +572,7 @@ def fingerprint(source: str) -> str:
   return weights.fingerprint(source)
 
 
-def module_of(source: str) -> nn.Module:
+def module_of(source: str) -> Module:
   """Builds the network of a source without loading its parameters."""
   if is_run(source):
     return find(source).phase.encoder

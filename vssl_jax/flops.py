@@ -1,4 +1,4 @@
-"""FLOPs of matrix products and activation memory of a model, in closed form.
+"""FLOPs of matrix products and activation memory, by program or closed form.
 
 Conventions: 2 FLOPs per multiply-add; matrix products only; full attention;
 backward = 2x the forward of the trained part; rematerialisation not counted.
@@ -7,12 +7,11 @@ once, so compare it with unrolled blocks only.
 """
 
 import math
-from collections.abc import Iterable
-
-import flax.linen as nn
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from vssl_jax.masks import tubelets
-from vssl_jax.models import decoder, framewise, predictor, vit
+from vssl_jax.models import Module, decoder, framewise, predictor, vit
 from vssl_jax.models.hiera import cost
 from vssl_jax.models.hiera import decoder as hiera_decoder
 from vssl_jax.models.hiera import encoder as encoder_lib
@@ -21,8 +20,49 @@ Head = predictor.Predictor | decoder.VideoMaeDecoder | hiera_decoder.Decoder
 FRAMEWISE = framewise.Framewise | framewise.FramewiseDecoder
 
 
+def count(program: Any) -> float:
+  """Counts the FLOPs of the matrix products and convolutions of a program.
+
+  The body of a loop counts as often as it runs (`while` loops: once), and of a
+  conditional the most expensive branch.
+
+  Args:
+    program: from `jax.make_jaxpr`, or its `jaxpr`.
+
+  Example:
+    >>> count(jax.make_jaxpr(jnp.dot)(jnp.ones((2, 3)), jnp.ones((3, 4))))
+    48.0
+  """
+  total = 0.0
+  for equation in getattr(program, 'jaxpr', program).eqns:
+    name, params = equation.primitive.name, equation.params
+    values = sum(math.prod(x.aval.shape) for x in equation.outvars[:1])
+    if name == 'dot_general':
+      (contracted, _), _ = params['dimension_numbers']
+      shape = equation.invars[0].aval.shape
+      total += 2.0 * values * math.prod(shape[i] for i in contracted)
+    elif name == 'conv_general_dilated':
+      shape = equation.invars[1].aval.shape
+      outputs = shape[params['dimension_numbers'].rhs_spec[0]]
+      total += 2.0 * values * math.prod(shape) / outputs
+    inner = [count(x) for x in _programs_in(params)]
+    if name == 'cond':
+      total += max(inner)
+    else:
+      total += sum(inner) * (params['length'] if name == 'scan' else 1)
+  return total
+
+
+def _programs_in(params: Mapping[str, Any]) -> list[Any]:
+  """Returns the programs in the parameters of an equation."""
+  values = []
+  for value in params.values():
+    values += value if isinstance(value, tuple | list) else [value]
+  return [x for x in values if hasattr(x, 'jaxpr') or hasattr(x, 'eqns')]
+
+
 def forward(
-  module: nn.Module,
+  module: Module,
   grid: tubelets.Grid,
   tokens: int | tuple[int, int] | None = None,
   in_width: int | None = None,
@@ -79,7 +119,7 @@ def _of_one_frame(
   module: framewise.Framewise | framewise.FramewiseDecoder,
   grid: tubelets.Grid,
   tokens: int | tuple[int, int] | None,
-) -> tuple[nn.Module, int | tuple[int, int] | None]:
+) -> tuple[Module, int | tuple[int, int] | None]:
   """Returns the image model and its tokens per frame."""
   if isinstance(module, framewise.Framewise):
     return module.image, None if tokens is None else tokens // grid[0]
@@ -89,7 +129,7 @@ def _of_one_frame(
 
 
 def train(
-  module: nn.Module,
+  module: Module,
   grid: tubelets.Grid,
   tokens: int | tuple[int, int] | None = None,
   in_width: int | None = None,
@@ -118,9 +158,7 @@ def train(
   return total
 
 
-def activations(
-  module: nn.Module, tokens: int, count: int | None = None
-) -> float:
+def activations(module: Module, tokens: int, count: int | None = None) -> float:
   """Estimates the bytes of activations stored for one clip's backward pass.
 
   Values per token and block, in the activations' dtype: 8 D (inputs and outputs

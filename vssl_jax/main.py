@@ -5,7 +5,6 @@
     python -m vssl_jax.main --config=configs/salt.py:L --plan
     python -m vssl_jax.main --config=configs/salt.py:L --rewind=12340 --skip=99
     python -m vssl_jax.main --config=configs/salt.py:L --replay
-    python -m vssl_jax.main --config=configs/layerlock_single_gpu.py --suggest
 
 This file is short on purpose: jobs are importable functions, so that a notebook
 can call them.
@@ -35,7 +34,7 @@ from vssl_jax.evals import feature_memory
 from vssl_jax.evals.depth import job as depth_job
 from vssl_jax.evals.finetune import job as finetune_job
 from vssl_jax.evals.probe import job as evaluation
-from vssl_jax.planning import evaluations, report, suggest_locks
+from vssl_jax.planning import evaluations, report
 from vssl_jax.train import compile_ahead, loop, replay, rewind
 from vssl_jax.utils import config_io, distributed
 from vssl_jax.utils import flags as flags_lib
@@ -44,9 +43,7 @@ from vssl_jax.visualize import mask_pictures, weight_drift
 
 def _train(config: ml_collections.ConfigDict, **kwargs: Any) -> int:
   """Pretrains; if complete, saves pictures of masks and of weight drift."""
-  status = suggest_locks.train(
-    config, defaults=config_lib.defaults(config), **kwargs
-  )
+  status = loop.train(config, defaults=config_lib.defaults(config), **kwargs)
   if not status:
     weight_drift.save_in(config.workdir)
     mask_pictures.save_in(config.workdir)
@@ -152,13 +149,6 @@ def _job(config: ml_collections.ConfigDict, args: argparse.Namespace) -> Job:
     ValueError: incompatible flags.
   """
   job = JOBS[config.job]
-  if args.suggest:
-    if config.job != 'train' or args.rewind is not None:
-      raise ValueError(
-        f'--suggest: found config.job {config.job!r}, wanted a pretraining, '
-        'and no --rewind beside it'
-      )
-    return suggest_locks.show
   if args.skip is not None and args.rewind is None:
     raise ValueError('--skip: wanted --rewind=<step> beside it')
   if args.rewind is None and args.replay is None:
@@ -188,12 +178,6 @@ def flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     help='print phases, sizes, FLOPs, memory and what it fits on, and exit; '
     '"phases" has a line for every phase, "compile" compiles the first and the '
     'last one for this machine, "tpu:v5p:4x4x4" for that slice of TPUs',
-  )
-  parser.add_argument(
-    '--suggest',
-    action='store_true',
-    help='train for a short while, print the knobs that this decides (the lock '
-    'schedule of LayerLock), and exit',
   )
   parser.add_argument(
     '--rewind',

@@ -10,7 +10,6 @@ example depend neither on the order of examples in the batch nor on
 
 import dataclasses
 import zlib
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -59,19 +58,19 @@ class Rng:
       return key
     return jax.random.fold_in(key, self.micro_batch)
 
-  def per_example(self, name: str, batch: Mapping[str, Any]) -> Key[Array, 'B']:
+  def per_example(self, name: str, batch: Any) -> Key[Array, 'B']:
     """Returns one key per example of the batch.
 
     Args:
       name: the stream.
-      batch: `index` int32 [B], the global example index, and optionally
-        `repeat` int32 [B], which distinguishes several clips of one example.
+      batch: has `index`, int32 [B], the number of each example, and `repeat`,
+        int32 [B], which distinguishes several clips of one example, or None.
 
     Returns:
       Typed keys [B] that depend only on (seed, name, step, index, repeat).
     """
     key = self.stream(name)
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(batch['index'])
-    if 'repeat' in batch:
-      keys = jax.vmap(jax.random.fold_in)(keys, batch['repeat'])
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(batch.index)
+    if batch.repeat is not None:
+      keys = jax.vmap(jax.random.fold_in)(keys, batch.repeat)
     return keys

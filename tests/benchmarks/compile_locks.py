@@ -34,12 +34,12 @@ PAGES = {'G': 'configs/layerlock_2b.py', 'e': 'configs/layerlock_4b.py'}
 DEVICES, SHARE = 256, 0.4
 
 
-def compile_once(config, method, span, video, mesh):
+def compile_once(config, span, video, mesh):
   """Returns seconds to trace and to compile, and processor seconds of both."""
   jax.clear_caches()
   start, cpu = time.perf_counter(), time.process_time()
-  shapes = phase_setup.build(config, method, span, video)
-  lowered = phase_setup.lower(config, method, shapes, video, mesh)
+  shapes = phase_setup.build(config, span, video)
+  lowered = phase_setup.lower(config, shapes, video, mesh)
   traced = time.perf_counter()
   lowered.compile()
   return {
@@ -55,15 +55,15 @@ def measure(size, layout, locks, mesh):
   config.batch_size = 1
   config.method.layout = layout
   video = options.spec(config.data.to_dict()).shape
-  method = methods.build(config.method, video, encoder.module_of)
-  spans = run_lib.spans(method)
+  phases = methods.build(config.method, video, encoder.module_of)
+  spans = run_lib.spans(phases)
   for share in locks:
     span = spans[round(share * (len(spans) - 1))]
     head = {'size': size, 'layout': layout, 'lock_depth': span.phase.lock_depth}
     for start in ('cold', 'warm'):
       yield head | {
         'start': start,
-        **compile_once(config, method, span, video, mesh),
+        **compile_once(config, span, video, mesh),
       }
 
 
@@ -71,9 +71,8 @@ def run_seconds(size):
   """Returns the seconds of the published run, and its phases."""
   _, config = config_lib.load(PAGES[size])
   video = options.spec(config.data.to_dict()).shape
-  method = methods.build(config.method, video, encoder.module_of)
-  phases = method.phases()
-  flops = sum(p.steps * method.cost(p, video).total for p in phases)
+  phases = methods.build(config.method, video, encoder.module_of)
+  flops = sum(p.steps * p.cost(video).total for p in phases)
   peak = metrics.peak_flops(kind='TPU v5p') * DEVICES
   return flops * config.batch_size / (SHARE * peak), len(phases)
 

@@ -28,7 +28,8 @@ RANDOM = {'S': 'videomae', 'B': 'videomae', 'S vjepa': 'vjepa'}
 def said(module, params, video, dtype):
   """Returns the last block's tokens, as a teacher of a type gives them."""
   inside = 'float32' if dtype == 'float32' else 'bfloat16'
-  teacher = phase.Teacher(module.clone(dtype=inside), 'somewhere', dtype=dtype)
+  source = phase.FromWeights('somewhere')
+  teacher = phase.Teacher(module.clone(dtype=inside), source, dtype=dtype)
   ask = jax.jit(lambda p, v: teacher(p, v, features=True)[-1])
   return np.asarray(ask(params, video), np.float64)
 

@@ -25,7 +25,7 @@ SHAPE = dict(size='Ti', width=96, depth=4, num_heads=4, mlp_width=384)
 STUDENT = dict(channels=32, depths=(1, 2, 3, 1), num_heads=1)
 LAST = dict(stages=(4,), image=dict(layers=(4,)), video=dict(layers=(4,)))
 METHODS = {
-  'Hiera-MAE': dict(targets='pixels', units='random', teachers=()),
+  'Hiera-MAE': dict(objective='pixels', units='random', teachers=()),
   'KDHiera, last layer': LAST,
   'KDHiera, four layers': {},
   'KDHiera, four layers, random mask': dict(units='random'),

@@ -84,11 +84,8 @@ def run_cell(name, seed, data, shards):
     assert loop.train(c) == 0
     trained = time.time()
     clip = (real_video.FRAMES, real_video.SIZE, real_video.SIZE, 3)
-    method = methods.build(c.method, clip, None, options.colours_of(c.data))
-    flops = sum(
-      method.cost(p, clip).total * p.steps * c.batch_size
-      for p in method.phases()
-    )
+    phases = methods.build(c.method, clip, None, options.colours_of(c.data))
+    flops = sum(p.cost(clip).total * p.steps * c.batch_size for p in phases)
     log = pathlib.Path(folder, metrics.FILE)
     health = [x for x in metrics.read(log) if 'health/feature_std' in x][-1]
     weight_drift.save(shards.with_name(f'drift-{name}-{seed}.png'), log)

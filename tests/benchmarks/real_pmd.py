@@ -142,10 +142,8 @@ def spent(c, folder):
   from vssl_jax import encoder, methods
 
   clip = (real_video.FRAMES, real_video.SIZE, real_video.SIZE, 3)
-  method = methods.build(c.method, clip, encoder.module_of)
-  flops = sum(
-    method.cost(p, clip).total * p.steps * c.batch_size for p in method.phases()
-  )
+  phases = methods.build(c.method, clip, encoder.module_of)
+  flops = sum(p.cost(clip).total * p.steps * c.batch_size for p in phases)
   log = pathlib.Path(folder, 'metrics.jsonl').read_text().splitlines()
   logged = [x for x in map(json.loads, log) if ' loss/' in ' '.join(x)]
   return flops, {k: x for k, x in logged[-1].items() if '/' in k}

@@ -144,7 +144,7 @@ def _untrained(c):
   from vssl_jax import encoder, methods
 
   clip = (FRAMES, SIZE, SIZE, 3)
-  module = methods.build(c.method, clip, None).phases()[-1].encoder
+  module = methods.build(c.method, clip, None)[-1].encoder
   video = np.zeros((1, *clip), np.uint8)
   params = module.init(jax.random.key(c.seed), video)['params']
   return encoder.Encoder(module, params, 'random', clip)

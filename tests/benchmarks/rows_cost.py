@@ -25,6 +25,7 @@ import numpy as np
 from vssl_jax import config as config_lib
 from vssl_jax import encoder, methods, sharding
 from vssl_jax.checkpoint import provenance
+from vssl_jax.data import batch as batch_lib
 from vssl_jax.data import options
 from vssl_jax.methods import phase
 from vssl_jax.train import example_memory, phase_setup
@@ -37,9 +38,9 @@ KINDS = {
 }
 
 
-def smoothed(specs, batch, value):
+def smoothed(specs, memory, value):
   """Returns new rows: mostly a new value, a little of the old one."""
-  return {k: 0.95 * value + 0.05 * batch[f'example_memory/{k}'] for k in specs}
+  return {k: 0.95 * value + 0.05 * memory[k] for k in specs}
 
 
 def specs_of(kind):
@@ -50,12 +51,12 @@ def specs_of(kind):
 
 def program(config, video, batch, mesh):
   """Returns the compiled step without rows, and its state."""
-  method = methods.build(config.method, video, encoder.module_of)
-  (span,) = run_lib.spans(method)
-  shapes = phase_setup.build(config, method, span, video, EXAMPLES)
+  phases = methods.build(config.method, video, encoder.module_of)
+  (span,) = run_lib.spans(phases)
+  shapes = phase_setup.build(config, span, video, EXAMPLES)
   at = sharding.shardings(shapes.state, mesh)
   state = jax.jit(shapes.fresh, out_shardings=at)()
-  update = phase_setup.jitted(config, method, shapes, mesh)
+  update = phase_setup.jitted(config, shapes, mesh)
   return update.lower(state, {}, batch).compile(), state
 
 
@@ -87,10 +88,10 @@ def alone(kind, batch):
     got = example_memory.gather(specs, memory, index, EXAMPLES)
     new = smoothed(specs, got, jnp.float32(1))
     # As the step does: both tables of a row are read.
-    told = [jnp.mean(got[f'example_memory/{k}@window']) for k in specs]
+    told = [jnp.mean(got[f'{k}@window']) for k in specs]
     return example_memory.scatter(specs, memory, index, new, EXAMPLES), told
 
-  index = batch['index']
+  index = batch.index
   compiled = jax.jit(turn, donate_argnums=0).lower(memory, index).compile()
   temporary = compiled.memory_analysis().temp_size_in_bytes
   turns, copies = [], []
@@ -112,7 +113,8 @@ def alone(kind, batch):
 def measure(config, mesh):
   """Returns what a step takes without rows, and what rows of each kind add."""
   video = options.spec(config.data.to_dict()).shape
-  batch = sharding.put_batch(draw(config.batch_size, video), mesh)
+  arrays = sharding.put_batch(draw(config.batch_size, video), mesh)
+  batch = batch_lib.Batch(**arrays)
   found = {kind: alone(kind, batch) for kind in KINDS}
   print(json.dumps(found), flush=True)
   compiled, state = program(config, video, batch, mesh)

@@ -15,6 +15,7 @@ arguments are those of a config, such as
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import statistics
@@ -32,7 +33,6 @@ from vssl_jax import config as config_lib
 from vssl_jax import encoder, methods, sharding
 from vssl_jax.checkpoint import provenance
 from vssl_jax.data import options
-from vssl_jax.methods import phase
 from vssl_jax.planning import timing
 from vssl_jax.target_cache import store as store_lib
 from vssl_jax.train import phase_setup
@@ -70,11 +70,11 @@ def prepare(config, masks, mesh):
   config = config.copy_and_resolve_references()
   config.method.masks_per_clip = masks
   video = options.spec(config.data.to_dict()).shape
-  method = methods.build(config.method, video, encoder.module_of)
-  span = run_lib.spans(method)[-1]
-  ready = timing.prepare(config, method, span, config.batch_size, video, mesh)
-  cost = method.cost(span.phase, video)
-  shapes = phase_setup.build(config, method, span, video, config.batch_size)
+  phases = methods.build(config.method, video, encoder.module_of)
+  span = run_lib.spans(phases)[-1]
+  ready = timing.prepare(config, span, config.batch_size, video, mesh)
+  cost = span.phase.cost(video)
+  shapes = phase_setup.build(config, span, video, config.batch_size)
   return ready, cost, shapes
 
 
@@ -108,14 +108,12 @@ def reading(config, mesh, folder):
     },
   )
   teachers = {n: ready.teachers[n] for n in shapes.step_teachers}
-  video = options.spec(config.data.to_dict()).shape
-  method = methods.build(config.method, video, encoder.module_of)
-  update = phase_setup.jitted(config, method, shapes, mesh)
+  update = phase_setup.jitted(config, shapes, mesh)
 
   def batch():
     found = store.read(rng.permutation(index))
-    found = {phase.TARGETS + n: x for n, x in found.items()}
-    return ready.batch | sharding.put_batch(found, mesh)
+    targets = sharding.put_batch(found, mesh)
+    return dataclasses.replace(ready.batch, targets=targets)
 
   compiled = update.lower(ready.state, teachers, batch()).compile()
 

@@ -17,7 +17,7 @@ SLOW = pytest.mark.slow
 
 def _plan():
   """The last phase learns from the first, past another."""
-  teacher = {'first': phase.Teacher(toy.Mean(), '@first')}
+  teacher = {'first': phase.Teacher(toy.Mean(), phase.FromPhase('first'))}
   average = {'mean': phase.Ema('encoder', (0.9, 1.0))}
   return (
     toy.phase(name='first', steps=2, ema=average),
@@ -40,12 +40,12 @@ def test_what_a_plan_needs_is_kept_whatever_is_asked_for(patterns, kept):
 
 
 def test_what_starts_another_phase_is_kept_and_averages_are_no_phases():
-  teacher = {'mean': phase.Teacher(toy.Mean(), '@ema/first')}
+  teacher = {'mean': phase.Teacher(toy.Mean(), phase.FromEma('first'))}
   average = {'first': phase.Ema('encoder', (0.9, 1.0))}
   plan = [
     toy.phase(name='first'),
     toy.phase(name='second'),
-    toy.phase(name='third', init_from={'encoder': '@second'}),
+    toy.phase(name='third', init_from={'encoder': phase.FromPhase('second')}),
     toy.phase(name='fourth', teachers=teacher, ema=average),
   ]
   assert retention.phases((), plan) == ('second', 'fourth')
@@ -85,7 +85,7 @@ def lean(clips, tmp_path_factory):
   config.checkpoint.update(dict(every=1, keep=100, keep_phases=()))
   config.optim.warmup = 0
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(run_lib.methods, 'build', lambda *_: toy.Toy(_plan()))
+    patch.setattr(run_lib.methods, 'build', lambda *_: _plan())
     assert loop.train(config) == 0
     yield config
 
@@ -162,13 +162,13 @@ def test_the_plan_counts_what_may_lie_on_disk(
 ):
   config = lean.copy_and_resolve_references()
   config.checkpoint.update(settings)
-  method = toy.Toy(_plan())
+  phases = _plan()
   shapes = [
-    phase_setup.build(config, method, span, (4, 16, 16, 3)).state
-    for span in run_lib.spans(method)
+    phase_setup.build(config, span, (4, 16, 16, 3)).state
+    for span in run_lib.spans(phases)
   ]
   monkeypatch.setattr(retention, 'GIB', 1)
-  told = retention.describe(config, method.phases(), shapes)
+  told = retention.describe(config, phases, shapes)
   state = trees.nbytes(shapes[0])  # with an average
   params = trees.nbytes(shapes[0].params) + trees.nbytes(shapes[0].ema)
   assert told.startswith(f'on disk: {states} whole states of {state}.00 GiB')

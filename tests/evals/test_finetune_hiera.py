@@ -14,6 +14,7 @@ from vssl_jax.data.tools import synthetic
 from vssl_jax.evals import clips as clips_lib
 from vssl_jax.evals.finetune import job, setup
 from vssl_jax.evals.finetune import model as model_lib
+from vssl_jax.methods import phase as phase_lib
 from vssl_jax.models import framewise, vit
 from vssl_jax.models.hiera import encoder as hiera_encoder
 from vssl_jax.train import optimizer
@@ -56,25 +57,24 @@ def test_the_run_starts_from_the_same_leaves_and_pools_once_more(tmp_path):
     np.testing.assert_array_equal(value, wanted[name])
   # As it is read back from the run's record.
   section = config_io.from_json(config_io.to_json(c)).method
-  method = methods.build(section, SHAPE, encoder_lib.module_of)
-  (phase,) = method.phases()
+  (phase,) = methods.build(section, SHAPE, encoder_lib.module_of)
   assert phase.encoder == given.module.clone(
     q_pool=3, drop_path=0.2, final_norm=False, dtype='bfloat16'
   )
-  assert phase.init_from == {'encoder': c.method.source}
+  assert phase.init_from == {'encoder': phase_lib.FromWeights(c.method.source)}
   clip = np.zeros((2, *SHAPE), np.uint8)
-  shapes = jax.eval_shape(lambda: method.init(jax.random.key(0), clip, phase))
+  shapes = jax.eval_shape(lambda: phase.init(jax.random.key(0), clip))
   assert not trees.difference(params, shapes['encoder'])
   tokens = jax.eval_shape(phase.encoder.apply, {'params': params}, clip)
   assert tokens.shape == (2, 2 * 2 * 2, 64)
-  assert method.cost(phase, SHAPE).total > 0
+  assert phase.cost(SHAPE).total > 0
 
 
 def test_the_head_starts_as_released():
   """Biases of .02, of the linear layer times the scale of its weights."""
   c = config_lib.fine_tuning()
   c.method.update(dict(steps=1, classes=400, family='hiera', head_scale=0.1))
-  (phase,) = methods.build(c.method, SHAPE, encoder_lib.module_of).phases()
+  (phase,) = methods.build(c.method, SHAPE, encoder_lib.module_of)
   params = phase.head.init(jax.random.key(0), jnp.zeros((1, 1, 64)))
   norm, head = params['params']['norm'], params['params']['head']
   np.testing.assert_array_equal(norm['scale'], 1)
@@ -133,10 +133,10 @@ def test_pages_hold_the_published_values(spec):
   assert options.spec(c.data).shape == (16, 224, 224, 3)
   c.method.classes = 7
   setup.set_steps(c, 100)
-  method = methods.build(
+  phases = methods.build(
     c.method, options.spec(c.data).shape, encoder_lib.module_of
   )
-  (span,) = run_lib.spans(method)
+  (span,) = run_lib.spans(phases)
   encoder = span.phase.encoder
   lr, epochs, warmup, decay, drop_path, dropout, clips = ROWS[spec]
   rate = optimizer.learning_rate(

@@ -29,7 +29,7 @@ def test_the_run_starts_from_the_encoder_without_its_final_norm(tmp_path):
   for name, value in found.items():
     np.testing.assert_array_equal(value, wanted[name])
   c.method.update(dict(steps=1, classes=3, drop_path=0.3))
-  (phase,) = methods.build(c.method, small.SHAPE, encoder.module_of).phases()
+  (phase,) = methods.build(c.method, small.SHAPE, encoder.module_of)
   assert phase.encoder == module.clone(
     drop_path=0.3, remat='none', dtype='bfloat16'
   )
@@ -124,10 +124,10 @@ def test_pages_hold_the_published_values(spec):
   c = clips.follow(c, setup.clip_of(c, None))
   c.method.classes = 7
   setup.set_steps(c, 100)
-  method = methods.build(
+  phases = methods.build(
     c.method, options.spec(c.data).shape, encoder.module_of
   )
-  (span,) = run_lib.spans(method)
+  (span,) = run_lib.spans(phases)
   assert span.end == 100 * c.finetune.epochs
   if spec not in ROWS:
     return

@@ -1,5 +1,6 @@
 """Masks of Hiera's units: counts, what is drawn, and where units lie."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -10,12 +11,15 @@ import pytest
 import scipy.stats
 
 from vssl_jax import rngs
+from vssl_jax.data import batch as batch_lib
 from vssl_jax.masks import hiera_units, sampling
 
 GRID = (8, 7, 7)  # of 16 frames of 224x224
 SMALL = (4, 2, 2)
 STEP = rngs.Rng(jax.random.key(3), jnp.int32(5))
-BATCH = {'index': jnp.arange(4), 'repeat': jnp.zeros(4, jnp.int32)}
+BATCH = batch_lib.Batch(
+  video=None, index=jnp.arange(4), repeat=jnp.zeros(4, jnp.int32)
+)
 
 
 def keys_of(batch, seed=0):
@@ -82,7 +86,7 @@ def test_a_mask_depends_on_the_example_and_not_on_its_batch():
   spec = hiera_units.Units('', 0.9)
   draw = jax.jit(lambda rng, batch: spec.draw(rng, batch, GRID, scores)[0][0])
   draws = [
-    np.asarray(draw(rng, BATCH | {'repeat': repeat}))
+    np.asarray(draw(rng, dataclasses.replace(BATCH, repeat=repeat)))
     for rng, repeat in (
       (STEP, jnp.zeros(4, jnp.int32)),
       (STEP, jnp.ones(4, jnp.int32)),
@@ -234,7 +238,7 @@ def test_chosen_units_follow_planted_attention():
   planted = np.full((1, 8, 14, 14), 1e-4, np.float32)
   planted[:, :, 4:6, 6:8] = 1
   scores = hiera_units.pool(jnp.asarray(planted.reshape(1, -1)), GRID)
-  batch = {'index': jnp.int32([7])}
+  batch = batch_lib.Batch(video=None, index=jnp.int32([7]))
   mask, told = jax.jit(lambda: spec.draw(STEP, batch, GRID, scores))()
   bright = [(t * 7 + place[0]) * 7 + place[1] for t in range(8)]
   assert set(bright) < set(mask.visible[0].tolist())

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from vssl_jax import rngs
+from vssl_jax.data import batch as batch_lib
 from vssl_jax.masks import specs as specs_lib
 
 GRID = (4, 8, 8)
@@ -16,7 +17,7 @@ NAMES = ('short_long', 'tube2', 'causal2', 'random:0.9', 'frames:0.75')
 def batch_of(index, repeat=None):
   index = jnp.asarray(index, jnp.int32)
   repeat = jnp.zeros_like(index) if repeat is None else jnp.asarray(repeat)
-  return {'index': index, 'repeat': repeat}
+  return batch_lib.Batch(video=None, index=index, repeat=repeat)
 
 
 def draw(spec, index, step=3, seed=0, repeat=None):

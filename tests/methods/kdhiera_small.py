@@ -1,4 +1,4 @@
-"""Small KDHiera methods, their batches and their teachers."""
+"""Small KDHiera phases, their batches and their teachers."""
 
 import dataclasses
 import functools
@@ -8,6 +8,7 @@ import numpy as np
 
 from tests.methods import pmd_small
 from vssl_jax import methods
+from vssl_jax.data import batch as batch_lib
 from vssl_jax.masks import sampling
 from vssl_jax.methods import kdhiera_config
 from vssl_jax.models import framewise, vit
@@ -38,8 +39,8 @@ VIDEO_MODEL = vit.make(
 )
 OUTSIDE = {'images': IMAGE, 'videos': VIDEO_MODEL}
 # Hiera-MAE by knobs.
-MAE = dict(targets='pixels', units='random', teachers=(), mask_ratio=0.6)
-step = pmd_small.step
+MAE = dict(objective='pixels', units='random', teachers=(), mask_ratio=0.6)
+step, with_targets = pmd_small.step, pmd_small.with_targets
 
 
 def config(**knobs):
@@ -75,7 +76,7 @@ def _built(knobs):
 
 
 def build(**knobs):
-  """Returns a method; dicts are sections."""
+  """Returns phases; dicts are sections."""
   return _built(
     tuple(
       (k, frozenset(v.items()) if isinstance(v, dict) else v)
@@ -107,20 +108,20 @@ def speaking(phase, size=2):
 
 def batch(size=2, seed=0):
   rng = np.random.default_rng(seed)
-  return {
-    'video': rng.integers(0, 256, (size, *VIDEO), dtype=np.uint8),
-    'index': np.arange(size, dtype=np.int32),
-    'repeat': np.zeros(size, np.int32),
-  }
+  return batch_lib.Batch(
+    video=rng.integers(0, 256, (size, *VIDEO), dtype=np.uint8),
+    index=np.arange(size, dtype=np.int32),
+    repeat=np.zeros(size, np.int32),
+  )
 
 
 def clip(size=1):
   return np.zeros((size, *VIDEO), np.uint8)
 
 
-def params(method, phase):
+def params(phase):
   """Returns values large enough that every path matters."""
-  shapes = jax.eval_shape(lambda: method.init(pmd_small.KEY, clip(), phase))
+  shapes = jax.eval_shape(lambda: phase.init(pmd_small.KEY, clip()))
   return pmd_small.draw(shapes)
 
 

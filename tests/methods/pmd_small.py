@@ -1,4 +1,4 @@
-"""Small PMD methods, and networks that say what a test gives them."""
+"""Small PMD phases, and networks that say what a test gives them."""
 
 import dataclasses
 import functools
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vssl_jax import methods, rngs, trees
+from vssl_jax.data import batch as batch_lib
 from vssl_jax.masks import sampling
 from vssl_jax.methods import pmd_config
 from vssl_jax.models import framewise, vit
@@ -73,30 +74,35 @@ def build(**knobs):
   return methods.build(config(**knobs), VIDEO, OUTSIDE.__getitem__)
 
 
-def phase(method, name):
+def phase(phases, name):
   """Returns the phase of a name."""
-  (found,) = [p for p in method.phases() if p.name == name]
+  (found,) = [p for p in phases if p.name == name]
   return found
 
 
 def batch(size=3, rows=None, **fields):
   rng = np.random.default_rng(0)
-  found = {
-    'video': rng.integers(0, 255, (size, *VIDEO), dtype=np.uint8),
-    'index': np.arange(size, dtype=np.int32),
-    'repeat': np.zeros(size, np.int32),
-    'substituted': np.arange(size) == 1,
-    'progress': np.float32(0.5),
-    'crop': np.tile(np.float32([0, 0, 1, 1]), (size, 1)),
-    'flip': np.zeros(size, bool),
-    **{
-      f'example_memory/{name}{end}': np.asarray(x, np.float32)
+  found = batch_lib.Batch(
+    video=rng.integers(0, 255, (size, *VIDEO), dtype=np.uint8),
+    index=np.arange(size, dtype=np.int32),
+    repeat=np.zeros(size, np.int32),
+    substituted=np.arange(size) == 1,
+    progress=np.float32(0.5),
+    crop=np.tile(np.float32([0, 0, 1, 1]), (size, 1)),
+    flip=np.zeros(size, bool),
+    example_memory={
+      f'{name}{end}': np.asarray(x, np.float32)
       for name, pair in (rows or {}).items()
       for end, x in zip(('', '@window'), pair, strict=True)
     },
-    **fields,
-  }
-  return jax.tree.map(jnp.asarray, found)
+  )
+  return jax.tree.map(jnp.asarray, dataclasses.replace(found, **fields))
+
+
+def with_targets(phase, teachers, batch):
+  """Returns the batch with what the teachers say of it, as a step has it."""
+  targets = phase.targets(teachers, batch.video)
+  return dataclasses.replace(batch, targets=targets)
 
 
 def rows(size=3, cells=TOKENS, seed=5):
@@ -134,9 +140,9 @@ def draw(tree, seed=1):
   return trees.map_named(one, tree)
 
 
-def shapes(method, phase):
+def shapes(phase):
   clip = np.zeros((1, *VIDEO), np.uint8)
-  return jax.eval_shape(lambda: method.init(KEY, clip, phase))
+  return jax.eval_shape(lambda: phase.init(KEY, clip))
 
 
 def teachers(phase):

@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from tests.train import toy
 from vssl_jax.methods import phase as phase_lib
 from vssl_jax.models import fp8_matmul, framewise, mvd_student, vit
 from vssl_jax.train import run
@@ -14,6 +15,7 @@ VIDEO = (2, 4, 32, 32, 3)
 # Relative RMS error of the last block of a random ViT, small and 12 blocks
 # deep; README has those of sizes S and B.
 BOUND = {'bfloat16': 0.02, 'float8': 0.12}
+SOURCE = phase_lib.FromWeights('somewhere')
 
 
 def _dot(x, w):
@@ -78,12 +80,10 @@ def _model(kind, depth=12):
 
 
 def _said(module, params, video, dtype):
-  teacher = phase_lib.Teacher(module, 'somewhere', dtype=dtype)
+  teacher = phase_lib.Teacher(module, SOURCE, dtype=dtype)
   wanted = 'float32' if dtype == 'float32' else 'bfloat16'
   if dtype != 'float32':
-    teacher = phase_lib.Teacher(
-      module.clone(dtype=wanted), 'somewhere', dtype=dtype
-    )
+    teacher = phase_lib.Teacher(module.clone(dtype=wanted), SOURCE, dtype=dtype)
   found = jax.jit(lambda p, v: teacher(p, v, features=True)[-1])(params, video)
   return np.asarray(found, np.float64)
 
@@ -125,10 +125,10 @@ def test_targets_in_8_bits_are_within_their_bound(kind):
 def test_what_is_no_type_or_no_vit_is_refused():
   module = _model('video')
   with pytest.raises(ValueError, match=r"dtype='float9', wanted one of \('fl"):
-    phase_lib.Teacher(module, 'somewhere', dtype='float9')
+    phase_lib.Teacher(module, SOURCE, dtype='float9')
   guide = mvd_student.Student(module, {})
   with pytest.raises(ValueError, match=r"'float8' for a Student, which is no"):
-    phase_lib.Teacher(guide, 'somewhere', '', 'float8')
+    phase_lib.Teacher(guide, SOURCE, '', 'float8')
 
 
 @pytest.mark.parametrize(
@@ -147,10 +147,8 @@ def test_devices_with_units_for_8_bits_are_known(platform, capability, able):
 
   Device.platform, Device.device_kind = platform, 'this device'
   assert fp8_matmul.has_units(Device()) == able
-  teacher = phase_lib.Teacher(_model('video'), 'somewhere', dtype='float8')
-  phase = phase_lib.Phase(
-    name='one', steps=1, encoder=_model('video'), teachers={'wise': teacher}
-  )
+  teacher = phase_lib.Teacher(_model('video'), SOURCE, dtype='float8')
+  phase = toy.phase(teachers={'wise': teacher})
   if able:
     run.check_units((phase,), Device())
     return

@@ -1,5 +1,6 @@
 """KDHiera with its networks against numpy, and what must hold of any."""
 
+import dataclasses
 import functools
 
 import jax
@@ -15,7 +16,7 @@ from vssl_jax import losses, trees
 from vssl_jax.masks import hiera_units
 
 STAGES = [(f'stage_{i}', i, i, 0.25) for i in (1, 2, 3, 4)]
-# Method's knobs; (head, stage, layer, weight); arguments of the reference.
+# The phase's knobs; (head, stage, layer, weight); arguments of the reference.
 CASES = {
   'default': ({}, STAGES, {}),
   'knobs': (
@@ -44,29 +45,29 @@ KINDS = ['default', pytest.param('knobs', marks=pytest.mark.slow)]
 
 @functools.cache
 def _case(kind):
-  """Returns method, phase, parameters, teachers and batch.
+  """Returns phase, parameters, teachers and batch.
 
   All but `real` have an encoder that says what its parameters hold.
   """
-  method = small.build(**CASES.get(kind, CASES['default'])[0])
-  (phase,) = method.phases()
-  params = small.params(method, phase)
+  (phase,) = small.build(**CASES.get(kind, CASES['default'])[0])
+  params = small.params(phase)
   if kind != 'real':
     phase, params['encoder'] = small.speaking(phase)
-  return method, phase, params, small.teachers(phase), small.batch()
+  return phase, params, small.teachers(phase), small.batch()
 
 
 @functools.cache
 def _run(kind):
   """Returns a compiled call: values, and a gradient by all that enters."""
-  method, phase, _, _, batch = _case(kind)
+  phase, _, _, batch = _case(kind)
 
   @jax.jit
   def run(params, teachers, video, of):
     def values(params, teachers, video):
-      loss, aux = method.loss(
-        params, teachers, batch | {'video': video}, small.step(), phase
+      given = small.with_targets(
+        phase, teachers, dataclasses.replace(batch, video=video)
       )
+      loss, aux = phase.loss(params, teachers, given, small.step())
       return (loss, {n: aux.metrics[n] for n in of[1]}), aux.metrics
 
     (loss, _), back, metrics = jax.vjp(
@@ -80,19 +81,19 @@ def _run(kind):
 @functools.cache
 def _found(kind, term=''):
   """Returns loss, metrics, and gradients of the loss or of one of its terms."""
-  _, _, params, teachers, batch = _case(kind)
+  _, params, teachers, batch = _case(kind)
   pairs = CASES.get(kind, CASES['default'])[1]
   names = [f'loss/{t}/{pair[0]}' for t in teachers for pair in pairs]
   of = jnp.float32(not term), {n: jnp.float32(n == term) for n in names}
-  video = batch['video'] / np.float32(255)
+  video = batch.video / np.float32(255)
   return _run(kind)(params, teachers, video, of)
 
 
 @functools.cache
 def _told(kind):
   """Returns {teacher: stream} and the class token's scores, in numpy."""
-  _, _, _, teachers, batch = _case(kind)
-  net, video = pmd_small.double(teachers), batch['video']
+  _, _, teachers, batch = _case(kind)
+  net, video = pmd_small.double(teachers), batch.video
   shared = (video, small.PATCH, small.HEADS)
   image, scores = reference.image_teacher(net['image'], *shared)
   table = vits.video_table(small.GRID, 16)
@@ -103,7 +104,7 @@ def _told(kind):
 @functools.cache
 def _units(kind):
   """Returns the visible units of each mask, in numpy, and pooled scores."""
-  _, phase, _, _, batch = _case(kind)
+  phase, _, _, batch = _case(kind)
   t, h, w = small.UNITS
   found = []
   for spec in phase.masks:
@@ -134,7 +135,7 @@ def _wanted(kind, params):
 def test_the_whole_loss_in_numpy(kind):
   """Scores, mask, layers, heads and distances; nothing else is logged."""
   loss, metrics, _ = _found(kind)
-  params = pmd_small.double(_case(kind)[2])
+  params = pmd_small.double(_case(kind)[1])
   wanted, terms = _wanted(kind, params)
   np.testing.assert_allclose(loss, wanted, rtol=2e-5)
   for name, value in terms.items():
@@ -160,7 +161,7 @@ def test_gradients_in_numpy(kind):
 
   Of every leaf of the heads, and of what the encoder made at each stage.
   """
-  _, _, params, _, _ = _case(kind)
+  _, params, _, _ = _case(kind)
   _, _, (grads, _, _) = _found(kind)
   for seed, (name, grad) in enumerate(trees.named_leaves(grads)):
     idle = 'layer_02' in name or (kind == 'knobs' and name == 'encoder/ends/0')
@@ -217,23 +218,20 @@ def test_hidden_pixels_have_no_gradient():
 def test_the_last_layer_alone_is_one_pair():
   """Invariant 3: distillation of the last layer, by the general code."""
   knobs = dict(layers=(4,))
-  method = small.build(teachers=('image',), stages=(4,), image=knobs)
-  (phase,) = method.phases()
-  _, _, params, teachers, batch = _case('real')
+  (phase,) = small.build(teachers=('image',), stages=(4,), image=knobs)
+  _, params, teachers, batch = _case('real')
   params = {
     'encoder': params['encoder'],
     'heads_image': {
       n: x for n, x in params['heads_image'].items() if 'stage_4' in n
     },
   }
-  shapes = jax.eval_shape(
-    lambda: method.init(pmd_small.KEY, small.clip(), phase)
-  )
+  shapes = jax.eval_shape(lambda: phase.init(pmd_small.KEY, small.clip()))
   assert not trees.difference(params, shapes)
-  video = batch['video'] / np.float32(255)
+  batch = dataclasses.replace(batch, video=batch.video / np.float32(255))
   run = jax.jit(
-    lambda t: method.loss(
-      params, t, batch | {'video': video}, small.step(), phase
+    lambda t: phase.loss(
+      params, t, small.with_targets(phase, t, batch), small.step()
     )
   )
   loss, aux = run({'image': teachers['image']})
@@ -247,14 +245,13 @@ def test_the_last_layer_alone_is_one_pair():
 @functools.cache
 def _drawn(tube):
   """Returns a compiled call: clips and the image teacher -> visible units."""
-  method = small.build(tube=tube)
-  (phase,) = method.phases()
+  (phase,) = small.build(tube=tube)
 
   @jax.jit
   def run(teachers, video):
-    batch = small.batch() | {'video': video}
-    seen = method.masks(teachers, batch, small.step(), phase)[''].mask
-    return seen.visible, seen.masked
+    batch = dataclasses.replace(small.batch(), video=video)
+    mask = phase.draw_masks(teachers, batch, small.step())[''].mask
+    return mask.visible, mask.masked
 
   return run
 
@@ -262,9 +259,9 @@ def _drawn(tube):
 @pytest.mark.parametrize('tube', [False, True])
 def test_the_mask_depends_on_the_image_teacher_alone(tube):
   """Invariant 8: on nothing of the student or the other teacher."""
-  teachers, batch = _case('default')[3:]
+  teachers, batch = _case('default')[2:]
   image = {'image': teachers['image']}  # no other is asked
-  visible, masked = _drawn(tube)(image, batch['video'])
+  visible, masked = _drawn(tube)(image, batch.video)
   assert visible.shape == (2, 16) and masked.shape == (2, 32)
   if not tube:
     tokens = hiera_units.expand_units(
@@ -273,7 +270,7 @@ def test_the_mask_depends_on_the_image_teacher_alone(tube):
     np.testing.assert_array_equal(visible, jnp.sort(tokens, 1))
   for frame in range(4):
     # Other pixels in every frame: what they change is drawn anew.
-    video = batch['video'].copy()
+    video = batch.video.copy()
     video[:, frame] = np.random.default_rng(9).integers(
       0, 256, video[:, frame].shape
     )
@@ -288,8 +285,8 @@ def test_the_mask_depends_on_the_image_teacher_alone(tube):
 
 def test_targets_are_those_of_every_mask():
   """Neither step nor mask enters; a batch that carries them needs no more."""
-  method, phase, params, teachers, batch = _case('default')
-  made = jax.jit(lambda t: method.targets(t, batch['video'], phase))(teachers)
+  phase, params, teachers, batch = _case('default')
+  made = jax.jit(lambda t: phase.targets(t, batch.video))(teachers)
   assert made.keys() == {
     'scores', *(f'{t}/{n}' for t in ('image', 'video') for n in (1, 2, 3, 4))
   }  # fmt: skip
@@ -300,8 +297,8 @@ def test_targets_are_those_of_every_mask():
       np.testing.assert_allclose(found, stream[n], rtol=1e-4, atol=2e-5)
   pooled = reference.cells(scores, small.UNITS).mean(2).reshape(2, 2, 6)
   np.testing.assert_allclose(made['scores'], pooled, rtol=1e-4)
-  carried = batch | {f'targets/{n}': x for n, x in made.items()}
-  loss, aux = jax.jit(lambda p, b: method.loss(p, {}, b, small.step(), phase))(
+  carried = dataclasses.replace(batch, targets=made)
+  loss, aux = jax.jit(lambda p, b: phase.loss(p, {}, b, small.step()))(
     params, carried
   )
   np.testing.assert_allclose(loss, _found('default')[0], rtol=1e-5)
@@ -312,23 +309,23 @@ def test_targets_are_those_of_every_mask():
 @pytest.mark.parametrize('rate', [0.0, 0.9])
 def test_the_student_drops_paths(rate):
   """Another step with the same mask is another loss, and only by this."""
-  method = small.build(drop_path=rate, selection='top', teachers=('image',))
-  (phase,) = method.phases()
-  params = small.params(method, phase)
-  video = small.batch()['video']
+  (phase,) = small.build(drop_path=rate, selection='top', teachers=('image',))
+  params, batch = small.params(phase), small.batch()
   made = jax.eval_shape(
-    lambda t: method.targets(t, video, phase), small.teachers(phase)
+    lambda t: phase.targets(t, batch.video), small.teachers(phase)
   )
   rng = np.random.default_rng(3)
-  batch = small.batch() | {
-    f'targets/{n}': jnp.asarray(rng.random(x.shape, np.float32))
-    for n, x in made.items()
-  }
+  batch = dataclasses.replace(
+    batch,
+    targets={
+      n: jnp.asarray(rng.random(x.shape, np.float32)) for n, x in made.items()
+    },
+  )
 
   @jax.jit
   def run(number):
     step = pmd_small.step(number)
-    loss, aux = method.loss(params, {}, batch, step, phase)
+    loss, aux = phase.loss(params, {}, batch, step)
     return loss, aux.metrics['mask/attention_kept']
 
   found = np.array([run(number) for number in range(3)])

@@ -1,6 +1,7 @@
 """KDHiera's phases, sizes and costs at full scale; Hiera-MAE as a case of it;
 configs that are refused."""
 
+import dataclasses
 import functools
 
 import jax
@@ -12,6 +13,7 @@ from tests.methods import kdhiera_small as small
 from tests.methods import pmd_numpy as vits
 from tests.methods import pmd_small
 from vssl_jax import losses, methods, trees
+from vssl_jax.data import batch as batch_lib
 from vssl_jax.masks import hiera_units
 from vssl_jax.methods import kdhiera_config, masked_pixels
 from vssl_jax.models import framewise, vit
@@ -33,11 +35,11 @@ def _module(source):
   return framewise.Framewise(image, 2)
 
 
-MAE = dict(targets='pixels', units='random', teachers=(), depth=8)
+MAE = dict(objective='pixels', units='random', teachers=(), depth=8)
 
 
 @functools.cache
-def _method(size, **knobs):
+def _phases(size, **knobs):
   c = kdhiera_config.default()
   c.encoder.size = size
   layers = knobs.pop('layers', LAYERS[size])
@@ -49,9 +51,9 @@ def _method(size, **knobs):
 
 
 def test_the_phase():
-  (phase,) = _method('B').phases()
-  assert (phase.name, phase.init, phase.opt) == ('distill', 'fresh', 'fresh')
-  assert {n: t.source for n, t in phase.teachers.items()} == {
+  (phase,) = _phases('B')
+  assert (phase.name, phase.carry) == ('distill', ())
+  assert {n: str(t.source) for n, t in phase.teachers.items()} == {
     'image': 'Bi', 'video': 'Bv',
   }  # fmt: skip
   assert {t.dtype for t in phase.teachers.values()} == {'bfloat16'}
@@ -68,10 +70,9 @@ def test_the_phase():
 
 def test_parameters_of_the_heads():
   """Invariant 14: counted by hand for Hiera-B and a teacher of 768 channels."""
-  method = _method('B')
-  (phase,) = method.phases()
+  (phase,) = _phases('B')
   clip = np.zeros((1, *CLIP), np.uint8)
-  shapes = jax.eval_shape(lambda: method.init(pmd_small.KEY, clip, phase))
+  shapes = jax.eval_shape(lambda: phase.init(pmd_small.KEY, clip))
   assert {n: trees.count(x) for n, x in shapes.items()} == {
     'encoder': 50_783_424,
     'heads_image': 2_666_304,
@@ -88,16 +89,16 @@ def test_parameters_of_the_heads():
   [
     ('B', {}, 0.71, 0.065444),
     ('L', {}, 2.43, 0.250588),
-    ('B', dict(targets='masked', depth=8, layers=(12,)), 1.43, None),
-    ('L', dict(targets='masked', depth=8, layers=(24,)), 3.15, None),
+    ('B', dict(objective='masked', depth=8, layers=(12,)), 1.43, None),
+    ('L', dict(objective='masked', depth=8, layers=(24,)), 3.15, None),
     ('B', MAE, 0.4217, None),
     ('L', MAE, 0.5994, None),
   ],
 )
 def test_cost_of_a_step(size, knobs, tera, trained):
   """TFLOP per clip, by true token counts; teachers are most of it."""
-  method = _method(size, **knobs)
-  cost = method.cost(method.phases()[0], CLIP)
+  (phase,) = _phases(size, **knobs)
+  cost = phase.cost(CLIP)
   assert cost.total / 1e12 == pytest.approx(tera, rel=0.005)
   if trained:
     assert cost.trained / 1e12 == pytest.approx(trained, rel=1e-4)
@@ -107,10 +108,9 @@ def test_cost_of_a_step(size, knobs, tera, trained):
 
 
 def test_several_masks_cost_the_teachers_once():
-  one, three = (small.build(masks_per_clip=n).phases()[0] for n in (1, 3))
+  one, three = (small.build(masks_per_clip=n)[0] for n in (1, 3))
   assert [s.name for s in three.masks] == ['1', '2', '3']
-  method = small.build()
-  costs = [method.cost(phase, small.VIDEO) for phase in (one, three)]
+  costs = [phase.cost(small.VIDEO) for phase in (one, three)]
   assert costs[1].frozen == costs[0].frozen > 0
   assert costs[1].trained == pytest.approx(3 * costs[0].trained)
 
@@ -120,33 +120,32 @@ def test_teachers_from_nothing():
   own = dict(
     image=dict(teacher='@image_teacher'), video=dict(teacher='@video_teacher')
   )
-  method = small.build(scores='column_mean', **own)
-  image, video, last = method.phases()
-  assert isinstance(image, masked_pixels.PixelTeacher)
+  image, video, last = small.build(scores='column_mean', **own)
+  assert isinstance(image, masked_pixels.PixelPhase)
   assert (image.name, video.name) == ('image_teacher', 'video_teacher')
   assert last.teachers['image'].module.image.width == 16
-  assert last.init == last.opt == 'fresh'
+  assert last.carry == ()
   with pytest.raises(ValueError, match="scores: found 'cls', and the image te"):
     small.build(**own)
 
 
 def test_a_teacher_for_the_mask_alone():
   """Its layers are not followed; without scores nobody is asked."""
-  (phase,) = small.build(teachers=('video',)).phases()
+  (phase,) = small.build(teachers=('video',))
   assert set(phase.teachers) == {'image', 'video'} and {*phase.heads} == {
     'video'
   }
-  (phase,) = small.build(teachers=('video',), scores='uniform').phases()
+  (phase,) = small.build(teachers=('video',), scores='uniform')
   assert set(phase.teachers) == {'video'} and phase.mask_teacher == ''
   assert phase.masks[0].mode == 'uniform' and not phase.alarms
-  (phase,) = small.build(units='random').phases()
+  (phase,) = small.build(units='random')
   assert phase.mask_teacher == '' and phase.masks[0].mode == 'random'
-  assert not small.build(selection='low').phases()[0].alarms
+  assert not small.build(selection='low')[0].alarms
 
 
 def test_weights_load_into_a_model_with_one_token_a_unit():
   """Invariant 11: no leaf is missing, none is left over, none has changed."""
-  (phase,) = small.build().phases()
+  (phase,) = small.build()
   clip = small.clip()
   trees_of = [
     jax.eval_shape(phase.encoder.clone(q_pool=n).init, pmd_small.KEY, clip)
@@ -157,26 +156,25 @@ def test_weights_load_into_a_model_with_one_token_a_unit():
 
 @functools.cache
 def _mae():
-  method = small.build(**small.MAE)
-  (phase,) = method.phases()
-  params = small.params(method, phase)
+  (phase,) = small.build(**small.MAE)
+  params = small.params(phase)
   phase, params['encoder'] = small.speaking(phase)
-  return method, phase, params, small.batch()
+  return phase, params, small.batch()
 
 
 def test_hiera_mae_is_a_case():
   """Invariant 13: random units, pixels of a token's first frame, no teacher."""
-  method, phase, params, batch = _mae()
+  phase, params, batch = _mae()
   assert not phase.teachers and set(params) == {'encoder', 'heads_pixels'}
   assert phase.masks[0].counts(small.UNITS) == (4, 8)
 
   @jax.jit
   def run(params):
     rng = small.step()
-    loss, aux = method.loss(params, {}, batch, rng, phase)
+    loss, aux = phase.loss(params, {}, batch, rng)
     mask, _ = phase.masks[0].draw(rng, batch, small.UNITS)
     ends = phase.encoder.apply(
-      {'params': params['encoder']}, batch['video'], mask.visible, features=True
+      {'params': params['encoder']}, batch.video, mask.visible, features=True
     )
     head = {'params': params['heads_pixels']}
     predicted = phase.heads['pixels'].apply(head, ends, mask, small.UNITS)
@@ -185,9 +183,7 @@ def test_hiera_mae_is_a_case():
       aux.metrics,
       mask,
       predicted,
-      method.reconstruct(params, batch, rng, phase)['']._replace(
-        kind=0, every=0
-      ),
+      phase.reconstruct(params, batch, rng)['']._replace(kind=0, every=0),
     )
 
   loss, metrics, mask, predicted, drawn = run(params)
@@ -197,7 +193,7 @@ def test_hiera_mae_is_a_case():
   np.testing.assert_array_equal(mask.visible, wanted.visible)
   # Pixels of 8x8 patches, row by row, as the encoder sees them, normalised
   # over all their values.
-  frames = np.float64(batch['video'][:, ::2]) / 255
+  frames = np.float64(batch.video[:, ::2]) / 255
   raw = frames.reshape(2, 2, 4, 8, 6, 8, 3).transpose(0, 1, 2, 4, 3, 5, 6)
   raw = raw.reshape(2, 48, 64, 3)
   x = ((raw - vits.MEAN) / vits.STD).reshape(2, 48, 192)
@@ -226,14 +222,13 @@ def test_hiera_mae_is_a_case():
 @pytest.mark.slow
 def test_masked_features_are_predicted_by_one_decoder_for_each_teacher():
   """Option b: channels of the head are those of the layers, side by side."""
-  method = small.build(
-    targets='masked',
+  (phase,) = small.build(
+    objective='masked',
     image=dict(layers=(2, 4)),
     video=dict(layers=(1, 4)),
     feature_loss='mse',
   )
-  (phase,) = method.phases()
-  params, teachers = small.params(method, phase), small.teachers(phase)
+  params, teachers = small.params(phase), small.teachers(phase)
   batch = small.batch()
   assert {n: h.out_width for n, h in phase.heads.items()} == {
     'image': 48, 'video': 32,
@@ -242,15 +237,16 @@ def test_masked_features_are_predicted_by_one_decoder_for_each_teacher():
   @jax.jit
   def run(params, teachers):
     rng = small.step()
-    targets = method.targets(teachers, batch['video'], phase)
+    targets = phase.targets(teachers, batch.video)
     scores = targets['scores']
     mask, _ = phase.masks[0].draw(rng, batch, small.UNITS, scores)
     ends = phase.encoder.apply(
-      {'params': params['encoder']}, batch['video'], mask.visible, features=True
+      {'params': params['encoder']}, batch.video, mask.visible, features=True
     )
     head = {'params': params['heads_image']}
     said = phase.heads['image'].apply(head, ends, mask, small.UNITS)
-    return method.loss(params, teachers, batch, rng, phase), targets, mask, said
+    given = dataclasses.replace(batch, targets=targets)
+    return phase.loss(params, teachers, given, rng), targets, mask, said
 
   (loss, aux), targets, mask, said = run(params, teachers)
   tokens = hiera_units.expand_units(mask.masked, small.UNITS)
@@ -272,16 +268,15 @@ def test_masked_features_are_predicted_by_one_decoder_for_each_teacher():
   [('feature_norm', 'image'), ('column_mean', 'video')],
 )
 def test_other_scores(scores, mask_teacher):
-  method = small.build(scores=scores, mask_teacher=mask_teacher)
-  (phase,) = method.phases()
+  (phase,) = small.build(scores=scores, mask_teacher=mask_teacher)
   teachers = small.teachers(phase)
-  video = small.batch()['video']
+  video = small.batch().video
 
   @jax.jit
   def run(teachers):
     teacher = phase.teachers[mask_teacher]
     seen = teacher(teachers[mask_teacher], video, attention_to='column_mean')
-    return method.targets(teachers, video, phase), seen[1]
+    return phase.targets(teachers, video), seen[1]
 
   made, wanted = run(teachers)
   if scores == 'feature_norm':
@@ -302,25 +297,27 @@ def test_a_whole_step_of_the_smallest_hiera():
     'videos': small.VIDEO_MODEL.clone(patch=(2, 16, 16)),
   }
   video = (8, 64, 64, 3)
-  method = methods.build(c, video, modules.__getitem__)
-  (phase,) = method.phases()
+  (phase,) = methods.build(c, video, modules.__getitem__)
   assert phase.encoder.unit_grid((1, *video)) == (4, 2, 2)
   clips = np.random.default_rng(0).integers(0, 256, (2, *video), np.uint8)
-  params = jax.jit(lambda: method.init(pmd_small.KEY, clips[:1], phase))()
+  params = jax.jit(lambda: phase.init(pmd_small.KEY, clips[:1]))()
   teachers = {
     n: jax.jit(lambda t=t: t.module.init(pmd_small.KEY, clips[:1]))()['params']
     for n, t in phase.teachers.items()
   }
-  batch = {'video': clips, 'index': np.arange(2)}
-  loss, grads = jax.jit(
-    jax.value_and_grad(
-      lambda p: method.loss(p, teachers, batch, small.step(), phase)[0]
-    )
-  )(params)
+  batch = batch_lib.Batch(video=clips, index=np.arange(2))
+
+  @jax.jit
+  @jax.value_and_grad
+  def run(params):
+    given = small.with_targets(phase, teachers, batch)
+    return phase.loss(params, teachers, given, small.step())[0]
+
+  loss, grads = run(params)
   assert 0 < loss < 8
   for name, grad in trees.named_leaves(grads):
     assert np.isfinite(grad).all(), name
-  tokens = jax.jit(lambda p: method.encode(p, clips))(params)
+  tokens = jax.jit(lambda p: phase.encode(p, clips))(params)
   assert tokens.shape == (2, 64, 768)
   np.testing.assert_allclose(np.mean(tokens, -1), 0, atol=1e-4)
   np.testing.assert_allclose(np.std(tokens, -1), 1, rtol=1e-3)
@@ -329,7 +326,7 @@ def test_a_whole_step_of_the_smallest_hiera():
 @pytest.mark.parametrize(
   ('knobs', 'message'),
   [
-    (dict(teachers=()), r'method.teachers: found \(\).* or method.targets'),
+    (dict(teachers=()), r'method.teachers: found \(\).* or method.objective'),
     (dict(teachers=('sound',)), 'method.teachers: found .*sound'),
     (dict(image=dict(teacher='')), "method.image.teacher: found ''; .*random"),
     (dict(image=dict(layers=(1, 2, 3, 5))), 'wanted some of 1 to 4, the teach'),
@@ -371,8 +368,7 @@ def test_a_hiera_cannot_teach():
 
 
 def test_masks_by_chance_ask_no_teacher():
-  method = small.build(selection='uniform', teachers=('video',))
-  (phase,) = method.phases()
+  (phase,) = small.build(selection='uniform', teachers=('video',))
   assert list(phase.teachers) == ['video'] and not phase.mask_teacher
 
 
@@ -391,8 +387,7 @@ def test_a_teacher_of_another_grid_is_refused(patch, message):
   )  # fmt: skip
   c = small.config()
   modules = {'images': small.IMAGE, 'videos': other}
-  method = methods.build(c, small.VIDEO, modules.__getitem__)
-  (phase,) = method.phases()
+  (phase,) = methods.build(c, small.VIDEO, modules.__getitem__)
   shapes = jax.eval_shape(
     lambda: {
       n: t.module.init(pmd_small.KEY, small.clip())['params']
@@ -400,10 +395,10 @@ def test_a_teacher_of_another_grid_is_refused(patch, message):
     }
   )
   with pytest.raises(ValueError, match=message):
-    jax.eval_shape(lambda t: method.targets(t, small.clip(), phase), shapes)
+    jax.eval_shape(lambda t: phase.targets(t, small.clip()), shapes)
 
 
 def test_the_student_is_a_hiera():
-  (phase,) = small.build().phases()
+  (phase,) = small.build()
   assert isinstance(phase.encoder, encoder.Hiera)
   assert phase.encoder.patch == small.PATCH

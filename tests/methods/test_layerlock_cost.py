@@ -33,7 +33,7 @@ VARIANTS = (
 )
 
 
-def _method(size, schedule, total, **knobs):
+def _phases(size, schedule, total, **knobs):
   config = layerlock_config.default()
   config.encoder.size, config.total, config.schedule = size, total, schedule
   config.vit.update(knobs.pop('vit', {}))
@@ -48,8 +48,8 @@ def test_table_of_costs(size):
   locks = (0, depth // 3, 2 * depth // 3)
   schedule = ', '.join(f'({k}, 1)' for k in locks)
   for i, knobs in enumerate(VARIANTS):
-    method = _method(size, f'({schedule})', 3, **knobs)
-    costs = [method.cost(phase, CLIP) for phase in method.phases()]
+    phases = _phases(size, f'({schedule})', 3, **knobs)
+    costs = [phase.cost(CLIP) for phase in phases]
     found = [cost.total / 1e12 for cost in costs]
     wanted = [before, third[i], two_thirds[i]]
     assert found == pytest.approx(wanted, rel=5e-3)
@@ -80,13 +80,13 @@ def _compiled(depth, batch=16, **knobs):
   c.method.schedule = f'((0, 1), ({depth}, 1))' if depth else '((0, 2),)'
   c.optim.warmup = 0
   assert c.optim.clip  # neither clipping nor the logged norm needs them back
-  method = methods.build(c.method, SMALL, encoder.module_of)
-  span = run_lib.spans(method)[-1]
-  shapes = phase_setup.build(c, method, span, SMALL)
+  phases = methods.build(c.method, SMALL, encoder.module_of)
+  span = run_lib.spans(phases)[-1]
+  shapes = phase_setup.build(c, span, SMALL)
   one = np.array(jax.devices()[:1]).reshape(1, 1)
   mesh = jax.sharding.Mesh(one, ('data', 'fsdp'), axis_types=sharding.AUTO)
-  compiled = phase_setup.lower(c, method, shapes, SMALL, mesh).compile()
-  closed = method.cost(span.phase, SMALL).total * batch
+  compiled = phase_setup.lower(c, shapes, SMALL, mesh).compile()
+  closed = span.phase.cost(SMALL).total * batch
   return compiled.cost_analysis()['flops'], closed
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from vssl_jax import losses, methods, rngs
+from vssl_jax.data import batch as batch_lib
 from vssl_jax.masks import tubelets
-from vssl_jax.methods import distillation_teachers, masked_pixels
+from vssl_jax.methods import distillation_teachers
 from vssl_jax.utils import colours
 
 VIDEO, SIDE, RNG = (4, 16, 16, 3), 8, rngs.Rng(jax.random.key(0), jnp.int32(3))
@@ -32,7 +33,7 @@ def _batch():
   rng = np.random.default_rng(0)
   tint = rng.uniform(0, 150, (2, 1, 1, 1, 3))
   video = (tint + rng.uniform(0, 100, (2, *VIDEO))).astype(np.uint8)
-  return {'video': jnp.asarray(video), 'index': jnp.arange(2)}
+  return batch_lib.Batch(video=jnp.asarray(video), index=jnp.arange(2))
 
 
 def _targets(video, norm):
@@ -57,9 +58,8 @@ def _targets(video, norm):
 def test_the_image_teacher_predicts_what_it_sees(norm):
   """A decoder that gives its last bias whatever it sees: loss and gradient."""
   phase, batch = _phase(norm), _batch()
-  method = masked_pixels.Pixels((phase,))
   params = jax.eval_shape(
-    lambda v: method.init(jax.random.key(1), v, phase), batch['video']
+    lambda v: phase.init(jax.random.key(1), v), batch.video
   )
   params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), params)
   bias = np.random.default_rng(1).normal(size=3 * SIDE**2).astype(np.float32)
@@ -68,12 +68,12 @@ def test_the_image_teacher_predicts_what_it_sees(norm):
     decoder = dict(params['decoder'])
     decoder['head'] = dict(decoder['head'], bias=bias)
     given = dict(params, decoder=decoder)
-    return method.loss(given, {}, batch, RNG, phase)[0]
+    return phase.loss(given, {}, batch, RNG)[0]
 
   found, slope = jax.jit(jax.value_and_grad(loss))(bias)
   (spec,) = phase.masks
   mask, _ = spec.draw(RNG, batch, (2, 2, 2))
-  targets = _targets(batch['video'], norm)
+  targets = _targets(batch.video, norm)
   hidden = np.stack([t[i] for t, i in zip(targets, mask.masked, strict=True)])
   apart = bias - hidden
   np.testing.assert_allclose(found, np.mean(apart**2), rtol=1e-5)
@@ -85,17 +85,16 @@ def test_the_image_teacher_predicts_what_it_sees(norm):
 def test_pictures_of_what_is_predicted_are_in_the_colours_of_the_clip(norm):
   """A perfect prediction is drawn as the targets of the raw frames."""
   phase, batch = _phase(norm), _batch()
-  method = masked_pixels.Pixels((phase,))
   (spec,) = phase.masks
   mask, _ = spec.draw(RNG, batch, (2, 2, 2))
-  own = masked_pixels._targets(batch['video'], phase)
+  own = phase._pixel_targets(batch.video)
   perfect = jnp.take_along_axis(own, mask.masked[:, :, None], axis=1)
   with pytest.MonkeyPatch.context() as patch:
     given = [(spec, mask, {}, perfect)]
-    patch.setattr(masked_pixels, '_predicted', lambda *_, **__: given)
-    shown = method.reconstruct({}, batch, RNG, phase)[spec.name]
+    patch.setattr(type(phase), '_predicted', lambda *_, **__: given)
+    shown = phase.reconstruct({}, batch, RNG)[spec.name]
   raw = losses.pixel_targets(
-    tubelets.to_unit(batch['video'][:, ::2]), (1, SIDE, SIDE), norm
+    tubelets.to_unit(batch.video[:, ::2]), (1, SIDE, SIDE), norm
   )
   wanted = jnp.take_along_axis(raw, mask.masked[:, :, None], axis=1)
   np.testing.assert_allclose(shown.predicted, wanted, atol=2e-5)

@@ -1,5 +1,6 @@
 """PMD with its networks against numpy, and MVD, its case of one phase."""
 
+import dataclasses
 import functools
 
 import jax
@@ -22,28 +23,31 @@ CASES = {
 
 @functools.cache
 def _case(kind):
-  """Returns method, phase, parameters, teachers, memory and batch."""
+  """Returns phase, parameters, teachers, memory and batch."""
   name, knobs = CASES[kind]
-  method = small.build(**knobs)
-  phase = small.phase(method, name)
-  params = small.draw(small.shapes(method, phase))
+  phase = small.phase(small.build(**knobs), name)
+  params = small.draw(small.shapes(phase))
   teachers = small.teachers(phase)
   rows = small.rows() if phase.memory_specs else {}
-  return method, phase, params, teachers, rows, small.batch(rows=rows)
+  return phase, params, teachers, rows, small.batch(rows=rows)
 
 
 @functools.cache
 def _program(kind):
   """Returns (params, step) -> loss, aux, gradients by all that enters."""
-  method, phase, _, teachers, _, batch = _case(kind)
-  given = {k: v for k, v in batch.items() if 'example_memory' in k}
-  given['video'] = batch['video'] / jnp.float32(255)
+  phase, _, teachers, _, batch = _case(kind)
+  given = {
+    'video': batch.video / jnp.float32(255),
+    'example_memory': batch.example_memory,
+  }
 
   @jax.jit
   def run(params, teachers, given, number):
     def loss(params, teachers, given):
-      rng = small.step(number)
-      return method.loss(params, teachers, batch | given, rng, phase)
+      whole = small.with_targets(
+        phase, teachers, dataclasses.replace(batch, **given)
+      )
+      return phase.loss(params, teachers, whole, small.step(number))
 
     return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(
       params, teachers, given
@@ -55,14 +59,14 @@ def _program(kind):
 @functools.cache
 def _found(kind):
   """Returns loss, aux, and gradients by the pixels too, of a step."""
-  return _program(kind)(_case(kind)[2], 3)
+  return _program(kind)(_case(kind)[1], 3)
 
 
 @functools.cache
 def _told(kind):
   """Returns the teachers' residual streams by the reference."""
-  _, _, _, teachers, _, batch = _case(kind)
-  video, (_, h, w) = np.asarray(batch['video']), small.GRID
+  _, _, teachers, _, batch = _case(kind)
+  video, (_, h, w) = np.asarray(batch.video), small.GRID
   shared = (video, small.PATCH, small.HEADS)
   params = small.double(teachers)
   image = reference.image_table((1, h, w), 24)
@@ -74,10 +78,10 @@ def _told(kind):
 
 
 def _wanted(kind, params, number=3):
-  method, phase, _, teachers, rows, batch = _case(kind)
+  phase, _, teachers, rows, batch = _case(kind)
   params, teachers = small.double(params), small.double(teachers)
   (mask,) = small.masks(phase.masks, number)
-  shared = (np.asarray(batch['video']), small.PATCH, small.HEADS)
+  shared = (np.asarray(batch.video), small.PATCH, small.HEADS)
   features, predicted = reference.student(params, *shared, mask.visible)
   view = dict(visible=mask.visible, masked=mask.masked)
   view |= dict(features=features, predicted=predicted)
@@ -90,10 +94,10 @@ def _wanted(kind, params, number=3):
     {n: params[f'align_{n}'] for n in phase.align},
     _told(kind),
     small.double(rows),
-    np.asarray(batch['substituted']),
+    np.asarray(batch.substituted),
     small.GRID,
-    feature_loss=method.feature_loss,
-    lambda_df=method.lambda_df,
+    feature_loss=phase.feature_loss,
+    lambda_df=phase.lambda_df,
   )
 
 
@@ -105,7 +109,7 @@ def test_the_whole_loss_in_numpy(kind):
   are float32, and blocks refuse more. Rounding leaves 1.5e-7.
   """
   (loss, aux), _ = _found(kind)
-  wanted, metrics, rows = _wanted(kind, _case(kind)[2])
+  wanted, metrics, rows = _wanted(kind, _case(kind)[1])
   np.testing.assert_allclose(loss, wanted, rtol=1e-6)
   for name, value in metrics.items():
     np.testing.assert_allclose(
@@ -129,7 +133,7 @@ def test_the_whole_loss_in_numpy(kind):
 @pytest.mark.parametrize('kind', CASES)
 def test_gradients_of_the_whole_loss_in_numpy(kind):
   """By finite differences in float64, of leaves along random directions."""
-  _, _, params, _, _, _ = _case(kind)
+  _, params, _, _, _ = _case(kind)
   _, (grads, _, _) = _found(kind)
   for seed, (name, grad) in enumerate(trees.named_leaves(grads)):
     # What enters the last third of the student is not aligned, but decoded.
@@ -173,7 +177,7 @@ def test_mvd_step_for_step():
   slope by finite differences that is, of every part.
   """
   _, c = config_lib.load('configs/mvd_k400.py:B')
-  program, params = _program('mvd'), _case('mvd')[2]
+  program, params = _program('mvd'), _case('mvd')[1]
   rate, decay = (lambda _, x=x: jnp.float32(x) for x in (1e-2, 0.05))
   tx = optimizer.make(c.optim, freezing.labels(params, ()), rate, decay)
   state, update = tx.init(params), jax.jit(tx.update)
@@ -216,13 +220,13 @@ def test_nothing_reaches_the_teachers_or_the_memory():
   assert set(to_teachers) == {'image', 'video', 'previous'}
   for name, grad in trees.named_leaves(to_teachers):
     assert not np.any(grad), name
-  for name, grad in to_given.items():
+  for name, grad in trees.named_leaves(to_given):
     assert np.any(grad) == (name == 'video'), name
 
 
 def test_hidden_pixels_enter_as_targets_only():
   """Invariant 16: they have no gradient; every visible patch has one."""
-  _, phase, *_ = _case('pmd')
+  phase, *_ = _case('pmd')
   _, (_, _, given) = _found('pmd')
   touched = np.any(losses.patchify(given['video'], small.PATCH), (2, 3))
   (mask,) = small.masks(phase.masks)
@@ -233,7 +237,7 @@ def test_hidden_pixels_enter_as_targets_only():
 @functools.cache
 def _says():
   """Returns what teachers and student say of a clip: compiled."""
-  _, phase, params, teachers, *_ = _case('pmd')
+  phase, params, teachers, *_ = _case('pmd')
   (mask,) = small.masks(phase.masks)
   mask = jax.tree.map(jnp.asarray, mask)
 
@@ -249,9 +253,9 @@ def _says():
 
 def test_layers_of_the_student_do_not_see_what_is_hidden():
   """Invariant 16 once more: other hidden pixels change no bit of z^n."""
-  _, phase, *_, batch = _case('pmd')
+  phase, *_, batch = _case('pmd')
   (mask,) = small.masks(phase.masks)
-  video = np.array(batch['video'])
+  video = np.array(batch.video)
   t, y, x = np.unravel_index(int(mask.masked[0, 0]), small.GRID)
   other = video.copy()
   other[0, 2 * t : 2 * t + 2, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4] ^= 255
@@ -266,7 +270,7 @@ def test_layers_of_the_student_do_not_see_what_is_hidden():
 
 def test_which_frames_a_teacher_sees():
   """Invariant 13: the image teacher the first of every tubelet, alone."""
-  video = np.array(_case('pmd')[-1]['video'])
+  video = np.array(_case('pmd')[-1].video)
   told, _ = _says()(video)
   for name, wanted in _told('pmd').items():
     for found, want in zip(told[name], wanted, strict=True):
@@ -285,33 +289,30 @@ def test_which_frames_a_teacher_sees():
 
 def test_targets_are_the_same_under_every_mask():
   """Invariant 13: mask and step do not enter."""
-  method, phase, _, teachers, _, batch = _case('pmd')
-  made = jax.jit(lambda: method.targets(teachers, batch['video'], phase))()
+  phase, _, teachers, _, batch = _case('pmd')
+  made = jax.jit(lambda: phase.targets(teachers, batch.video))()
   for name, layers in _told('pmd').items():
     np.testing.assert_allclose(made[name], layers[-1], rtol=1e-4, atol=2e-5)
-  again = method.targets_of({}, {f'targets/{n}': x for n, x in made.items()},
-                            phase)  # fmt: skip
-  assert again == made
 
 
 @functools.cache
 def _guided(previous_mask, drop_path):
   """Returns PSD's distance at the start of a phase, to its own copy."""
-  method = small.build(
+  phases = small.build(
     previous_mask=previous_mask,
     drop_path=drop_path,
     lambda_df=0.0,
     lambda_al=0.0,
     teachers=('video',),
   )
-  phase = small.phase(method, 'mask_80')
-  params = small.draw(small.shapes(method, phase))
+  phase = small.phase(phases, 'mask_80')
+  params = small.draw(small.shapes(phase))
   teachers = small.teachers(phase) | {'previous': params}
 
   @jax.jit
   def run(number):
-    rng = small.step(number)
-    return method.loss(params, teachers, small.batch(), rng, phase)[1]
+    batch = small.with_targets(phase, teachers, small.batch())
+    return phase.loss(params, teachers, batch, small.step(number))[1]
 
   return run(3).metrics
 
@@ -328,7 +329,7 @@ def test_a_student_agrees_with_itself_on_the_same_mask():
 
 def test_no_drop_path_in_teachers_and_guide():
   assert small.IMAGE.image.drop_path == small.VIDEO_MODEL.drop_path == 0.3
-  for phase in small.build(drop_path=0.5).phases():
+  for phase in small.build(drop_path=0.5):
     assert phase.teachers['image'].module.image.drop_path == 0
     assert phase.teachers['video'].module.drop_path == 0
     student = phase.student
@@ -342,7 +343,7 @@ def test_no_drop_path_in_teachers_and_guide():
 
 def test_predictions_at_other_positions_are_those_of_all():
   """The guide decodes every position and is read where it is wanted."""
-  _, phase, params, *_, batch = _case('pmd')
+  phase, params, *_, batch = _case('pmd')
   (mask,) = small.masks(phase.masks)
   mask = jax.tree.map(jnp.asarray, mask)
   wanted = np.random.default_rng(0).integers(0, small.TOKENS, (3, 5))
@@ -350,11 +351,11 @@ def test_predictions_at_other_positions_are_those_of_all():
   @jax.jit
   def run(at):
     return phase.student.apply(
-      {'params': params}, batch['video'], mask, at=at
+      {'params': params}, batch.video, mask, at=at
     ).predicted
 
   found = run(jnp.asarray(wanted, jnp.int32))
-  shared = (np.asarray(batch['video']), small.PATCH, small.HEADS)
+  shared = (np.asarray(batch.video), small.PATCH, small.HEADS)
   _, every = reference.student(small.double(params), *shared, mask.visible)
   for name, x in found.items():
     want = reference.at(every[name], wanted)

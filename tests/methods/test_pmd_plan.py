@@ -10,6 +10,7 @@ import pytest
 from tests.methods import pmd_small as small
 from vssl_jax import methods, trees
 from vssl_jax.methods import masked_pixels, pmd_config
+from vssl_jax.methods import phase as phase_lib
 from vssl_jax.models import framewise, vit
 
 CLIP, GRID, TOKENS = (16, 224, 224, 3), (8, 14, 14), 1568
@@ -33,7 +34,7 @@ def _module(source):
 
 
 @functools.cache
-def _method(student, teacher, mvd=False):
+def _phases(student, teacher, mvd=False):
   c = pmd_config.default()
   c.encoder.size = c.decoder.size = student
   c.image.teacher, c.video.teacher = f'{teacher}i', f'{teacher}v'
@@ -44,20 +45,15 @@ def _method(student, teacher, mvd=False):
 
 
 def test_the_four_phases():
-  phases = _method('B', 'B').phases()
+  phases = _phases('B', 'B')
   assert [p.name for p in phases] == [f'mask_{r}' for r in COUNTS]
   assert [p.masks[0].counts(GRID) for p in phases] == [*COUNTS.values()]
   teachers = {'image': 'Bi', 'video': 'Bv'}
   for i, phase in enumerate(phases):
-    sources = {n: t.source for n, t in phase.teachers.items()}
+    sources = {n: str(t.source) for n, t in phase.teachers.items()}
     before = {'previous': f'@{phases[i - 1].name}'} if i else {}
     assert sources == teachers | before
-    carried = 'carry' if i else 'fresh'
-    assert (phase.init, phase.opt, phase.example_memory) == (
-      carried,
-      carried,
-      'fresh',
-    )
+    assert phase.carry == (('params', 'opt') if i else ())
     assert phase.horizon == 'run' and phase.warmup is None
     assert {t.dtype for t in phase.teachers.values()} == {'bfloat16'}
     assert len(phase.masks) == 1
@@ -74,32 +70,26 @@ def test_the_four_phases():
 
 def test_the_first_mask_hides_what_every_other_hides():
   """Invariant 8: by one order of the positions at every ratio."""
-  method = small.build()
-  masks = [small.masks(p.masks)[0] for p in method.phases()]
+  phases = small.build()
+  masks = [small.masks(p.masks)[0] for p in phases]
   for early, late in itertools.pairwise(masks):
     for b in range(3):
       more, less = set(early.visible[b]), set(late.visible[b])
       assert less < more
       assert set(late.masked[b]) == set(range(small.TOKENS)) - less
   assert [m.visible.shape[1] for m in masks] == [18, 16, 12, 8]
-  for phase, before in zip(method.phases()[1:], masks, strict=False):
+  for phase, before in zip(phases[1:], masks, strict=False):
     (drawn,) = small.masks(phase.previous_masks)
     np.testing.assert_array_equal(drawn.visible, before.visible)
-  (same,) = small.build(previous_mask='same').phases()[1:2]
+  (same,) = small.build(previous_mask='same')[1:2]
   assert same.previous_masks == same.masks
 
 
 def test_knobs_of_the_plan():
-  def changed(**knobs):
-    return small.build(**knobs).phases()
-
+  changed = small.build
   _, second, third, _ = changed(opt='fresh', example_memory='carry')
   for phase in (second, third):
-    assert (phase.init, phase.opt, phase.example_memory) == (
-      'carry',
-      'fresh',
-      'carry',
-    )
+    assert phase.carry == ('params', 'example_memory')
     assert phase.horizon == 'phase'
   specs = changed(memory_dtype='float16', memory_shape='tube', window=7)
   found = specs[0].memory_specs['image']
@@ -118,23 +108,20 @@ def test_knobs_of_the_plan():
   (only,) = changed(**small.MVD)
   assert set(only.teachers) == {'image', 'video'} and not only.align
   assert not only.memory_specs and not only.previous_masks
-  assert (only.name, only.init, only.opt) == ('mask_90', 'fresh', 'fresh')
+  assert (only.name, only.carry) == ('mask_90', ())
 
 
 def test_teachers_from_nothing():
   own = dict(
     image=dict(teacher='@image_teacher'), video=dict(teacher='@video_teacher')
   )
-  image, video, *rest = small.build(**own).phases()
+  image, video, *rest = small.build(**own)
   assert (image.name, video.name) == ('image_teacher', 'video_teacher')
   assert image.masks[0].counts(GRID) == (8 * 49, 8 * 147)
   assert video.masks[0].counts(GRID) == COUNTS[90]
   for phase in (image, video):
-    assert (
-      isinstance(phase, masked_pixels.PixelTeacher)
-      and phase.pixel_loss == 'mse'
-    )
-    assert (phase.init, phase.opt, phase.example_memory) == ('fresh',) * 3
+    assert isinstance(phase, masked_pixels.PixelPhase)
+    assert phase.pixel_loss == 'mse' and phase.carry == ()
     assert not phase.teachers and not phase.memory_specs
     assert phase.horizon == 'phase' and phase.steps == 3
   # MAE on the first frame of every tubelet; VideoMAE.
@@ -142,10 +129,11 @@ def test_teachers_from_nothing():
   assert (image.pixel_norm, video.pixel_norm) == ('patch', 'patch_channel')
   assert image.encoder.image.positions == 'sincos_2d'
   assert video.encoder.positions == 'sinusoid_1d'
-  assert rest[0].init == 'fresh' and len(rest) == 4
+  assert rest[0].carry == () and len(rest) == 4
   for phase in rest:
-    assert phase.teachers['image'].source == '@image_teacher'
-    assert phase.teachers['video'].source == '@video_teacher'
+    for name in ('image', 'video'):
+      source = phase_lib.FromPhase(f'{name}_teacher')
+      assert phase.teachers[name].source == source
     assert phase.teachers['video'].module.width == video.encoder.width
   default = pmd_config.default().image_teacher.decoder
   assert dict(default) == dict(width=512, depth=8, num_heads=16)
@@ -161,10 +149,9 @@ def test_teachers_from_nothing():
   ],
 )
 def test_numbers_of_parameters(student, teacher, decoder, total, maps):
-  method = _method(student, teacher)
-  phase = method.phases()[-1]
+  phase = _phases(student, teacher)[-1]
   clip = np.zeros((1, *CLIP), np.uint8)
-  shapes = jax.eval_shape(lambda: method.init(small.KEY, clip, phase))
+  shapes = jax.eval_shape(lambda: phase.init(small.KEY, clip))
   count = {role: trees.count(tree) for role, tree in shapes.items()}
   aligned = count.pop('align_image') + count.pop('align_video')
   assert count['decoder_image'] == count['decoder_video'] == decoder
@@ -232,12 +219,11 @@ def _costs(student, teacher, ratio, guide):
 def test_table_of_costs(sizes):
   student, teacher = sizes
   mvd, *row = TABLE[sizes]
-  (only,) = _method(student, teacher, mvd=True).phases()
-  costs = [_method(student, teacher, mvd=True).cost(only, CLIP)]
+  (only,) = _phases(student, teacher, mvd=True)
+  costs = [only.cost(CLIP)]
   wanted = [(mvd, _costs(student, teacher, 90, None))]
   if row:
-    method = _method(student, teacher)
-    costs += [method.cost(phase, CLIP) for phase in method.phases()]
+    costs += [phase.cost(CLIP) for phase in _phases(student, teacher)]
     wanted += [
       (cell, _costs(student, teacher, ratio, ratio > 75))
       for cell, ratio in zip(row, COUNTS, strict=True)
@@ -249,12 +235,11 @@ def test_table_of_costs(sizes):
 
 
 def test_what_is_frozen_is_the_teachers_and_the_guide():
-  first, second, *_ = _method('B', 'B').phases()
-  cost = _method('B', 'B').cost
-  teachers = cost(first, CLIP).frozen
+  first, second, *_ = _phases('B', 'B')
+  teachers = first.cost(CLIP).frozen
   assert teachers == pytest.approx(2e9 * GMACS['B'], rel=1e-4)
   guide = 2 * _student('B', 'B', 392, 1248, 392)
-  assert cost(second, CLIP).frozen - teachers == pytest.approx(guide)
+  assert second.cost(CLIP).frozen - teachers == pytest.approx(guide)
 
 
 @pytest.mark.parametrize(
@@ -290,4 +275,4 @@ def test_what_is_frozen_is_the_teachers_and_the_guide():
 )  # fmt: skip
 def test_bad_configs_are_refused_by_name(knobs, message):
   with pytest.raises(ValueError, match=message):
-    small.shapes(method := small.build(**knobs), method.phases()[-1])
+    small.shapes(small.build(**knobs)[-1])

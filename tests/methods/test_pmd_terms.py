@@ -3,6 +3,7 @@
 Student and teachers say what a test gives them.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -19,12 +20,11 @@ FIELDS = set(reference.KNOBS)
 
 
 class Case:
-  """A method's loss on given predictions, beside the reference's."""
+  """A phase's loss on given predictions, beside the reference's."""
 
   def __init__(self, name='mask_85', **knobs):
     self.knobs = {k: v for k, v in knobs.items() if k in FIELDS}
-    self.method = small.build(depth=6, **knobs)
-    self.real = small.phase(self.method, name)
+    self.real = small.phase(small.build(depth=6, **knobs), name)
     self.phase = small.speaking(self.real)
     self.params = small.said(self.phase, 1) | small.maps(self.phase, 2)
     self.told = small.told(self.phase, 3)
@@ -34,8 +34,8 @@ class Case:
 
   def loss(self, params, told, batch, number=3):
     # Operation by operation: each is compiled once for all knobs.
-    rng = small.step(number)
-    return self.method.loss(params, told, batch, rng, self.phase)
+    batch = small.with_targets(self.phase, told, batch)
+    return self.phase.loss(params, told, batch, small.step(number))
 
   def batch(self, **fields):
     return small.batch(rows=self.rows, **fields)
@@ -70,7 +70,7 @@ class Case:
       {n: params[f'align_{n}'] for n in self.phase.align},
       {n: list(told[n]['layers']) for n in names},
       small.double(self.rows),
-      np.asarray(batch['substituted']),
+      np.asarray(batch.substituted),
       small.GRID,
       **self.knobs,
     )
@@ -156,7 +156,7 @@ def test_a_term_of_no_weight_is_not_made(knobs, gone):
     bool(rows) == bool(case.real.memory_specs) == ('lambda_df' not in knobs)
   )
   assert bool(case.real.align) == ('lambda_al' not in knobs)
-  roles = set(small.shapes(case.method, case.real))
+  roles = set(small.shapes(case.real))
   shared = {'encoder', 'decoder_image', 'decoder_video'}
   aligned = set() if 'lambda_al' in knobs else {'align_image', 'align_video'}
   assert roles == shared | aligned
@@ -199,12 +199,13 @@ def _gradients():
 
   @jax.jit
   def run(params, told, rows):
-    return jax.grad(
-      lambda *x: case.loss(*x[:2], batch | x[2])[0], argnums=(0, 1, 2)
-    )(params, told, rows)
+    def loss(params, told, rows):
+      given = dataclasses.replace(batch, example_memory=rows)
+      return case.loss(params, told, given)[0]
 
-  memory = {k: v for k, v in batch.items() if 'example_memory' in k}
-  return case, run(case.params, case.told, memory)
+    return jax.grad(loss, argnums=(0, 1, 2))(params, told, rows)
+
+  return case, run(case.params, case.told, batch.example_memory)
 
 
 @pytest.mark.parametrize(

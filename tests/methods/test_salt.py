@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from vssl_jax import losses, methods, rngs, trees
+from vssl_jax.data import batch as batch_lib
 from vssl_jax.masks import sampling, specs
 from vssl_jax.methods import phase as phase_lib
 from vssl_jax.methods import salt_config
@@ -45,44 +46,51 @@ def _build(**sections):
 
 def _batch(size=3):
   rng = np.random.default_rng(0)
-  return {
-    'video': rng.integers(0, 255, (size, *VIDEO), dtype=np.uint8),
-    'index': np.arange(size, dtype=np.int32),
-    'progress': np.float32(0),
-  }
+  return batch_lib.Batch(
+    video=rng.integers(0, 255, (size, *VIDEO), dtype=np.uint8),
+    index=np.arange(size, dtype=np.int32),
+    progress=np.float32(0),
+  )
 
 
 def _rng(step=0):
   return rngs.Rng(jax.random.key(7), jnp.int32(step))
 
 
-def _init(method, phase):
-  init = jax.jit(lambda video: method.init(jax.random.key(1), video, phase))
-  return init(_batch()['video'])
+def _init(phase):
+  init = jax.jit(lambda video: phase.init(jax.random.key(1), video))
+  return init(_batch().video)
 
 
-def _loss(method, phase):
+def _with_targets(phase, teachers, batch):
+  """Returns the batch with the outputs of the teachers, as in a train step."""
+  targets = phase.targets(teachers, batch.video)
+  return dataclasses.replace(batch, targets=targets)
+
+
+def _loss(phase):
   """(params, teachers, batch, step) -> loss and aux, compiled as a whole."""
-  return jax.jit(
-    lambda params, teachers, batch, step=0: method.loss(
-      params, teachers, batch, _rng(step), phase
-    )
-  )
+
+  @jax.jit
+  def loss(params, teachers, batch, step=0):
+    batch = _with_targets(phase, teachers, batch)
+    return phase.loss(params, teachers, batch, _rng(step))
+
+  return loss
 
 
-def _run(method, phase, teachers=None, params=None):
-  params = _init(method, phase) if params is None else params
-  return _loss(method, phase)(params, teachers or {}, _batch())
+def _run(phase, teachers=None, params=None):
+  params = _init(phase) if params is None else params
+  return _loss(phase)(params, teachers or {}, _batch())
 
 
 def test_pixel_loss_is_the_mean_over_masks_of_the_mean_squared_error():
-  method = _build()
-  phase = method.phases()[0]
+  phase = _build()[0]
   batch = _batch()
-  params = _init(method, phase)
-  loss, aux = _run(method, phase, params=params)
+  params = _init(phase)
+  loss, aux = _run(phase, params=params)
   terms = []
-  pixels = batch['video'].astype(np.float64) / 255
+  pixels = batch.video.astype(np.float64) / 255
   patches = pixels.reshape(3, 2, 2, 4, 8, 4, 8, 3)
   patches = patches.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(3, 32, 128, 3)
   patches = (patches - patches.mean(2, keepdims=True)) / (
@@ -92,7 +100,7 @@ def test_pixel_loss_is_the_mean_over_masks_of_the_mean_squared_error():
   for token, spec in enumerate(SPECS):
     mask, _ = spec.draw(_rng(), batch, GRID)
     z = jax.jit(phase.encoder.apply)(
-      {'params': params['encoder']}, batch['video'], mask.visible
+      {'params': params['encoder']}, batch.video, mask.visible
     )
     p = jax.jit(phase.decoder.apply, static_argnums=(3, 4))(
       {'params': params['decoder']}, z, mask, GRID, token
@@ -136,13 +144,12 @@ def _with_teacher(phase, module):
 
 def _latent(values, target, **kwargs):
   """The latent loss with fixed predictions and a fixed teacher."""
-  method = _build(latent_student=kwargs)
-  phase = _with_teacher(method.phases()[1], Fixed())
-  params = _init(method, phase)
+  phase = _with_teacher(_build(latent_student=kwargs)[1], Fixed())
+  params = _init(phase)
   params = dict(params, predictor={'values': jnp.asarray(values)})
   phase = dataclasses.replace(phase, predictor=Oracle())
   teachers = {'target': {'values': jnp.asarray(target)}}
-  return _loss(method, phase)(params, teachers, _batch())
+  return _loss(phase)(params, teachers, _batch())
 
 
 def test_latent_loss_in_numpy():
@@ -193,25 +200,23 @@ def test_the_teacher_runs_once_for_all_masks():
       calls.append(video.shape)
       return self.param('values', nn.initializers.ones, SHAPE)
 
-  method = _build()
-  phase = _with_teacher(method.phases()[1], Counted())
-  _run(method, phase, {'target': {'values': jnp.ones(SHAPE)}})
+  phase = _with_teacher(_build()[1], Counted())
+  _run(phase, {'target': {'values': jnp.ones(SHAPE)}})
   assert calls == [(3, *VIDEO)]  # once, and on the whole clip
 
 
 def _student(**kwargs):
-  method = _build(latent_student=kwargs)
-  phase = method.phases()[1]
-  video = _batch()['video']
+  phase = _build(latent_student=kwargs)[1]
+  video = _batch().video
   init = jax.jit(phase.teachers['target'].module.init)
   teacher = init(jax.random.key(9), video)
-  return method, phase, {'target': teacher['params']}
+  return phase, {'target': teacher['params']}
 
 
 def test_no_gradient_reaches_the_teacher():
-  method, phase, teachers = _student(teacher_dtype='float32')
-  params = _init(method, phase)
-  loss = _loss(method, phase)
+  phase, teachers = _student(teacher_dtype='float32')
+  params = _init(phase)
+  loss = _loss(phase)
   grads = jax.jit(jax.grad(lambda t: loss(params, t, _batch())[0]))(teachers)
   assert all(not np.any(g) for g in jax.tree.leaves(grads))
   # And the loss does depend on it.
@@ -222,20 +227,21 @@ def test_no_gradient_reaches_the_teacher():
 
 def test_masked_pixels_reach_the_loss_only_through_the_target():
   """With constant targets, hidden pixels have exactly no gradient."""
-  method, phase, _ = _student()
+  phase, _ = _student()
   spec = phase.masks[0]
   phase = dataclasses.replace(_with_teacher(phase, Fixed()), masks=(spec,))
   teachers = {'target': {'values': jnp.ones(SHAPE)}}
-  params = _init(method, phase)
+  params = _init(phase)
   # Nothing is learned from a predictor that starts at zero output.
   params = jax.tree.map(lambda x: x + 0.01, params)
 
   def loss(video):
-    batch = dict(_batch(), video=video)
-    return method.loss(params, teachers, batch, _rng(), phase)[0]
+    batch = dataclasses.replace(_batch(), video=video)
+    batch = _with_targets(phase, teachers, batch)
+    return phase.loss(params, teachers, batch, _rng())[0]
 
   grad = np.asarray(
-    jax.jit(jax.grad(loss))(_batch()['video'].astype(np.float32) / 255)
+    jax.jit(jax.grad(loss))(_batch().video.astype(np.float32) / 255)
   )
   patches = np.asarray(losses.patchify(jnp.asarray(grad), (2, 8, 8)))
   touched = np.abs(patches).sum((2, 3)) > 0
@@ -246,11 +252,11 @@ def test_masked_pixels_reach_the_loss_only_through_the_target():
 
 @pytest.mark.slow
 def test_every_parameter_gets_a_gradient():
-  method, phase, teachers = _student()
-  for phase in (method.phases()[0], phase):
-    params = _init(method, phase)
+  student, teachers = _student()
+  for phase in (_build()[0], student):
+    params = _init(phase)
     params = jax.tree.map(lambda x: x + 0.01, params)
-    loss = _loss(method, phase)
+    loss = _loss(phase)
     grads = jax.jit(
       jax.grad(lambda p, loss=loss: loss(p, teachers, _batch())[0])
     )(params)
@@ -260,81 +266,80 @@ def test_every_parameter_gets_a_gradient():
 
 @pytest.mark.slow
 def test_mask_tokens_are_shared_or_one_per_mask():
-  method, phase, teachers = _student()
   for count in (1, 2):
-    shared, shared_phase, _ = _student(mask_tokens=count)
-    params = _init(shared, shared_phase)
+    phase, teachers = _student(mask_tokens=count)
+    params = _init(phase)
     tokens = [n for n in params['predictor'] if n.startswith('mask_token')]
     assert len(tokens) == count
-    loss, _ = _loss(shared, shared_phase)(params, teachers, _batch())
+    loss, _ = _loss(phase)(params, teachers, _batch())
     assert np.isfinite(loss)
-  del method, phase
 
 
 @pytest.mark.slow
 def test_the_loss_depends_on_seed_step_and_clip_only():
-  method, phase, teachers = _student()
+  phase, teachers = _student()
   batch = _batch(4)
-  params = _init(method, phase)
+  params = _init(phase)
 
-  loss = _loss(method, phase)
+  loss = _loss(phase)
 
   def at(batch, step=0):
     return float(loss(params, teachers, batch, step)[0])
 
   order = np.array([2, 0, 3, 1])
-  shuffled = dict(
-    batch, video=batch['video'][order], index=batch['index'][order]
+  shuffled = dataclasses.replace(
+    batch, video=batch.video[order], index=batch.index[order]
   )
   np.testing.assert_allclose(at(shuffled), at(batch), rtol=1e-5)
   assert at(batch) == at(batch)
   assert abs(at(batch, 1) - at(batch)) > 1e-6
-  other = dict(batch, index=batch['index'] + 100)
+  other = dataclasses.replace(batch, index=batch.index + 100)
   assert abs(at(other) - at(batch)) > 1e-6
 
 
 @pytest.mark.slow
 def test_student_and_teacher_of_other_sizes():
-  method, phase, _ = _student(
+  phase, _ = _student(
     encoder=dict(size='Ti', width=48, depth=1, num_heads=3, mlp_width=48)
   )
-  video = _batch()['video']
+  video = _batch().video
   teacher = phase.teachers['target'].module
   assert (teacher.width, phase.encoder.width) == (24, 48)
   teachers = {'target': teacher.init(jax.random.key(0), video)['params']}
-  params = _init(method, phase)
+  params = _init(phase)
   assert params['predictor']['head']['kernel'].shape == (24, 24)
-  assert np.isfinite(_run(method, phase, teachers, params=params)[0])
+  assert np.isfinite(_run(phase, teachers, params=params)[0])
 
 
 def test_a_teacher_on_another_grid_is_an_error_with_both_grids():
-  method, phase, _ = _student()
+  phase, _ = _student()
   module = vit.make({**VIT, 'patch': (2, 16, 16)})
   phase = _with_teacher(phase, module)
-  video = _batch()['video']
+  video = _batch().video
   teachers = {'target': module.init(jax.random.key(0), video)['params']}
   with pytest.raises(ValueError, match=r'8 tokens .* grid of \(2, 4, 4\) = 32'):
-    _run(method, phase, teachers)
+    _run(phase, teachers)
 
 
 def test_chained_students_and_plans():
-  method = _build(
+  first, second, third = _build(
     top=dict(phases=('pixel_teacher', 'latent_student', 'latent_student_2'))
   )
-  first, second, third = method.phases()
-  assert second.teachers['target'].source == '@pixel_teacher'
-  assert third.teachers['target'].source == '@latent_student'
+  for phase, before in ((second, first), (third, second)):
+    source = phase_lib.FromPhase(before.name)
+    assert phase.teachers['target'].source == source
   assert third.teachers['target'].module == second.encoder
-  assert (second.init, second.opt) == ('fresh', 'fresh')
+  assert not second.carry
+  names = ['pixel_teacher', 'latent_student', 'latent_student_2']
+  assert [p.name for p in (first, second, third)] == names
   assert [p.steps for p in (first, second, third)] == [5, 5, 5]
 
 
 def test_vjepa_is_a_student_of_its_own_average():
-  method = _build(
+  (phase,) = _build(
     top=dict(phases=('latent_student',)),
     latent_student=dict(teacher='@ema/encoder', ema=(0.9, 1.0)),
   )
-  (phase,) = method.phases()
   assert phase.ema == {'encoder': phase_lib.Ema('encoder', (0.9, 1.0))}
   assert phase.teachers['target'].module.width == phase.encoder.width
 
@@ -342,7 +347,10 @@ def test_vjepa_is_a_student_of_its_own_average():
 @pytest.mark.parametrize(
   ('sections', 'message'),
   [
-    (dict(top=dict(phases=('pixel_techer',))), "found 'pixel_techer'"),
+    (
+      dict(top=dict(phases=('pixel_techer',))),
+      r"phases: found \('pixel_techer',\), wanted .* each one of \('pixel_tea",
+    ),
     (dict(top=dict(phases=())), 'method.phases is empty'),
     (
       dict(top=dict(phases=('latent_student',))),
@@ -364,11 +372,11 @@ def test_vjepa_is_a_student_of_its_own_average():
 )
 def test_bad_configs_are_refused_by_name(sections, message):
   with pytest.raises(ValueError, match=message):
-    _build(**sections).phases()
+    _build(**sections)
 
 
 def test_videomae_by_knobs():
-  method = _build(
+  (phase,) = _build(
     top=dict(phases=('pixel_teacher',)),
     pixel_teacher=dict(
       masks='tube:0.75',
@@ -377,19 +385,17 @@ def test_videomae_by_knobs():
     ),
     vit=dict(positions='sinusoid_1d', qkv_bias='qv', init='videomae'),
   )
-  (phase,) = method.phases()
   assert isinstance(phase.masks[0], specs.Tube)
-  loss, aux = _run(method, phase)
+  loss, aux = _run(phase)
   assert np.isfinite(loss)
   assert aux.metrics['mask/tube/visible_tokens'] == 8
 
 
 def test_encode_is_the_encoder_with_its_final_norm():
-  method = _build()
-  phase = method.phases()[1]
-  video = _batch()['video']
-  params = _init(method, phase)
-  tokens = method.encode(params, video)
+  phase = _build()[1]
+  video = _batch().video
+  params = _init(phase)
+  tokens = phase.encode(params, video)
   assert tokens.shape == (3, 32, 24)
   np.testing.assert_allclose(np.mean(tokens, -1), 0, atol=1e-5)
   assert isinstance(phase.predictor, predictor.Predictor)

@@ -11,6 +11,7 @@ import pytest
 import scipy.special
 
 from vssl_jax import methods, rngs
+from vssl_jax.data import batch as batch_lib
 from vssl_jax.methods import mixup, supervised_config
 from vssl_jax.models import classifier
 
@@ -53,7 +54,8 @@ KERNEL = (int(np.prod(VIDEO)), CLASSES)
 KEY = jax.random.key(2)
 
 
-def method(**knobs):
+def build(**knobs):
+  """Returns the phase."""
   c = supervised_config.default()
   c.update(dict(steps=4, classes=CLASSES, head_scale=1.0))
   c.update(dict(drop_path=0.0, dropout=0.0, mixup=0.0, cutmix=0.0))
@@ -61,23 +63,26 @@ def method(**knobs):
   small = dict(size='Ti', width=16, depth=2, num_heads=2, mlp_width=32)
   c.encoder.update(small)
   c.update(knobs)
-  return methods.build(c, VIDEO, {}.__getitem__)
+  (phase,) = methods.build(c, VIDEO, {}.__getitem__)
+  return phase
 
 
 def batch(label=LABEL, substituted=NONE):
   shape = (6, *VIDEO)
   video = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-  given = {'video': video, 'label': label, 'substituted': substituted}
+  given = batch_lib.Batch(
+    video=video, index=np.arange(6), label=label, substituted=substituted
+  )
   return jax.tree.map(jnp.asarray, given)
 
 
 def mixed(given, drawn, smoothing):
   """Returns clips as rows of pixels, and targets: in numpy."""
   share, fade, (top, left, bottom, right) = map(np.asarray, drawn)
-  video = np.asarray(given['video'], np.float64) / 255
+  video = np.asarray(given.video, np.float64) / 255
   cut = video.copy()
   cut[:, :, top:bottom, left:right] = video[::-1, :, top:bottom, left:right]
-  hot = np.eye(CLASSES)[np.maximum(given['label'], 0)]
+  hot = np.eye(CLASSES)[np.maximum(given.label, 0)]
   hot = (1 - smoothing) * hot + smoothing / CLASSES
   pixels = fade * cut + (1 - fade) * video[::-1]
   return pixels.reshape(6, -1), share * hot + (1 - share) * hot[::-1]
@@ -96,7 +101,7 @@ def cross_entropy(logits, target, kept):
 def test_loss_and_gradient_in_numpy(mix):
   """A clip without a label, or of another video, is out, with its partner."""
   phase = dataclasses.replace(
-    method().phase, encoder=Pixels(), head=Linear(CLASSES), mix=MIXES[mix]
+    build(), encoder=Pixels(), head=Linear(CLASSES), mix=MIXES[mix]
   )
   rng = rngs.Rng(KEY, jnp.int32(6))
   drawn = mixup.draw(phase.mix, rng.stream('mix'), *VIDEO[1:3])
@@ -107,7 +112,7 @@ def test_loss_and_gradient_in_numpy(mix):
   def run(kernel, given):
     def loss(kernel):
       params = {'encoder': {}, 'head': {'kernel': kernel}}
-      return method().loss(params, {}, given, rng, phase)
+      return phase.loss(params, {}, given, rng)
 
     return jax.value_and_grad(loss, has_aux=True)(kernel)
 
@@ -127,8 +132,7 @@ def test_loss_and_gradient_in_numpy(mix):
 
 @functools.cache
 def _start():
-  ours = method()
-  return jax.jit(lambda: ours.init(KEY, batch()['video'], ours.phase))()
+  return jax.jit(lambda: build().init(KEY, batch().video))()
 
 
 @pytest.mark.parametrize(
@@ -137,11 +141,11 @@ def _start():
 )
 def test_dropout_is_on_in_training(knobs, differs):
   """Drop path of the encoder, dropout of the head: drawn anew every step."""
-  ours, params = method(**knobs), _start()
+  phase, params = build(**knobs), _start()
 
   @jax.jit
   def loss(step):
-    return ours.loss(params, {}, batch(), rngs.Rng(KEY, step), ours.phase)[0]
+    return phase.loss(params, {}, batch(), rngs.Rng(KEY, step))[0]
 
   first, again, other = (loss(jnp.int32(i)) for i in (1, 1, 2))
   assert first == again

@@ -35,7 +35,7 @@ def test_a_float32_teacher_computes_in_float32(module):
   params = jax.jit(exact.init)(jax.random.key(0), video)['params']
 
   def error(dtype):
-    teacher = phase.Teacher(module, '@before', '', dtype)
+    teacher = phase.Teacher(module, phase.FromPhase('before'), '', dtype)
     out = jax.jit(lambda params: teacher(params, video))(params)
     wanted = jax.jit(lambda params: exact.apply({'params': params}, video))(
       params

@@ -8,6 +8,7 @@ import pytest
 
 from tests.train import small_runs
 from vssl_jax import encoder, methods
+from vssl_jax.data import batch as batch_lib
 from vssl_jax.planning import bench, timing
 from vssl_jax.train import train_step
 
@@ -57,8 +58,8 @@ def _rows(results):
 def test_figures_agree_with_each_other(found, tmp_path):
   results, _ = found
   config = _config(tmp_path)
-  method = methods.build(config.method, VIDEO, encoder.module_of)
-  costs = {p.name: method.cost(p, VIDEO) for p in method.phases()}
+  phases = methods.build(config.method, VIDEO, encoder.module_of)
+  costs = {p.name: p.cost(VIDEO) for p in phases}
   for result in results:
     limit = result['limit']
     assert limit['flops_per_s'] == limit['matrix_product'] > 0  # a CPU
@@ -101,7 +102,8 @@ def test_steps_are_timed_from_end_to_end(monkeypatch):
   def compiled(state, teachers, batch):
     return dataclasses.replace(state, step=state.step + 1), {}
 
-  prepared = timing.Prepared(compiled, first, {}, {}, 0.0)
+  batch = batch_lib.Batch(video=None, index=None)
+  prepared = timing.Prepared(compiled, first, {}, batch, 0.0)
   seconds, state = timing.step_seconds(prepared, 4)
   assert seconds == [4.0, 8.0, 16.0, 32.0]
   assert state.step == timing.WARM_UP + 4 + 1
@@ -135,13 +137,13 @@ def test_the_named_peak_is_the_limit_where_there_is_one(tmp_path):
 def test_a_sweep_ends_where_memory_does(tmp_path, monkeypatch):
   prepare, tried = timing.prepare, []
 
-  def allocate(config, method, span, size, video, mesh):
+  def allocate(config, span, size, video, mesh):
     tried.append((span.phase.name, size))
     if size > 8:
       raise jax.errors.JaxRuntimeError(
         f'RESOURCE_EXHAUSTED: Out of memory allocating {size} GiB\nand more'
       )
-    return prepare(config, method, span, size, video, mesh)
+    return prepare(config, span, size, video, mesh)
 
   monkeypatch.setattr(timing, 'prepare', allocate)
   result = bench.bench(

@@ -30,10 +30,9 @@ def _config(tmp_path, **encoder):
 
 
 def _outlines(config):
-  method = methods.build(config.method, VIDEO, encoder_lib.module_of)
-  return method, [
-    phase_setup.build(config, method, span, VIDEO)
-    for span in run_lib.spans(method)
+  phases = methods.build(config.method, VIDEO, encoder_lib.module_of)
+  return [
+    phase_setup.build(config, span, VIDEO) for span in run_lib.spans(phases)
   ]
 
 
@@ -51,7 +50,7 @@ def _by_rule(text):
 def test_the_papers_rule_stands_beside_the_true_count(tmp_path):
   """Of each phase's step and of the run: parameters times tokens."""
   config = _config(tmp_path)
-  _, setups = _outlines(config)
+  setups = _outlines(config)
   pixel, latent = (
     {role: trees.count(x) for role, x in o.state.params.items()} for o in setups
   )
@@ -75,7 +74,7 @@ def test_the_papers_rule_gives_its_figure_for_salt():
 
 def test_exact_bytes_are_those_of_real_arrays(tmp_path):
   config = _wide(tmp_path)
-  method, setups = _outlines(config)
+  setups = _outlines(config)
   mesh = sharding.make_mesh()
   at = sharding.shardings(setups[1].state, mesh)
   state = jax.tree.map(
@@ -89,7 +88,7 @@ def test_exact_bytes_are_those_of_real_arrays(tmp_path):
       x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree)
     )
 
-  found = memory.per_device(config, method, setups[1], VIDEO, 1, mesh.size)
+  found = memory.per_device(config, setups[1], VIDEO, 1, mesh.size)
   assert found['parameters'] == held(state['params'])
   assert found['optimizer'] == held(state['opt'])
   # One batch is worked on while the next one arrives.
@@ -112,7 +111,7 @@ def test_rows_are_counted_to_the_byte(tmp_path, monkeypatch):
     toy.phase(name=name, memory_specs=specs)
     for name, specs in (('a', SPECS), ('b', half), ('c', one), ('d', {}))
   ]
-  monkeypatch.setattr(methods, 'build', lambda *_: toy.Toy(tuple(phases)))
+  monkeypatch.setattr(methods, 'build', lambda *_: tuple(phases))
   config = _config(tmp_path)
   config.optim.warmup, config.data.examples = 1, 240_000
   text = report.describe(config)
@@ -143,11 +142,10 @@ def test_rows_are_counted_to_the_byte(tmp_path, monkeypatch):
 def test_a_device_holds_its_share_of_the_rows(tmp_path, data, fsdp):
   config = _config(tmp_path)
   specs = {'image': phase_lib.MemorySpec((6,), 'float16', window=2)}
-  method = toy.Toy((toy.phase(memory_specs=specs),))
-  (span,) = run_lib.spans(method)
+  (span,) = run_lib.spans([toy.phase(memory_specs=specs)])
   config.optim.warmup = 1
-  shapes = phase_setup.build(config, method, span, VIDEO, 1500)
-  needs = memory.per_device(config, method, shapes, VIDEO, data, fsdp)
+  shapes = phase_setup.build(config, span, VIDEO, 1500)
+  needs = memory.per_device(config, shapes, VIDEO, data, fsdp)
   at = sharding.shardings(shapes.state, sharding.make_mesh(data, fsdp))
   state = jax.jit(shapes.fresh, out_shardings=at)()
   held = [x.addressable_shards[0].data for x in state.example_memory.values()]
@@ -160,15 +158,14 @@ def test_a_device_holds_its_share_of_the_rows(tmp_path, data, fsdp):
 
 def test_frozen_leaves_have_no_gradient_and_their_own_type(tmp_path):
   config = _config(tmp_path)
-  method, (shapes, _) = _outlines(config)
-  whole = memory.per_device(config, method, shapes, VIDEO, 1, 1)
+  shapes, _ = _outlines(config)
+  whole = memory.per_device(config, shapes, VIDEO, 1, 1)
   frozen = 'encoder/block_00'
   fields = dict(frozen=(frozen,), frozen_dtype='bfloat16')
-  span = run_lib.spans(method)[0]
-  phase = type(span.phase)(**vars(span.phase) | fields)
-  span = run_lib.Span(phase, span.start, span.end, span.total, span.covers)
-  shapes = phase_setup.build(config, method, span, VIDEO)
-  locked = memory.per_device(config, method, shapes, VIDEO, 1, 1)
+  phase = dataclasses.replace(shapes.span.phase, **fields)
+  span = dataclasses.replace(shapes.span, phase=phase)
+  shapes = phase_setup.build(config, span, VIDEO)
+  locked = memory.per_device(config, shapes, VIDEO, 1, 1)
   block = trees.subtree(shapes.state.params, frozen)
   scalars = trees.count(block)
   matrices = sum(x.size for x in jax.tree.leaves(block) if x.ndim > 1)
@@ -183,10 +180,10 @@ def test_frozen_leaves_have_no_gradient_and_their_own_type(tmp_path):
 
 def test_overrides_of_the_mesh_count(tmp_path):
   config = _wide(tmp_path)
-  method, (shapes, _) = _outlines(config)
-  before = memory.per_device(config, method, shapes, VIDEO, 1, 8)
+  shapes, _ = _outlines(config)
+  before = memory.per_device(config, shapes, VIDEO, 1, 8)
   config.mesh.overrides = (('params/.*', ()),)
-  after = memory.per_device(config, method, shapes, VIDEO, 1, 8)
+  after = memory.per_device(config, shapes, VIDEO, 1, 8)
   assert after['parameters'] == trees.nbytes(shapes.state.params)
   assert after['optimizer'] == before['optimizer']
 
@@ -194,14 +191,14 @@ def test_overrides_of_the_mesh_count(tmp_path):
 def test_a_device_fits_what_it_holds_and_no_more(tmp_path, monkeypatch):
   config = _config(tmp_path)
   config.batch_size = 512
-  method, setups = _outlines(config)
-  need = memory.per_device(config, method, setups[0], VIDEO, 1, 8)
+  setups = _outlines(config)
+  need = memory.per_device(config, setups[0], VIDEO, 1, 8)
   total = sum(need.values())
   half = total - need['activations'] / 2
   devices = {'just': total, 'less': total - 1, 'half': half, 'none': 1.0}
   monkeypatch.setattr(memory, 'DEVICES', devices)
   monkeypatch.setattr(memory, 'MESHES', (8, 1024))
-  row, advice, never = memory.fits(config, method, setups[:1], VIDEO)[3:]
+  row, advice, never = memory.fits(config, setups[:1], VIDEO)[3:]
   assert re.findall('yes|no', row) == ['yes', 'no', 'no', 'no']
   assert 'less with 2, half with 2, none with none' in advice
   assert never.startswith('1024: batch 512 does not divide')
@@ -210,8 +207,8 @@ def test_a_device_fits_what_it_holds_and_no_more(tmp_path, monkeypatch):
 def test_the_mesh_is_chosen_that_splits_the_widths(tmp_path):
   config = _config(tmp_path, width=384, num_heads=2, mlp_width=1408)
   config.batch_size = 1024
-  method, setups = _outlines(config)
-  table = memory.fits(config, method, setups, VIDEO)
+  setups = _outlines(config)
+  table = memory.fits(config, setups, VIDEO)
   # 384 = 3 x 128 and 1408 = 11 x 128.
   found = [line.split()[2] for line in table[3:]]
   assert found == [n for n in ('1', '8', '64', '128') for _ in setups]
@@ -219,7 +216,7 @@ def test_the_mesh_is_chosen_that_splits_the_widths(tmp_path):
 
 def test_a_long_run_is_told_by_its_ends(tmp_path, monkeypatch):
   phases = [toy.phase(name=f'lock_{i}', steps=10 + i // 4) for i in range(6)]
-  monkeypatch.setattr(methods, 'build', lambda *_: toy.Toy(tuple(phases)))
+  monkeypatch.setattr(methods, 'build', lambda *_: tuple(phases))
   config = _config(tmp_path)
   config.optim.warmup = 1
   short = report.describe(config)

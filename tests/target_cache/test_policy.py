@@ -21,26 +21,31 @@ from vssl_jax.train import run as run_lib
 VIDEO = (4, 16, 16, 3)
 
 
-@dataclasses.dataclass(frozen=True)
-class Says(toy.Toy):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Says(toy.ToyPhase):
   """Targets are what `how` makes of the teachers' parameters and a clip."""
 
   how: Callable[..., Any] = None
 
-  def targets(self, teachers, video, phase):
-    return self.how(phase, teachers, video)
+  def targets(self, teachers, video):
+    return self.how(self, teachers, video)
+
+
+def _teacher(path):
+  source = phase_lib.FromWeights(path)
+  return phase_lib.Teacher(toy.Mean(), source, dtype='float32')
 
 
 def _phase(**fields):
-  wise = phase_lib.Teacher(toy.Mean(), 'somewhere', dtype='float32')
-  deaf = phase_lib.Teacher(toy.Mean(), 'elsewhere', dtype='float32')
-  return toy.phase(teachers={'wise': wise, 'deaf': deaf}, **fields)
+  wise = _teacher('somewhere')
+  deaf = _teacher('elsewhere')
+  return toy.phase(Says, teachers={'wise': wise, 'deaf': deaf}, **fields)
 
 
 def _outline(config, how, phase=None):
-  method = Says((phase or _phase(),), how=how)
-  (span,) = run_lib.spans(method)
-  return phase_setup.build(config, method, span, VIDEO, 40)
+  phase = dataclasses.replace(phase or _phase(), how=how)
+  (span,) = run_lib.spans((phase,))
+  return phase_setup.build(config, span, VIDEO, 40)
 
 
 @pytest.fixture
@@ -129,7 +134,7 @@ def test_only_phases_with_the_same_targets_share_a_folder(config):
 def test_what_is_kept_travels_in_the_batch(config, kept):
   config.cache_targets = config.cache_targets if kept else ''
   shapes = _outline(config, _ask)
-  found = memory.per_device(config, Says(()), shapes, VIDEO, 1, 2)
+  found = memory.per_device(config, shapes, VIDEO, 1, 2)
   clip = np.zeros(VIDEO, np.uint8).nbytes
   row = np.zeros((1, 4), np.float32).nbytes if kept else 0
   assert found['batch'] == 2 * config.batch_size / 2 * (clip + row)

@@ -10,6 +10,7 @@ import pytest
 
 from tests.train import test_train_step, toy
 from vssl_jax import methods, rngs
+from vssl_jax.data.batch import Batch
 from vssl_jax.methods import phase as phase_lib
 from vssl_jax.train import freezing, optimizer, train_step
 
@@ -31,47 +32,45 @@ class Linear(nn.Module):
     return nn.Dense(self.width)(video.reshape(len(video), 16, -1))
 
 
-def _method(encoder, **options):
+def _phase(encoder, **options):
   c = methods.default('supervised')
   c.vit.update(dict(patch=(2, 8, 8), dtype='float32'))
   small = dict(size='Ti', width=8, depth=2, num_heads=2, mlp_width=8)
   c.encoder.update(small)
   c.update(dict(classes=CLASSES, steps=4, head_scale=1.0) | options)
-  method = methods.build(c, VIDEO, lambda _: None)
+  (phase,) = methods.build(c, VIDEO, lambda _: None)
   if encoder == 'vit':
-    return method
-  phase = dataclasses.replace(method.phase, encoder=Linear())
-  return dataclasses.replace(method, phase=phase)
+    return phase
+  return dataclasses.replace(phase, encoder=Linear())
 
 
 def _batch(same=False):
   rng = np.random.default_rng(0)
   video = rng.integers(0, 256, (CLIPS, *VIDEO), dtype=np.uint8)
-  return {
-    'video': video[:1].repeat(CLIPS, 0) if same else video,
-    'label': np.arange(CLIPS, dtype=np.int32) % CLASSES * (not same),
-    'substituted': np.zeros(CLIPS, bool),
-    'index': np.arange(CLIPS, dtype=np.int32),
-    'progress': np.float32(0),
-  }
+  return Batch(
+    video=video[:1].repeat(CLIPS, 0) if same else video,
+    label=np.arange(CLIPS, dtype=np.int32) % CLASSES * (not same),
+    substituted=np.zeros(CLIPS, bool),
+    index=np.arange(CLIPS, dtype=np.int32),
+    progress=np.float32(0),
+  )
 
 
-def _params(method):
+def _params(phase):
   clip = np.zeros((1, *VIDEO), np.uint8)
-  return jax.jit(lambda: method.init(KEY, clip, method.phase))()
+  return jax.jit(lambda: phase.init(KEY, clip))()
 
 
-def _step(method, micro, batch, number):
+def _step(phase, micro, batch, number):
   """Returns the gradient of a train step: what SGD of rate 1 subtracts."""
   optim = optimizer.default()
   optim.update(dict(rule='sgd', b1=0.0, clip=0.0))
-  params, phase = _params(method), method.phase
+  params = _params(phase)
   labels = freezing.labels(params, ())
   tx = optimizer.make(
     optim, labels, lambda _: jnp.float32(1), lambda _: jnp.float32(0)
   )
   update = train_step.make_update(
-    method,
     phase,
     tx,
     labels,
@@ -91,13 +90,13 @@ def _step(method, micro, batch, number):
 
 def _part(batch, m, micro):
   """The clips of micro-batch `m`: every `micro`-th one."""
-  return {k: x[m::micro] if np.ndim(x) else x for k, x in batch.items()}
+  return jax.tree.map(lambda x: x[m::micro] if np.ndim(x) else x, batch)
 
 
-def _gradient(method):
+def _gradient(phase):
   def loss(params, batch, number, micro_batch):
     rng = rngs.Rng(KEY, number, micro_batch)
-    value, aux = method.loss(params, {}, batch, rng, method.phase)
+    value, aux = phase.loss(params, {}, batch, rng)
     assert isinstance(aux, phase_lib.Aux)
     return value
 
@@ -114,26 +113,24 @@ def _close(found, wanted):
 
 @pytest.mark.parametrize('encoder', ENCODERS)
 def test_without_noise_the_gradient_is_that_of_the_whole_batch(encoder):
-  method, batch = _method(encoder, **QUIET), _batch()
-  whole, parts = (_step(method, micro, batch, 5) for micro in (1, 4))
+  phase, batch = _phase(encoder, **QUIET), _batch()
+  whole, parts = (_step(phase, micro, batch, 5) for micro in (1, 4))
   _close(parts, whole)
 
 
-@dataclasses.dataclass(frozen=True)
-class Noise(toy.Toy):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Noise(toy.ToyPhase):
   """A loss whose slope is a number that is drawn for the batch."""
 
-  def loss(self, params, teachers, batch, rng, phase):
+  def loss(self, params, teachers, batch, rng):
     slope = jax.random.uniform(rng.per_batch('noise'))
     return slope * jnp.sum(params['head']['bias']), phase_lib.Aux({})
 
 
 @pytest.mark.parametrize('micro', [1, 2, 4])
 def test_each_micro_batch_has_a_key_of_its_own(micro):
-  phase, number = toy.phase(), 5
-  state, update = test_train_step._make_for(
-    Noise((phase,)), phase, micro, lr=1.0
-  )
+  phase, number = toy.phase(Noise), 5
+  state, update = test_train_step._make_for(phase, micro, lr=1.0)
   state = dataclasses.replace(state, step=jnp.int32(number))
   after, _ = jax.jit(update)(state, {}, test_train_step._batch())
   key = rngs.Rng(jax.random.key(0), jnp.int32(number)).stream('noise')
@@ -151,11 +148,11 @@ def test_noise_is_drawn_anew_for_each_micro_batch(encoder):
 
   Clips are alike, so that the parts differ in what was drawn for them alone.
   """
-  method, batch, number = _method(encoder, **NOISY), _batch(same=True), 5
-  gradient, params = _gradient(method), _params(method)
+  phase, batch, number = _phase(encoder, **NOISY), _batch(same=True), 5
+  gradient, params = _gradient(phase), _params(phase)
   apart = [gradient(params, _part(batch, m, 2), number, m) for m in range(2)]
   mean = jax.tree.map(lambda a, b: (a + b) / 2, *apart)
-  _close(_step(method, 2, batch, number), mean)
+  _close(_step(phase, 2, batch, number), mean)
   (first, _), (second, _) = apart
   assert abs(first - second) > 1e-3
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from tests.train import locks, small_runs, toy
-from vssl_jax import encoder, methods, weights
+from vssl_jax import encoder, methods, trees, weights
 from vssl_jax.checkpoint import integrity
 from vssl_jax.data import options
+from vssl_jax.methods import phase as phase_lib
 from vssl_jax.planning import report
 from vssl_jax.target_cache import policy
 from vssl_jax.target_cache import store as store_lib
@@ -25,23 +26,23 @@ from vssl_jax.train.run import TrainingError
 ASKED = []
 
 
-@dataclasses.dataclass(frozen=True)
-class Listens(toy.Toy):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Listens(toy.ToyPhase):
   """Pulls the head to what a frozen teacher says; counts how often it does."""
 
-  def targets(self, teachers, video, phase):
-    if not phase.teachers:
+  def targets(self, teachers, video):
+    if not self.teachers:
       return {}
     jax.debug.callback(ASKED.append, video[:, 0, 0, 0, 0])
-    said = phase.teachers['wise'](teachers['wise'], video)
+    said = self.teachers['wise'](teachers['wise'], video)
     return {'wise': said, 'wise/first': said[:, 0, 0]}
 
-  def loss(self, params, teachers, batch, rng, phase):
-    bare = dataclasses.replace(phase, teachers={})
-    value, aux = super().loss(params, {}, batch, rng, bare)
-    found = self.targets_of(teachers, batch, phase)
+  def loss(self, params, teachers, batch, rng):
+    bare = toy.phase(encoder=self.encoder)
+    value, aux = bare.loss(params, {}, batch, rng)
+    found = batch.targets
     if found:
-      x = phase.encoder.apply({'params': params['encoder']}, batch['video'])
+      x = self.encoder.apply({'params': params['encoder']}, batch.video)
       per_clip = jnp.square(x - 3 * found['wise']).mean(axis=(1, 2))
       value += jnp.mean(per_clip * (2 + found['wise/first']))
     return value, aux
@@ -50,14 +51,15 @@ class Listens(toy.Toy):
 def _plan(steps=7, source='@first'):
   wise = base_teacher(source)
   return (
-    toy.phase(name='first', steps=5),
-    toy.phase(name='second', steps=steps, teachers={'wise': wise}),
-    toy.phase(name='third', steps=2, teachers={'wise': wise}),
+    toy.phase(Listens, name='first', steps=5),
+    toy.phase(Listens, name='second', steps=steps, teachers={'wise': wise}),
+    toy.phase(Listens, name='third', steps=2, teachers={'wise': wise}),
   )
 
 
 def base_teacher(source):
-  return toy.phase_lib.Teacher(toy.Mean(), source, dtype='float32')
+  source = phase_lib.parse_source(source)
+  return phase_lib.Teacher(toy.Mean(), source, dtype='float32')
 
 
 @pytest.fixture
@@ -78,9 +80,7 @@ def _config(clips, workdir, kept):
 def _train(config, phases=None):
   ASKED.clear()
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(
-      run_lib.methods, 'build', lambda *_: Listens(phases or _plan())
-    )
+    patch.setattr(run_lib.methods, 'build', lambda *_: phases or _plan())
     assert loop.train(config) == 0
   jax.effects_barrier()
   return locks.logged(config.workdir, 'loss')
@@ -156,7 +156,7 @@ def test_rows_are_what_the_teacher_says_of_that_clip(told):
   config = told[0]
   run = run_lib.open_run(config, read_only=True)
   saved = run.checkpoints.params_of('first')
-  params = toy.phase_lib.trees.nest(locks.read(saved, 'params/encoder'))
+  params = trees.nest(locks.read(saved, 'params/encoder'))
   batch = next(run.clips.iterator(1))
   run.clips.close()
   want = toy.Mean().apply(
@@ -240,7 +240,7 @@ def test_no_row_is_read_that_is_not_there(told, tmp_path, monkeypatch):
   """Of a batch half of which is there, that half; of a new one, none."""
   config = _again(told, tmp_path)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(run_lib.methods, 'build', lambda *_: Listens(_plan()))
+    patch.setattr(run_lib.methods, 'build', lambda *_: _plan())
     run = run_lib.open_run(config, read_only=True)
   run.clips.close()
   batch = {
@@ -259,11 +259,11 @@ def test_no_row_is_read_that_is_not_there(told, tmp_path, monkeypatch):
     there = np.fromfile(filled, np.uint8)
     there[list(gone)] = 0
     there.tofile(filled)
-    span = run_lib.spans(run.method)[1]
-    shapes = phase_setup.build(config, run.method, span, run.video, 40)
+    span = run_lib.spans(run.phases)[1]
+    shapes = phase_setup.build(config, span, run.video, 40)
     with jax.set_mesh(run.mesh):
       source = batches_lib.Source(run, shapes, read_only=True)
-      got = np.asarray(source.batch(batch, 5)['targets/wise'])
+      got = np.asarray(source.batch(batch, 5).targets['wise'])
     # Black clips are asked about, and those that are there are read.
     new = np.isin(batch['index'], [40, *gone])
     assert (got[new] == got[1]).all()
@@ -422,8 +422,9 @@ def test_several_processes_and_teachers_that_move_are_refused(config):
   with pytest.raises(ValueError, match='found 2 processes, wanted one'):
     policy.check(config, [], 2)
   moving = toy.phase(
+    Listens,
     teachers={'wise': base_teacher('@ema/mean')},
-    ema={'mean': toy.phase_lib.Ema('encoder', (0.9, 1.0))},
+    ema={'mean': phase_lib.Ema('encoder', (0.9, 1.0))},
   )
   with pytest.raises(ValueError, match=r'no phase .* \(an average moves\)'):
     _train(config, (moving,))
@@ -431,7 +432,7 @@ def test_several_processes_and_teachers_that_move_are_refused(config):
 
 def test_the_plan_says_how_large_and_how_full(told, monkeypatch):
   config = told[0].copy_and_resolve_references()
-  monkeypatch.setattr(methods, 'build', lambda *_: Listens(_plan()))
+  monkeypatch.setattr(methods, 'build', lambda *_: _plan())
   (line,) = [x for x in report.describe(config).splitlines() if 'wise' in x
              and x.startswith('targets')]  # fmt: skip
   assert 'of wise on disk: 0.0 GiB' in line
@@ -447,7 +448,7 @@ def test_a_recorded_step_is_taken_again_with_what_is_kept(
   shutil.rmtree(config.workdir)
   config.checkpoint.record_every = 4
   _train(config)
-  monkeypatch.setattr(methods, 'build', lambda *_: Listens(_plan()))
+  monkeypatch.setattr(methods, 'build', lambda *_: _plan())
   assert replay.replay(config) == 0
   assert 'equal' in capsys.readouterr().out
   # What was kept is gone: the teachers are asked, and nothing is kept anew.

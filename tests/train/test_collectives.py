@@ -38,15 +38,13 @@ def _twin(layout='loops', target='latent'):
   return c
 
 
-def _collectives(config, phase):
+def _collectives(config, number):
   """Returns {kind: Counter of arrays by their sides} and the parameters."""
   video = options.spec(config.data.to_dict()).shape
-  method = methods.build(config.method, video, encoder.module_of)
+  phases = methods.build(config.method, video, encoder.module_of)
   mesh = sharding.make_mesh()
-  shapes = phase_setup.build(
-    config, method, run_lib.spans(method)[phase], video
-  )
-  lowered = phase_setup.lower(config, method, shapes, video, mesh)
+  shapes = phase_setup.build(config, run_lib.spans(phases)[number], video)
+  lowered = phase_setup.lower(config, shapes, video, mesh)
   found = collections.defaultdict(collections.Counter)
   for line in lowered.compile().as_text().splitlines():
     match = re.search(rf'= (.*?) ({KINDS})(?:-start)?\(', line)

@@ -18,17 +18,19 @@ from vssl_jax.train import compile_ahead, loop
 from vssl_jax.train import run as run_lib
 
 
-@dataclasses.dataclass(frozen=True)
-class Unfit(toy.Toy):
-  """One of its phases cannot be traced; notes which thread tried."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unfit(toy.ToyPhase):
+  """It cannot be traced; notes which thread tried."""
 
   threads: list = dataclasses.field(default_factory=list)
 
-  def loss(self, params, teachers, batch, rng, phase):
-    if phase.name == 'unfit':
-      self.threads.append(threading.current_thread().name)
-      raise TypeError('no such loss')
-    return super().loss(params, teachers, batch, rng, phase)
+  def loss(self, params, teachers, batch, rng):
+    self.threads.append(threading.current_thread().name)
+    raise TypeError('no such loss')
+
+
+def _teacher(source):
+  return phase_lib.Teacher(toy.Mean(), source)
 
 
 def _plan():
@@ -41,22 +43,21 @@ def _plan():
       steps=2,
       frozen=('encoder/layer_0',),
       ema=average,
-      teachers={'mean': phase_lib.Teacher(toy.Mean(), '@ema/mean')},
+      teachers={'mean': _teacher(phase_lib.FromEma('mean'))},
     ),
     toy.phase(
       name='three',
       steps=2,
-      init='fresh',
-      opt='fresh',
-      teachers={'one': phase_lib.Teacher(toy.Mean(), '@one')},
+      carry=('example_memory',),
+      teachers={'one': _teacher(phase_lib.FromPhase('one'))},
     ),
   )
 
 
 @pytest.fixture
 def run(tiny, tmp_path, monkeypatch):
-  def run(method, name='run', **config):
-    monkeypatch.setattr(run_lib.methods, 'build', lambda *_: method)
+  def run(phases, name='run', **config):
+    monkeypatch.setattr(run_lib.methods, 'build', lambda *_: phases)
     tiny.workdir = str(tmp_path / name)
     tiny.optim.warmup = 0
     tiny.update(config)
@@ -72,12 +73,12 @@ def run(tiny, tmp_path, monkeypatch):
 def test_the_bits_are_the_same_and_the_switch_is_told(run, tmp_path, capsys):
   specs = {'seen': phase_lib.MemorySpec(())}
   plan = [dataclasses.replace(phase, memory_specs=specs) for phase in _plan()]
-  method = toy.Toy(tuple(plan))
-  ahead = run(method, 'ahead')
+  phases = phase_lib.check(tuple(plan))
+  ahead = run(phases, 'ahead')
   said = capsys.readouterr().out
   assert said.count('of which the switch waited') == 2
   assert 'failed' not in said
-  assert run(method, 'plain', compile_ahead=False) == ahead
+  assert run(phases, 'plain', compile_ahead=False) == ahead
   assert 'compiled ahead' not in capsys.readouterr().out
   assert not compile_ahead.busy()
   # Only the first phase's step is compiled while the run waits.
@@ -89,11 +90,10 @@ def test_the_bits_are_the_same_and_the_switch_is_told(run, tmp_path, capsys):
 
 def test_what_fails_ahead_fails_at_the_switch(run, tiny, capsys):
   """With the same error, and the phase before is whole."""
-  plan = (toy.phase(name='one', steps=3), toy.phase(name='unfit', steps=2))
-  method = Unfit(plan)
+  unfit = toy.phase(Unfit, name='unfit', steps=2)
   with pytest.raises(TypeError, match='no such loss'):
-    run(method)
-  assert method.threads == [compile_ahead.NAME, 'MainThread']
+    run((toy.phase(name='one', steps=3), unfit))
+  assert unfit.threads == [compile_ahead.NAME, 'MainThread']
   said = capsys.readouterr().out
   assert 'phase unfit: compiling ahead failed (TypeError: no such loss)' in said
   whole = integrity.listing(tiny.workdir)

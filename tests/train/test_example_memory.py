@@ -50,8 +50,7 @@ def _add(specs):
     index = batch['index']
     got = example_memory.gather(specs, memory, index, EXAMPLES)
     new = {
-      k: got[f'example_memory/{k}']
-      + batch['add'].reshape(-1, *(1 for _ in s.shape))
+      k: got[k] + batch['add'].reshape(-1, *(1 for _ in s.shape))
       for k, s in specs.items()
     }
     return example_memory.scatter(specs, memory, index, new, EXAMPLES), got
@@ -108,10 +107,10 @@ def test_rows_are_a_table_of_examples(shape, dtype):
       index = batch['index']
       for name in specs:
         want = table.read(name, index, table.kept)
-        np.testing.assert_array_equal(got[f'example_memory/{name}'], want)
-        assert got[f'example_memory/{name}'].dtype == jnp.float32
+        np.testing.assert_array_equal(got[name], want)
+        assert got[name].dtype == jnp.float32
       want = table.read('cells', index, table.window)
-      np.testing.assert_array_equal(got['example_memory/cells@window'], want)
+      np.testing.assert_array_equal(got['cells@window'], want)
       table.add(batch)
       memory = example_memory.end_windows(specs, memory, done)
       if done % 2 == 0:
@@ -144,18 +143,18 @@ def test_room_is_made_for_whole_thousands_on_any_mesh():
   assert at['example_memory']['one'].spec == jax.P(('data', 'fsdp'))
 
 
-@dataclasses.dataclass(frozen=True)
-class Remembers(toy.Toy):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Remembers(toy.ToyPhase):
   """Clips count by what was remembered of them at the last window end."""
 
-  def loss(self, params, teachers, batch, rng, phase):
-    value, aux = super().loss(params, teachers, batch, rng, phase)
-    x = phase.encoder.apply({'params': params['encoder']}, batch['video'])
+  def loss(self, params, teachers, batch, rng):
+    value, aux = super().loss(params, teachers, batch, rng)
+    x = self.encoder.apply({'params': params['encoder']}, batch.video)
     per_clip = jnp.mean(jnp.square(x), axis=(1, 2))
     weight = 1 + 0.1 * jnp.mean(
-      batch['example_memory/cells@window'], axis=(1, 2)
+      batch.example_memory['cells@window'], axis=(1, 2)
     )
-    new = batch['example_memory/cells'] + per_clip[:, None, None]
+    new = batch.example_memory['cells'] + per_clip[:, None, None]
     return value + jnp.mean(weight * per_clip), aux._replace(
       memory=aux.memory | {'cells': jax.lax.stop_gradient(new)}
     )
@@ -166,20 +165,22 @@ def _phase(name='one', steps=4, window=3, **kwargs):
     'cells': phase_lib.MemorySpec((2, 3), window=window),
     'seen': phase_lib.MemorySpec((), 'float16', window=1),
   }
-  return toy.phase(name=name, steps=steps, memory_specs=specs, **kwargs)
+  return toy.phase(
+    Remembers, name=name, steps=steps, memory_specs=specs, **kwargs
+  )
 
 
 PLAN = (
   _phase(),
-  _phase('two', 3, 2, example_memory='carry'),
-  _phase('three', 2, 2, example_memory='fresh'),
+  _phase('two', 3, 2, carry=('params', 'opt', 'example_memory')),
+  _phase('three', 2, 2, carry=('params', 'opt')),
 )
 
 
 def _train(config, *phases):
   """Returns {step: state} of a run; every state is kept."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(run_lib.methods, 'build', lambda *_: Remembers(phases))
+    patch.setattr(run_lib.methods, 'build', lambda *_: phases)
     assert loop.train(config) == 0
   return locks.states(config.workdir)
 
@@ -207,10 +208,9 @@ def whole(clips, tmp_path_factory):
 def test_a_step_touches_the_rows_of_its_batch_only(config, shape):
   """What the compiler made of it: no device sends or rewrites a table."""
   config.batch_size, mesh = BATCH, _mesh(shape)
-  method = Remembers((_phase(),))
-  span = run_lib.spans(method)[0]
-  shapes = phase_setup.build(config, method, span, VIDEO, EXAMPLES)
-  program = phase_setup.lower(config, method, shapes, VIDEO, mesh).compile(
+  (span,) = run_lib.spans((_phase(),))
+  shapes = phase_setup.build(config, span, VIDEO, EXAMPLES)
+  program = phase_setup.lower(config, shapes, VIDEO, mesh).compile(
     {'xla_cpu_use_fusion_emitters': True}  # else a scatter is a loop
   )
   text = program.as_text()
@@ -355,7 +355,7 @@ def test_a_batch_may_not_hold_an_example_twice(
     config.data.source = ','.join([config.data.source] * 2)
   config.update_from_flattened_dict(changes)
   for phase in (_phase(), toy.phase()):
-    monkeypatch.setattr(run_lib.methods, 'build', lambda *_: toy.Toy((phase,)))
+    monkeypatch.setattr(run_lib.methods, 'build', lambda *_: (phase,))
     if phase.memory_specs:
       with pytest.raises(ValueError, match=message):
         run_lib.open_run(config, read_only=True)

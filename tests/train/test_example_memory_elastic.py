@@ -14,7 +14,7 @@ PAGE = (
 from tests.train import test_example_memory as memory
 from vssl_jax.train import run
 
-run.methods.build = lambda *_: memory.Remembers(memory.PLAN)
+run.methods.build = lambda *_: memory.PLAN
 """
 )
 

@@ -9,8 +9,12 @@ import pytest
 from tests.train import toy
 from vssl_jax import sharding
 from vssl_jax.data import pipeline
+from vssl_jax.methods import phase as phase_lib
 from vssl_jax.train import health, loop
 from vssl_jax.utils import metrics
+
+# All but the parameters is carried over: the encoder is another one.
+FRESH = ('opt', 'example_memory')
 
 
 def _panel(features, labels=None):
@@ -125,17 +129,19 @@ def test_a_large_matrix_is_sampled_evenly():
   np.testing.assert_array_equal(found['kernel'], np.arange(0, count, 4))
 
 
-def _looks(tmp_path, monkeypatch, spreads, inits):
+def _looks(tmp_path, monkeypatch, spreads, carried):
   """Returns warnings by step of a panel that sees planted features.
 
   Args:
     spreads: step -> (phase, how far features spread).
-    inits: phase -> how it begins.
+    carried: phase -> what it carries over.
   """
-  phases = tuple(toy.phase(name=n, init=i, steps=4) for n, i in inits.items())
+  phases = tuple(
+    toy.phase(name=n, carry=parts, steps=4) for n, parts in carried.items()
+  )
   config = ml_collections.ConfigDict(dict(every=1.0, clips=32))
   run = types.SimpleNamespace(
-    method=toy.Toy(phases),
+    phases=phases,
     mesh=sharding.make_mesh(1, -1),
     workdir=tmp_path,
     logger=metrics.Logger(tmp_path, tensorboard=False),
@@ -157,18 +163,18 @@ def _looks(tmp_path, monkeypatch, spreads, inits):
 def test_a_fall_in_a_later_phase_of_one_encoder_is_seen(tmp_path, monkeypatch):
   """Where a layer locks, what came before is what to compare with."""
   spreads = {2: ('a', 1.0), 4: ('a', 0.9), 6: ('b', 0.05), 10: ('c', 0.04)}
-  inits = {'a': 'fresh', 'b': 'carry', 'c': 'carry'}
-  assert _looks(tmp_path, monkeypatch, spreads, inits) == [6, 10]
+  carried = {'a': FRESH, 'b': phase_lib.CARRY, 'c': phase_lib.CARRY}
+  assert _looks(tmp_path, monkeypatch, spreads, carried) == [6, 10]
 
 
 def test_another_encoder_is_compared_with_itself(tmp_path, monkeypatch):
   spreads = {2: ('a', 1.0), 6: ('b', 0.05), 8: ('b', 0.04), 10: ('c', 0.004)}
-  inits = {'a': 'fresh', 'b': 'fresh', 'c': 'carry'}
-  assert _looks(tmp_path, monkeypatch, spreads, inits) == [10]
+  carried = {'a': FRESH, 'b': FRESH, 'c': phase_lib.CARRY}
+  assert _looks(tmp_path, monkeypatch, spreads, carried) == [10]
 
 
 def test_a_run_that_goes_on_knows_what_its_encoder_was(tmp_path, monkeypatch):
-  inits = {'a': 'fresh', 'b': 'carry'}
-  _looks(tmp_path, monkeypatch, {2: ('a', 1.0)}, inits)
+  carried = {'a': FRESH, 'b': phase_lib.CARRY}
+  _looks(tmp_path, monkeypatch, {2: ('a', 1.0)}, carried)
   later = {6: ('b', 0.05), 8: ('b', 0.2)}
-  assert _looks(tmp_path, monkeypatch, later, inits) == [6]
+  assert _looks(tmp_path, monkeypatch, later, carried) == [6]

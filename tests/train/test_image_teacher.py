@@ -30,7 +30,7 @@ def test_its_positions_fit_the_clips_of_the_run(tiny, folder):
   run = run_lib.open_run(tiny)
   try:
     with jax.set_mesh(run.mesh):
-      (phase,) = run.method.phases()
+      (phase,) = run.phases
       teacher = phase.teachers['target']
       params = phase_start.teachers(run, phase)['target']
   finally:

@@ -84,11 +84,11 @@ def _begun(config, number):
   run = run_lib.open_run(config)
   try:
     with jax.set_mesh(run.mesh):
-      span = run_lib.spans(run.method)[number]
+      span = run_lib.spans(run.phases)[number]
       saved = run.checkpoints.newest()
       examples = run.clips.num_examples
-      build = phase_setup.build(config, run.method, span, run.video, examples)
-      state = phase_start.state(run, build, saved, False)
+      shapes = phase_setup.build(config, span, run.video, examples)
+      state = phase_start.state(run, shapes, saved, False)
     return dict(trees.named_leaves(state)), locks.read(saved, '')
   finally:
     run.clips.close()
@@ -136,7 +136,7 @@ def test_the_target_of_a_clip_is_constant_within_a_phase(finished):
   run = run_lib.open_run(_copy(finished))
   run.clips.close()
   run.logger.close()
-  phase = run.method.phases()[2]
+  phase = run.phases[2]
   video = np.random.default_rng(0).integers(0, 255, (2, *run.video), np.uint8)
   upto = jax.jit(
     lambda p: phase.encoder.apply({'params': p}, video, upto=phase.lock_depth)

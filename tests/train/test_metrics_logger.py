@@ -10,14 +10,14 @@ from vssl_jax.train import loop
 from vssl_jax.train import run as run_lib
 
 
-@dataclasses.dataclass(frozen=True)
-class Failing(toy.Toy):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Failing(toy.ToyPhase):
   """Its loss is not a number at some steps, counted from 0."""
 
   bad: tuple = ()
 
-  def loss(self, params, teachers, batch, rng, phase):
-    value, aux = super().loss(params, teachers, batch, rng, phase)
+  def loss(self, params, teachers, batch, rng):
+    value, aux = super().loss(params, teachers, batch, rng)
     fails = jnp.any(jnp.asarray(self.bad) == rng.step)
     return jnp.where(fails, jnp.nan, value), aux
 
@@ -25,9 +25,11 @@ class Failing(toy.Toy):
 @pytest.fixture
 def run(tiny, monkeypatch):
   def run(*bad):
-    plan = (toy.phase(name='one', steps=4), toy.phase(name='two', steps=3))
-    method = Failing(plan, bad=bad)
-    monkeypatch.setattr(run_lib.methods, 'build', lambda *_: method)
+    phases = tuple(
+      toy.phase(Failing, name=name, steps=steps, bad=bad)
+      for name, steps in (('one', 4), ('two', 3))
+    )
+    monkeypatch.setattr(run_lib.methods, 'build', lambda *_: phases)
     tiny.optim.warmup = 0
     return loop.train(tiny)
 
@@ -79,11 +81,10 @@ def test_a_metric_below_its_floor_is_told_once_a_phase(
 ):
   tiny.log.every = 1
   alarms = {'loss': (1e9, 'too good to be true'), 'grad_norm': (-1.0, 'never')}
-  plan = tuple(
+  phases = tuple(
     toy.phase(name=name, steps=3, alarms=alarms) for name in ('one', 'two')
   )
-  method = toy.Toy(plan)
-  monkeypatch.setattr(run_lib.methods, 'build', lambda *_: method)
+  monkeypatch.setattr(run_lib.methods, 'build', lambda *_: phases)
   tiny.optim.warmup = 0
   assert loop.train(tiny) == 0
   told = [x for x in capsys.readouterr().out.splitlines() if 'below' in x]

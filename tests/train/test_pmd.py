@@ -10,7 +10,7 @@ import pytest
 from tests.train import locks
 from vssl_jax import config as config_lib
 from vssl_jax import trees
-from vssl_jax.methods import chain
+from vssl_jax.methods import masked_pixels, pmd
 from vssl_jax.train import loop, phase_start
 
 # Programs of six phases are compiled.
@@ -53,20 +53,24 @@ class Finished:
 
   def __init__(self, config):
     self.config, self.heard, self.traced = config, {}, []
-    real, loss = phase_start.teachers, chain.Chain.loss
+    real = phase_start.teachers
 
     def teachers(run, phase):
       found = real(run, phase)
       self.heard[phase.name] = found, jax.tree.map(np.array, found)
       return found
 
-    def traced(method, params, teachers, batch, rng, phase):
-      self.traced.append(phase.name)
-      return loss(method, params, teachers, batch, rng, phase)
+    def watched(loss):
+      def traced(phase, params, teachers, batch, rng):
+        self.traced.append(phase.name)
+        return loss(phase, params, teachers, batch, rng)
+
+      return traced
 
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(phase_start, 'teachers', teachers)
-      patch.setattr(chain.Chain, 'loss', traced)
+      for kind in (masked_pixels.PixelPhase, pmd.DistilPhase):
+        patch.setattr(kind, 'loss', watched(kind.loss))
       assert loop.train(config) == 0
 
 

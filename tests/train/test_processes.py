@@ -237,7 +237,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
   _same_losses(config.workdir, alone[1], range(9, 13))
 
 
-# The same with a method that compiles in no time.
+# The same with phases that compile in no time.
 TOY = (
   PAGE
   + """
@@ -245,7 +245,7 @@ from tests.train import toy
 from vssl_jax.train import run
 
 plan = toy.phase(steps=6), toy.phase(name='two', steps=6)
-run.methods.build = lambda *_: toy.Toy(plan)
+run.methods.build = lambda *_: plan
 """
 )
 
@@ -260,7 +260,7 @@ def test_two_processes_rewind_and_replay_like_one(clips, tmp_path, monkeypatch):
     config.checkpoint.update(dict(every=2, keep=100, record_every=2))
     config.optim.warmup = 0
   plan = toy.phase(steps=6), toy.phase(name='two', steps=6)
-  monkeypatch.setattr(run_lib.methods, 'build', lambda *_: toy.Toy(plan))
+  monkeypatch.setattr(run_lib.methods, 'build', lambda *_: plan)
   assert loop.train(one) == 0
   before = _losses(one.workdir)
   assert loop.train(one, rewind.Rewind(4, 2)) == 0

@@ -12,17 +12,21 @@ from tests.train import small_runs, toy
 from vssl_jax import main, sharding, trees
 from vssl_jax.checkpoint import integrity, manager
 from vssl_jax.data.tools import synthetic
-from vssl_jax.methods import phase
+from vssl_jax.methods import phase as phase_lib
 from vssl_jax.train import loop, replay, rewind, step_records
 from vssl_jax.train import run as run_lib
 
 
-def _method():
-  average = {'mean': phase.Ema('encoder', (0.9, 1.0))}
-  teacher = {'one': phase.Teacher(toy.Mean(), '@one')}
+def _phases():
+  average = {'mean': phase_lib.Ema('encoder', (0.9, 1.0))}
+  source = phase_lib.FromPhase('one')
+  teacher = {'one': phase_lib.Teacher(toy.Mean(), source)}
   two = dict(frozen=('encoder/layer_0',), ema=average, teachers=teacher)
-  kept = dict(steps=6, memory_specs={'seen': phase.MemorySpec((), window=3)})
-  return toy.Toy((toy.phase(**kept), toy.phase(name='two', **kept, **two)))
+  seen = {'seen': phase_lib.MemorySpec((), window=3)}
+  kept = dict(steps=6, memory_specs=seen)
+  return phase_lib.check(
+    (toy.phase(**kept), toy.phase(name='two', **kept, **two))
+  )
 
 
 @pytest.fixture(scope='module')
@@ -45,7 +49,7 @@ def recorded(videos, tmp_path_factory):
   """A run of two phases."""
   config = _config(videos, tmp_path_factory.mktemp('recorded') / 'run')
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(run_lib.methods, 'build', lambda *_: _method())
+    patch.setattr(run_lib.methods, 'build', lambda *_: _phases())
     assert loop.train(config) == 0
     yield config
 

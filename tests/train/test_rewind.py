@@ -20,15 +20,15 @@ BAD = 7  # the batch that does harm: step 8 of the log
 STEPS = 12
 
 
-@dataclasses.dataclass(frozen=True)
-class Spiking(toy.Toy):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spiking(toy.ToyPhase):
   """Its loss is large on one batch, known by its clips."""
 
   poison: tuple = ()
 
-  def loss(self, params, teachers, batch, rng, phase):
-    value, aux = super().loss(params, teachers, batch, rng, phase)
-    bad = jnp.all(batch['index'] == jnp.asarray(self.poison))
+  def loss(self, params, teachers, batch, rng):
+    value, aux = super().loss(params, teachers, batch, rng)
+    bad = jnp.all(batch.index == jnp.asarray(self.poison))
     return value * jnp.where(bad, 1e4, 1.0), aux
 
 
@@ -43,10 +43,12 @@ def spiked(clips, tmp_path_factory):
   stream = pipeline.make(config.data.to_dict(), batch_size=8, seed=0)
   poison = tuple(next(stream.iterator(BAD))['index'].tolist())
   stream.close()
-  plan = (toy.phase(name='one', steps=5), toy.phase(name='two', steps=7))
-  method = Spiking(plan, poison=poison)
+  phases = tuple(
+    toy.phase(Spiking, name=name, steps=steps, poison=poison)
+    for name, steps in (('one', 5), ('two', 7))
+  )
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(run_lib.methods, 'build', lambda *_: method)
+    patch.setattr(run_lib.methods, 'build', lambda *_: phases)
     assert loop.train(config) == 0
     yield config
 

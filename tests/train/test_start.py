@@ -40,11 +40,11 @@ def _begun(config, **fields):
   run = run_lib.open_run(config)
   try:
     with jax.set_mesh(run.mesh):
-      span = run_lib.spans(run.method)[-1]
+      span = run_lib.spans(run.phases)[-1]
       span = dataclasses.replace(
         span, phase=dataclasses.replace(span.phase, **fields)
       )
-      shapes = phase_setup.build(config, run.method, span, run.video, 40)
+      shapes = phase_setup.build(config, span, run.video, 40)
       return phase_start.state(run, shapes, None, False)
   finally:
     run.clips.close()
@@ -67,7 +67,7 @@ def test_averages_start_from_the_weights_that_were_loaded(clips, tmp_path):
   c = _student(clips, tmp_path / 'run')
   c.optim.update(dict(lr=0.0, lr_start=0.0, lr_end=0.0))
   video = (4, 16, 16, 3)
-  (phase,) = methods.build(c.method, video, lambda _: None).phases()
+  (phase,) = methods.build(c.method, video, lambda _: None)
   source = _export(phase, video, tmp_path / 'source')
   c.method.latent_student.init_from = str(tmp_path / 'source')
   assert loop.train(c) == 0
@@ -85,7 +85,11 @@ def test_averages_start_from_the_weights_that_were_loaded(clips, tmp_path):
   [
     ({}, {}, (1, 2)),
     ({}, {'ema/slow/w': jnp.full(3, 5.0)}, (5, 2)),
-    ({'encoder': 'x'}, {'ema/slow/w': jnp.full(3, 5.0)}, (1, 2)),
+    (
+      {'encoder': phase_lib.FromWeights('x')},
+      {'ema/slow/w': jnp.full(3, 5.0)},
+      (1, 2),
+    ),
   ],
 )
 def test_averages_are_derived_from_the_parameters(source, carried, wanted):
@@ -115,12 +119,12 @@ def test_averages_of_every_method_start_from_the_weights(name, clips, tmp_path):
   c = CONFIGS[name](clips, tmp_path / 'run')
   c.optim.warmup = 0
   video = (c.data.frames, *c.data.size, 3)
-  phase = methods.build(c.method, video, lambda _: None).phases()[-1]
+  phase = methods.build(c.method, video, lambda _: None)[-1]
   source = _export(phase, video, tmp_path / 'source')
   state = _begun(
     c,
     ema={'slow': phase_lib.Ema('encoder', (0.9, 0.9))},
-    init_from={'encoder': str(tmp_path / 'source')},
+    init_from={'encoder': phase_lib.FromWeights(str(tmp_path / 'source'))},
   )
   for tree in (state.params['encoder'], state.ema['slow']):
     leaves = dict(trees.named_leaves(tree))
@@ -135,7 +139,8 @@ def _trained(clips, workdir, *plan):
   c.checkpoint.update(dict(every=1, keep=100, record_every=0))
   c.optim.warmup = 0
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(run_lib.methods, 'build', lambda *_: toy.Toy(plan))
+    phases = phase_lib.check(plan)
+    patch.setattr(run_lib.methods, 'build', lambda *_: phases)
     assert loop.train(c) == 0
   return {n: locks.read(s, '') for n, s in locks.states(c.workdir).items()}
 
@@ -143,6 +148,7 @@ def _trained(clips, workdir, *plan):
 STILL = {
   'slow': phase_lib.Ema('encoder', (1.0, 1.0))
 }  # keeps what it starts from
+ONE = phase_lib.FromPhase('one')
 
 
 @pytest.mark.slow
@@ -168,11 +174,11 @@ def test_an_average_that_a_phase_adds_starts_from_what_is_carried(
 @pytest.mark.slow
 def test_a_fresh_phase_has_averages_of_its_own_start(clips, tmp_path):
   """Its own first values, or those of an earlier phase that it names."""
-  fresh = dict(steps=1, ema=STILL, init='fresh', opt='fresh')
+  fresh = dict(steps=1, ema=STILL, carry=('example_memory',))
   plan = (
     toy.phase(steps=2, ema=STILL),
     toy.phase(name='two', **fresh),  # only rows could be carried: it has none
-    toy.phase(name='three', **fresh, init_from={'encoder': '@one'}),
+    toy.phase(name='three', **fresh, init_from={'encoder': ONE}),
   )
   states = _trained(clips, tmp_path / 'run', *plan)
   leaves = [n for n in states[3] if n.startswith('ema/')]
@@ -186,7 +192,7 @@ def test_a_fresh_phase_has_averages_of_its_own_start(clips, tmp_path):
 
 def test_phases_start_from_earlier_ones_of_the_same_function():
   c = small_runs.tiny_config('nowhere', 'nowhere')
-  first, source = _phase('first'), {'encoder': '@first'}
+  first, source = _phase('first'), {'encoder': phase_lib.FromPhase('first')}
   phase_start.check_sources(c, (first, _phase('second', init_from=source)))
   for phases, message in (
     ((_phase('second', init_from=source), first), "'@first', wanted a phase"),
@@ -216,7 +222,7 @@ def test_weights_of_another_function_are_refused(clips, tmp_path, field):
   """Before anything runs: by field, both values, and the key that sets it."""
   c = _student(clips, tmp_path / 'run')
   video, (theirs, key) = (4, 16, 16, 3), SAME[field]
-  (phase,) = methods.build(c.method, video, lambda _: None).phases()
+  (phase,) = methods.build(c.method, video, lambda _: None)
   other = phase.encoder.clone(**{field: theirs})
   source, ours = tmp_path / 'source', getattr(phase.encoder, field)
   params = _random(other, video)
@@ -238,19 +244,23 @@ TURNED = VIT.clone(rope_pairing='vjepa2')
 
 
 def _phase(name, encoder=VIT, **fields):
-  return phase_lib.Phase(name=name, steps=1, encoder=encoder, **fields)
+  return toy.phase(name=name, steps=1, encoder=encoder, **fields)
+
+
+def _turned(source):
+  return phase_lib.Teacher(TURNED, source)
 
 
 @pytest.mark.parametrize(
   ('second', 'message'),
   [
     (
-      {'teachers': {'wise': phase_lib.Teacher(TURNED, '@first')}},
+      {'teachers': {'wise': _turned(phase_lib.FromPhase('first'))}},
       "teacher 'wise' has the parameters of @first.*rope_pairing is 'paired'",
     ),
     (
       {
-        'teachers': {'wise': phase_lib.Teacher(TURNED, '@ema/slow')},
+        'teachers': {'wise': _turned(phase_lib.FromEma('slow'))},
         'ema': {'slow': phase_lib.Ema('encoder', (0.5, 0.5))},
       },
       "teacher 'wise' has the parameters of @ema/slow.*'vjepa2' here",
@@ -263,7 +273,7 @@ def test_weights_of_a_phase_go_into_the_same_function(second, message):
   with pytest.raises(ValueError, match=message):
     phase_lib.check((_phase('first'), _phase('second', **second)))
   alike = VIT.clone(dtype='float32', remat='full', drop_path=0.1, depth=2)
-  alone = _phase('second', TURNED, init='fresh')
+  alone = _phase('second', TURNED, carry=('opt', 'example_memory'))
   for phase in (alone, _phase('second', alike)):
     assert phase_lib.check((_phase('first'), phase))[1] is phase
 

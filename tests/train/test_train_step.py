@@ -7,37 +7,39 @@ import pytest
 
 from tests.train import toy
 from vssl_jax import sharding, trees
+from vssl_jax.data.batch import Batch
 from vssl_jax.methods import phase as phase_lib
 from vssl_jax.train import freezing, optimizer, train_step
 
 VIDEO, EXAMPLES = (2, 4, 4, 3), 16
 
 
-def _batch(seed=0, size=8, **extra):
+def _arrays(seed=0, size=8):
   rng = np.random.default_rng(seed)
-  batch = {
+  return {
     'video': rng.integers(0, 255, (size, *VIDEO), dtype=np.uint8),
     'index': rng.permutation(EXAMPLES)[:size].astype(np.int32),
     'progress': np.float32(0),
   }
-  return batch | extra
+
+
+def _batch(seed=0, **targets):
+  return Batch(**_arrays(seed), targets=targets)
 
 
 def _make(phase=None, rows=None, lr=0.1, **kwargs):
   phase = dataclasses.replace(phase or toy.phase(), memory_specs=rows or {})
-  method = toy.Toy((phase,))
   optim = optimizer.default()
   optim.clip = 0.0
   key = jax.random.key(0)
   video = jax.ShapeDtypeStruct((1, *VIDEO), jnp.uint8)
-  shapes = jax.eval_shape(lambda k, v: method.init(k, v, phase), key, video)
+  shapes = jax.eval_shape(phase.init, key, video)
   labels = freezing.labels(shapes, phase.frozen)
   tx = optimizer.make(
     optim, labels, lambda s: jnp.float32(lr), lambda s: jnp.float32(0.0)
   )
-  state = train_step.init_state(method, phase, tx, key, VIDEO, EXAMPLES)
+  state = train_step.init_state(phase, tx, key, VIDEO, EXAMPLES)
   update = train_step.make_update(
-    method,
     phase,
     tx,
     labels,
@@ -52,14 +54,13 @@ def _make(phase=None, rows=None, lr=0.1, **kwargs):
 def test_schedules_count_steps_from_1():
   """Gradients of 1, and a learning rate that is the number of the step."""
 
-  @dataclasses.dataclass(frozen=True)
-  class Slope(toy.Toy):
-    def loss(self, params, teachers, batch, rng, phase):
+  @dataclasses.dataclass(frozen=True, kw_only=True)
+  class Slope(toy.ToyPhase):
+    def loss(self, params, teachers, batch, rng):
       total = sum(jnp.sum(x) for x in jax.tree.leaves(params))
       return total, phase_lib.Aux({})
 
-  phase = toy.phase()
-  state, update = _make_for(Slope((phase,)), phase, lr=None)
+  state, update = _make_for(toy.phase(Slope), lr=None)
   for number in (1, 2):
     before, (state, _) = state, update(state, {}, _batch())
     for old, new in zip(
@@ -167,9 +168,8 @@ def test_ema_teacher_of_momentum_1_is_a_frozen_teacher():
     kept = {'encoder': phase_lib.Ema('encoder', momentum)} if ema else {}
     phase = toy.phase(name='two', teachers={'t': teacher}, ema=kept)
     before = toy.phase(name='before')
-    method = toy.Toy((before, phase))
-    assert method.phases()[1] is phase
-    state, update = _make_for(method, phase)
+    assert phase_lib.check((before, phase))[1] is phase
+    state, update = _make_for(phase)
     teachers = (
       {} if ema else {'t': jax.tree.map(jnp.copy, state.params['encoder'])}
     )
@@ -179,12 +179,13 @@ def test_ema_teacher_of_momentum_1_is_a_frozen_teacher():
       losses.append(float(values['loss']))
     return losses
 
-  frozen = run('@before', False)
-  assert run('@ema/encoder', True) == frozen
-  assert run('@ema/encoder', True, (0.5, 0.5)) != frozen
+  frozen = run(phase_lib.FromPhase('before'), False)
+  average = phase_lib.FromEma('encoder')
+  assert run(average, True) == frozen
+  assert run(average, True, (0.5, 0.5)) != frozen
 
 
-def _make_for(method, phase, micro=1, lr=0.1):
+def _make_for(phase, micro=1, lr=0.1):
   """Returns a state and its step: AdamW, or SGD if `lr` is not .1.
 
   Without `lr` the learning rate is the number of the step.
@@ -194,7 +195,7 @@ def _make_for(method, phase, micro=1, lr=0.1):
     optim.update(dict(rule='sgd', b1=0.0, clip=0.0))
   key = jax.random.key(0)
   video = jax.ShapeDtypeStruct((1, *VIDEO), jnp.uint8)
-  shapes = jax.eval_shape(lambda k, v: method.init(k, v, phase), key, video)
+  shapes = jax.eval_shape(phase.init, key, video)
   labels = freezing.labels(shapes, ())
   tx = optimizer.make(
     optim,
@@ -202,10 +203,9 @@ def _make_for(method, phase, micro=1, lr=0.1):
     lambda s: jnp.float32(s if lr is None else lr),
     lambda s: jnp.float32(0.0),
   )
-  state = train_step.init_state(method, phase, tx, key, VIDEO, EXAMPLES)
+  state = train_step.init_state(phase, tx, key, VIDEO, EXAMPLES)
   return state, jax.jit(
     train_step.make_update(
-      method,
       phase,
       tx,
       labels,
@@ -232,7 +232,7 @@ def test_a_sharded_step_gives_the_same_numbers():
     _, phase_update = _make()
     sharded = train_step.jit_update(phase_update, other, {}, mesh)
     for i in range(3):
-      batch = _batch(i)
-      state, a = update(state, {}, batch)
-      other, b = sharded(other, {}, sharding.put_batch(batch, mesh))
+      state, a = update(state, {}, _batch(i))
+      batch = Batch(**sharding.put_batch(_arrays(i), mesh))
+      other, b = sharded(other, {}, batch)
       np.testing.assert_allclose(a['loss'], b['loss'], rtol=1e-5)

@@ -1,10 +1,11 @@
-"""A method small enough to know every number of, for tests of the trainer."""
+"""A phase small enough to know every number of, for tests of the trainer."""
 
 import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
 
+from vssl_jax.methods import cost as cost_lib
 from vssl_jax.methods import phase as phase_lib
 
 
@@ -23,40 +24,34 @@ class Mean(nn.Module):
     return x[:, None]
 
 
-@dataclasses.dataclass(frozen=True)
-class Toy(phase_lib.Method):
-  """Encoder and head whose product is pulled to 1; rows count visits."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToyPhase(phase_lib.Phase):
+  """Encoder and head whose product is pulled to 1; rows count visits.
 
-  plan: tuple
-  noise: float = 0.0
+  A batch may bring factors of its predictions, as its targets `weight`.
+  """
 
-  def phases(self):
-    return phase_lib.check(self.plan)
-
-  def init(self, rng, video, phase):
-    encoder = phase.encoder.init(rng, video)['params']
-    head = nn.Dense(1).init(rng, jnp.zeros((1, phase.encoder.width)))['params']
+  def init(self, rng, video):
+    encoder = self.encoder.init(rng, video)['params']
+    head = nn.Dense(1).init(rng, jnp.zeros((1, self.encoder.width)))['params']
     return {'encoder': encoder, 'head': head}
 
-  def loss(self, params, teachers, batch, rng, phase):
-    x = phase.encoder.apply({'params': params['encoder']}, batch['video'])
+  def loss(self, params, teachers, batch, rng):
+    x = self.encoder.apply({'params': params['encoder']}, batch.video)
     y = nn.Dense(1).apply({'params': params['head']}, x[:, 0])[:, 0]
-    if 'weight' in batch:
-      y = y * batch['weight']
+    if 'weight' in batch.targets:
+      y = y * batch.targets['weight']
     target = 1.0
-    for name, teacher in phase.teachers.items():
-      target = teacher(teachers[name], batch['video'])[:, 0, 0]
+    for name, teacher in self.teachers.items():
+      target = teacher(teachers[name], batch.video)[:, 0, 0]
     per_clip = jnp.square(y - target)
-    rows = {
-      name: batch[f'example_memory/{name}'] + 1 for name in phase.memory_specs
-    }
+    rows = {name: batch.example_memory[name] + 1 for name in self.memory_specs}
     return jnp.mean(per_clip), phase_lib.Aux({'loss/toy': jnp.mean(y)}, rows)
 
-  def cost(self, phase, video):
-    return phase_lib.Cost(1.0)
+  def cost(self, video):
+    return cost_lib.Cost(1.0)
 
 
-def phase(**kwargs):
-  """A phase of the toy with short defaults."""
-  fields = dict(name='one', steps=10, encoder=Mean())
-  return phase_lib.Phase(**(fields | kwargs))
+def phase(kind=ToyPhase, **fields):
+  """A phase of the toy, or of a `kind` of it, with short defaults."""
+  return kind(**(dict(name='one', steps=10, encoder=Mean()) | fields))

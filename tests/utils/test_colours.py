@@ -59,14 +59,15 @@ def test_all_networks_of_a_page_follow_its_channels(page):
   _, c = config_lib.load(f'configs/{page}')
   c.data.channels, c.data.mean, c.data.std = 1, (0.4,), (0.3,)
   shape = options.spec(c.data).shape
-  method = methods.build(c.method, shape, _none, options.colours_of(c.data))
-  for phase in method.phases():
+  for phase in methods.build(
+    c.method, shape, _none, options.colours_of(c.data)
+  ):
     network = getattr(phase.encoder, 'image', phase.encoder)
     network = getattr(network, 'encoder', network)  # MVD's student
     assert (network.mean, network.std) == ((0.4,), (0.3,))
     video = jax.ShapeDtypeStruct((1, *shape), np.uint8)
     params = jax.eval_shape(
-      lambda video, phase=phase: method.init(jax.random.key(0), video, phase),
+      lambda video, phase=phase: phase.init(jax.random.key(0), video),
       video,
     )
     kernels = [

@@ -61,22 +61,22 @@ def test_the_page_refers_to_files_that_exist(finished):
 @pytest.mark.slow
 def test_what_is_shown_is_what_the_loss_measures(finished):
   shown = run_reader.open_run(finished, 2)
-  phase, student = shown.method.phases()
+  phase, student = shown.phases
   params, rng = run_reader.params(finished, phase), run_reader.rng(shown)
-  found = shown.method.reconstruct(params, shown.batch, rng, phase)
+  found = phase.reconstruct(params, shown.batch, rng)
   targets = losses.pixel_targets(
-    tubelets.to_unit(shown.batch['video']),
+    tubelets.to_unit(shown.batch.video),
     phase.encoder.patch,
     found['short'].kind,
   )
   mask, predicted = found['short'].mask, found['short'].predicted
-  wanted, _ = shown.method.loss(params, {}, shown.batch, rng, phase)
+  wanted, _ = phase.loss(params, {}, shown.batch, rng)
   np.testing.assert_allclose(
     losses.mse(predicted, sampling.gather(targets, mask.masked)),
     wanted,
     rtol=1e-5,
   )
-  assert not shown.method.reconstruct(params, shown.batch, rng, student)
+  assert not student.reconstruct(params, shown.batch, rng)
 
 
 @pytest.mark.slow

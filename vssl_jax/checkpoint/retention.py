@@ -48,7 +48,7 @@ def _taken_from(plan: Sequence[phase_lib.Phase]) -> set[str]:
   """Returns the phases that other phases use as a source."""
   sources = [t.source for phase in plan for t in phase.teachers.values()]
   sources += [s for phase in plan for s in phase.init_from.values()]
-  return {source[1:] for source in sources if source.startswith('@')}
+  return {x.name for x in sources if isinstance(x, phase_lib.FromPhase)}
 
 
 def describe(

@@ -8,7 +8,6 @@ masks of visible units; here they are index arrays like all other masks.
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -187,7 +186,7 @@ class Units:
   def draw(
     self,
     rng: rngs.Rng,
-    batch: Mapping[str, Any],
+    batch: Any,
     unit_grid: tubelets.Grid,
     scores: Float[Array, 'B t S'] | None = None,
   ) -> tuple[sampling.Mask, sampling.Metrics]:
@@ -195,7 +194,7 @@ class Units:
 
     Args:
       rng: random streams of the step.
-      batch: `index` int32 [B] and optionally `repeat`, see `Rng.per_example`.
+      batch: has `index` and `repeat`, see `Rng.per_example`.
       unit_grid: units along (time, height, width).
       scores: scores of the units of each time step; not needed by `random`
         and `uniform`.

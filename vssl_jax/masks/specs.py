@@ -8,7 +8,6 @@ import abc
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -39,13 +38,13 @@ class Spec(abc.ABC):
     """Draws a mask for per-example keys; returns it with its metrics."""
 
   def draw(
-    self, rng: rngs.Rng, batch: Mapping[str, Any], grid: tubelets.Grid
+    self, rng: rngs.Rng, batch: Any, grid: tubelets.Grid
   ) -> tuple[sampling.Mask, sampling.Metrics]:
     """Draws this step's mask of a batch.
 
     Args:
       rng: random streams of the step.
-      batch: `index` int32 [B] and optionally `repeat`, see `Rng.per_example`.
+      batch: has `index` and `repeat`, see `Rng.per_example`.
       grid: (t, h, w) in tokens.
 
     Returns:

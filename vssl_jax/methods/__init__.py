@@ -1,11 +1,14 @@
 """Training methods, by name.
 
-Each method is one module that implements the interface of `methods/phase.py`.
-A second module, `<method>_config.py`, has its config keys and its builder.
+Each method is one module with its phases, see `methods/phase.py`, and a second
+one, `<method>_config.py`, with its config keys and its builder. A method may
+also be a Python module outside this package; `README.md` has an example.
 """
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+import importlib
+import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import ml_collections
@@ -32,10 +35,15 @@ METHODS = {
 def keys(name: str) -> ranges.Section:
   """Returns the config keys of a method, with defaults and ranges.
 
+  Args:
+    name: one of `METHODS`, or a module on Python's path with `KEYS` and
+      `build`.
+
   Raises:
     ValueError: no method has that name.
   """
-  return _find(name).KEYS
+  own = {'name': (name, ranges.Choice((name,)))}
+  return ranges.Section(**own | dict(_find(name).KEYS))
 
 
 def default(name: str) -> ml_collections.ConfigDict:
@@ -48,8 +56,8 @@ def build(
   video: tuple[int, ...],
   resolve: Callable[[str], Any],
   pixels: colours.Colours | None = None,
-) -> phase_lib.Method:
-  """Builds the method that `config.method` describes.
+) -> tuple[phase_lib.Phase, ...]:
+  """Builds the phases of the run that `config.method` describes.
 
   Args:
     config: `config.method`.
@@ -63,61 +71,37 @@ def build(
     ValueError: an option is invalid, or the phases cannot run.
   """
   pixels = pixels or colours.of(video[-1])
-  method = _find(config.name).build(config, video, resolve, pixels)
-  for phase in phase_lib.check(method.phases()):
+  phases = _find(config.name).build(config, video, resolve, pixels)
+  for phase in phase_lib.check(phases):
     for name, teacher in phase.teachers.items():
-      if teacher.source.startswith('@'):  # uses this run's mean and std
-        continue
+      if not isinstance(teacher.source, phase_lib.FromWeights):
+        continue  # uses this run's mean and std
       mean = getattr(teacher.module, 'image', teacher.module).mean
       colours.check(video[-1], mean, f'teacher {name!r} ({teacher.source})')
-  return method
-
-
-def undecided(config: ml_collections.ConfigDict) -> tuple[str, ...]:
-  """Returns the options of `config.method` that a short run determines."""
-  options = getattr(_find(config.name), 'AUTO', ())
-  return tuple(name for name in options if config[name] == 'auto')
-
-
-def trial(
-  config: ml_collections.ConfigDict,
-) -> tuple[ml_collections.ConfigDict, int, int]:
-  """Returns the config of the short run that determines open options.
-
-  Returns:
-    `config.method` of the short run, its number of steps, and the number of
-    steps of the whole run.
-
-  Raises:
-    ValueError: the method has no option that a run determines.
-  """
-  module = _find(config.name)
-  if not hasattr(module, 'trial'):
-    raise ValueError(f'--suggest: {config.name} has no knob that a run decides')
-  return module.trial(config)
-
-
-def decide(
-  config: ml_collections.ConfigDict,
-  steps: Sequence[int],
-  drift: Sequence[Mapping[int, float]],
-) -> dict[str, Any]:
-  """Returns the options that a short run proposes, name -> value.
-
-  Args:
-    config: `config.method`.
-    steps: steps of the short run at which drift was measured.
-    drift: per measurement, block -> relative change of its weights since the
-      previous measurement.
-  """
-  return _find(config.name).decide(config, steps, drift)
+  return phases
 
 
 def _find(name: str) -> Any:
-  if name not in METHODS:
+  """Returns the module of a method, of this package or of the user."""
+  if name in METHODS:
+    return METHODS[name]
+  try:
+    there = importlib.util.find_spec(name) is not None
+  except (ImportError, ValueError):
+    there = False
+  if not there:
     matches = difflib.get_close_matches(name, METHODS, 1)
     raise ValueError(
-      f'method.name: found {name!r}, wanted one of {sorted(METHODS)}'
-      + (f'; did you mean {matches[0]!r}?' if matches else '')
+      f'method.name: found {name!r}, wanted one of {sorted(METHODS)}, or a '
+      "module on Python's path, such as my_method for my_method.py in this "
+      'folder' + (f'; did you mean {matches[0]!r}?' if matches else '')
     )
-  return METHODS[name]
+  module = importlib.import_module(name)
+  missing = [x for x in ('KEYS', 'build') if not hasattr(module, x)]
+  if missing:
+    raise ValueError(
+      f'method.name: found the module {name!r} ({module.__file__}) without '
+      f'{" and ".join(missing)}; wanted a method as in '
+      'vssl_jax/methods/README.md'
+    )
+  return module

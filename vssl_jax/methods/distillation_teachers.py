@@ -7,15 +7,14 @@ scratch by earlier phases of the same run.
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import ml_collections
 
-from vssl_jax import flops, losses
+from vssl_jax import losses
 from vssl_jax.masks import specs, tubelets
 from vssl_jax.methods import config_checks, masked_pixels, salt_config
 from vssl_jax.methods import phase as phase_lib
+from vssl_jax.models import Module, framewise, vit
 from vssl_jax.models import decoder as decoder_lib
-from vssl_jax.models import framewise, vit
 from vssl_jax.models.hiera import encoder as encoder_lib
 from vssl_jax.utils import colours, ranges
 
@@ -81,9 +80,9 @@ def find(
   config: ml_collections.ConfigDict,
   names: Iterable[str],
   video: tuple[int, ...],
-  resolve: Callable[[str], nn.Module],
+  resolve: Callable[[str], Module],
   pixels: colours.Colours,
-) -> tuple[tuple[masked_pixels.PixelTeacher, ...], dict[str, nn.Module]]:
+) -> tuple[tuple[masked_pixels.PixelPhase, ...], dict[str, Module]]:
   """Returns the phases that train teachers, and the networks of all teachers.
 
   Args:
@@ -124,13 +123,13 @@ def find(
 
 
 def frozen(
-  config: ml_collections.ConfigDict, modules: Mapping[str, nn.Module]
+  config: ml_collections.ConfigDict, modules: Mapping[str, Module]
 ) -> dict[str, phase_lib.Teacher]:
   """Returns teachers in evaluation mode, without drop path."""
   return {
     name: phase_lib.Teacher(
       module.clone(drop_path=0.0),
-      config[name].teacher,
+      phase_lib.parse_source(config[name].teacher),
       dtype=config[name].dtype,
     )
     for name, module in modules.items()
@@ -177,21 +176,7 @@ def stream(
   return features
 
 
-def cost(
-  teachers: Mapping[str, phase_lib.Teacher], video: tuple[int, ...]
-) -> float:
-  """Returns the forward FLOPs of teachers for one whole clip."""
-  return float(
-    sum(
-      flops.forward(
-        teacher.module, tubelets.grid_of((1, *video), teacher.module.patch)
-      )
-      for teacher in teachers.values()
-    )
-  )
-
-
-def _fitted(module: nn.Module, patch: tubelets.Grid) -> nn.Module:
+def _fitted(module: Module, patch: tubelets.Grid) -> Module:
   """Returns a teacher; an image teacher gets the token grid of the student.
 
   An image teacher reads the first frame of each of the student's patches. The
@@ -209,7 +194,7 @@ def image_teacher(
   config: ml_collections.ConfigDict,
   video: tuple[int, ...],
   pixels: colours.Colours,
-) -> masked_pixels.PixelTeacher:
+) -> masked_pixels.PixelPhase:
   """Returns the phase that trains an MAE on the first frame of every tubelet.
 
   Args:
@@ -240,7 +225,7 @@ def video_teacher(
   config: ml_collections.ConfigDict,
   video: tuple[int, ...],
   pixels: colours.Colours,
-) -> masked_pixels.PixelTeacher:
+) -> masked_pixels.PixelPhase:
   """Returns the phase that trains a VideoMAE; Args as in `image_teacher`."""
   section = config[name]
   encoder = salt_config.make_encoder(
@@ -274,19 +259,17 @@ def _pixel_decoder(
 def _pixel_phase(
   name: str,
   section: ml_collections.ConfigDict,
-  encoder: nn.Module,
-  decoder: nn.Module,
-) -> masked_pixels.PixelTeacher:
-  return masked_pixels.PixelTeacher(
+  encoder: Module,
+  decoder: Module,
+) -> masked_pixels.PixelPhase:
+  return masked_pixels.PixelPhase(
     name=name,
     steps=section.steps,
     encoder=encoder,
     decoder=decoder,
     masks=specs.parse(section.masks),
     pixel_norm=section.pixel_norm,
-    init='fresh',
-    opt='fresh',
-    example_memory='fresh',
+    carry=(),
   )
 
 

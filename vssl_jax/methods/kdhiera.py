@@ -17,17 +17,17 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vssl_jax import losses, rngs
+from vssl_jax.data import batch as batch_lib
 from vssl_jax.masks import hiera_units, sampling
+from vssl_jax.methods import cost as cost_lib
 from vssl_jax.methods import distillation_teachers as distillation_teachers_lib
-from vssl_jax.methods import kdhiera_cost
 from vssl_jax.methods import phase as phase_lib
-from vssl_jax.models import vit
+from vssl_jax.models import Module, vit
 from vssl_jax.models.hiera import decoder
 from vssl_jax.models.hiera import encoder as encoder_lib
 
@@ -49,7 +49,7 @@ class Pair(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Distil(phase_lib.Phase):
+class DistilPhase(phase_lib.Phase):
   """A phase of distillation, or of masked prediction.
 
   Attributes:
@@ -59,24 +59,6 @@ class Distil(phase_lib.Phase):
       where pixels are predicted.
     pairs: key of `heads` -> its comparisons.
     compared: units that are compared, `visible` or `masked`.
-    masks: all drawn every step; the teachers run once for all of them.
-    mask_teacher: teacher whose scores the masks are drawn from; '' for none.
-  """
-
-  encoder: encoder_lib.Hiera
-  heads: Mapping[str, nn.Module]
-  pairs: Mapping[str, tuple[Pair, ...]]
-  compared: str
-  masks: tuple[hiera_units.Units, ...]
-  mask_teacher: str = ''
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Kdhiera(phase_lib.Method):
-  """The KDHiera loss and the phases that use it.
-
-  Attributes:
-    plan: the phases, in order.
     scores: token scores of the mask teacher: `cls`, `column_mean` (see
       `vit.token_scores`), or `feature_norm`, the L2 norm of its last features.
     feature_loss: `cosine`, `mse` or `smooth_l1`.
@@ -85,34 +67,31 @@ class Kdhiera(phase_lib.Method):
     pixel_norm: normalisation of pixel targets, see `decoder.targets`.
   """
 
-  plan: tuple[Distil, ...]
+  encoder: encoder_lib.Hiera
+  heads: Mapping[str, Module]
+  pairs: Mapping[str, tuple[Pair, ...]]
+  compared: str
   scores: str = 'cls'
   feature_loss: str = 'cosine'
   target_norm: str = 'ln'
   pixel_norm: str = 'patch'
 
-  def phases(self) -> tuple[phase_lib.Phase, ...]:
-    """Returns the phases, in order."""
-    return self.plan
-
-  def init(
-    self, rng: Array, video: phase_lib.Video, phase: phase_lib.Phase
-  ) -> phase_lib.Params:
+  def init(self, rng: Array, video: phase_lib.Video) -> phase_lib.Params:
     """Returns random parameters of the encoder and the heads."""
     key = rngs.stream(rng, 'init/encoder')
-    params = {'encoder': phase.encoder.init(key, video)['params']}
-    grid = phase.encoder.unit_grid(video.shape)
+    params = {'encoder': self.encoder.init(key, video)['params']}
+    grid = self.encoder.unit_grid(video.shape)
     mask = sampling.Mask(
       *(
         jnp.zeros((len(video), n), jnp.int32)
-        for n in phase.masks[0].counts(grid)
+        for n in self.masks[0].counts(grid)
       )
     )
     ends = jax.eval_shape(
-      lambda p: _ends(phase, p, video, mask), params['encoder']
+      lambda p: self._ends(p, video, mask), params['encoder']
     )
     ends = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), ends)
-    for name, head in phase.heads.items():
+    for name, head in self.heads.items():
       key = rngs.stream(rng, f'init/heads_{name}')
       params[f'heads_{name}'] = head.init(key, ends, mask, grid)['params']
     return params
@@ -121,24 +100,23 @@ class Kdhiera(phase_lib.Method):
     self,
     teachers: Mapping[str, Any],
     video: phase_lib.Video,
-    phase: phase_lib.Phase,
   ) -> Mapping[str, Float[Array, 'B ...']]:
     """Returns features of teacher layers, and the scores for drawing masks."""
     targets: dict[str, Array] = {}
-    for name in phase.teachers:
+    for name in self.teachers:
       options = {}
-      if name == phase.mask_teacher and self.scores in vit.SCORES:
+      if name == self.mask_teacher and self.scores in vit.SCORES:
         options = {'attention_to': self.scores}
       outputs = distillation_teachers_lib.stream(
-        phase, name, teachers[name], video, **options
+        self, name, teachers[name], video, **options
       )
       features, scores = outputs if options else (outputs, None)
-      for pair in phase.pairs.get(name, ()):
+      for pair in self.pairs.get(name, ()):
         targets[f'{name}/{pair.layer}'] = features[pair.layer]
-      if name == phase.mask_teacher:
+      if name == self.mask_teacher:
         if scores is None:  # feature_norm
           scores = jnp.linalg.norm(features[-1].astype(jnp.float32), axis=-1)
-        grid = phase.encoder.unit_grid(video.shape)
+        grid = self.encoder.unit_grid(video.shape)
         targets['scores'] = hiera_units.pool(scores, grid)
     return targets
 
@@ -146,58 +124,47 @@ class Kdhiera(phase_lib.Method):
     self,
     params: phase_lib.Params,
     teachers: Mapping[str, Any],
-    batch: Mapping[str, Any],
+    batch: batch_lib.Batch,
     rng: rngs.Rng,
-    phase: phase_lib.Phase,
   ) -> tuple[Float[Array, ''], phase_lib.Aux]:
     """Returns the loss: weighted sum over layers, averaged over masks."""
-    targets = self._targets(teachers, batch, phase)
+    del teachers  # their outputs are in batch.targets
+    targets = dict(batch.targets)
+    if PIXELS in self.pairs:
+      targets[f'{PIXELS}/0'] = decoder.targets(
+        batch.video, self.encoder, self.pixel_norm
+      )
     parts: dict[str, list[Array]] = {}
-    for spec in phase.masks:
-      for name, value in self._under(
-        params, batch, rng, phase, spec, targets
+    for spec in self.masks:
+      for name, value in self._under_mask(
+        params, batch, rng, spec, targets
       ).items():
         parts.setdefault(name, []).append(value)
     metrics = {name: jnp.mean(jnp.stack(x)) for name, x in parts.items()}
     total = sum(
       pair.weight * metrics[f'loss/{name}/{pair.name}']
-      for name, pairs in phase.pairs.items()
+      for name, pairs in self.pairs.items()
       for pair in pairs
     )
     return total, phase_lib.Aux(metrics)
 
-  def _targets(
-    self,
-    teachers: Mapping[str, Any],
-    batch: Mapping[str, Any],
-    phase: Distil,
-  ) -> Mapping[str, Array]:
-    """Returns the targets, for all masks: teacher features, or all pixels."""
-    targets = dict(self.targets_of(teachers, batch, phase))
-    if PIXELS in phase.pairs:
-      targets[f'{PIXELS}/0'] = decoder.targets(
-        batch['video'], phase.encoder, self.pixel_norm
-      )
-    return targets
-
-  def _under(
+  def _under_mask(
     self,
     params: phase_lib.Params,
-    batch: Mapping[str, Any],
+    batch: batch_lib.Batch,
     rng: rngs.Rng,
-    phase: Distil,
     spec: hiera_units.Units,
     targets: Mapping[str, Array],
   ) -> dict[str, Array]:
     """Returns the loss terms and metrics of one mask."""
-    mask, mask_metrics, predicted = _predicted(
-      params, batch, rng, phase, spec, targets.get('scores')
+    mask, mask_metrics, predicted = self._predicted(
+      params, batch, rng, spec, targets.get('scores')
     )
-    grid = phase.encoder.unit_grid(batch['video'].shape)
+    grid = self.encoder.unit_grid(batch.video.shape)
     metrics = {f'mask/{name}': x for name, x in mask_metrics.items()}
-    compared = mask.visible if phase.compared == 'visible' else mask.masked
+    compared = mask.visible if self.compared == 'visible' else mask.masked
     indices = hiera_units.expand_units(compared, grid)
-    for name, pairs in phase.pairs.items():
+    for name, pairs in self.pairs.items():
       for pair in pairs:
         target = sampling.gather(targets[f'{name}/{pair.layer}'], indices)
         suffix, output = f'{name}/{pair.name}', predicted[name][pair.name]
@@ -215,50 +182,50 @@ class Kdhiera(phase_lib.Method):
           )
     return metrics
 
-  def masks(
+  def draw_masks(
     self,
     teachers: Mapping[str, Any],
-    batch: Mapping[str, Any],
+    batch: batch_lib.Batch,
     rng: rngs.Rng,
-    phase: phase_lib.Phase,
-  ) -> Mapping[str, phase_lib.Seen]:
+  ) -> Mapping[str, phase_lib.DrawnMask]:
     """Returns token masks, and the scores that they were drawn from."""
     masks = {}
-    grid = phase.encoder.unit_grid(batch['video'].shape)
+    grid = self.encoder.unit_grid(batch.video.shape)
     scores = None
-    if phase.mask_teacher:  # the other teachers may be missing
-      teacher = {phase.mask_teacher: phase.teachers[phase.mask_teacher]}
-      mask_phase = dataclasses.replace(phase, teachers=teacher, pairs={})
-      scores = self.targets(teachers, batch['video'], mask_phase)['scores']
-    for spec in phase.masks:
+    if self.mask_teacher:  # the other teachers may be missing
+      teacher = {self.mask_teacher: self.teachers[self.mask_teacher]}
+      mask_phase = dataclasses.replace(self, teachers=teacher, pairs={})
+      scores = mask_phase.targets(teachers, batch.video)['scores']
+    for spec in self.masks:
       mask, _ = spec.draw(rng, batch, grid, scores)
       tokens = hiera_units.token_mask(mask, grid)
       token_scores = (
         None if scores is None else hiera_units.spread(scores, grid)
       )
-      masks[spec.name] = phase_lib.Seen(tokens, token_scores)
+      masks[spec.name] = phase_lib.DrawnMask(
+        tokens, token_scores, predicted=self.compared == 'masked'
+      )
     return masks
 
   def reconstruct(
     self,
     params: phase_lib.Params,
-    batch: Mapping[str, Any],
+    batch: batch_lib.Batch,
     rng: rngs.Rng,
-    phase: phase_lib.Phase,
   ) -> Mapping[str, phase_lib.Reconstruction]:
     """Returns predicted pixels by mask, if masks do not depend on a teacher."""
-    if PIXELS not in phase.pairs or phase.mask_teacher:
+    if PIXELS not in self.pairs or self.mask_teacher:
       return {}
     reconstructions = {}
-    grid = phase.encoder.unit_grid(batch['video'].shape)
-    for spec in phase.masks:
-      mask, _, predicted = _predicted(
-        params, batch, rng, phase, spec, None, deterministic=True
+    grid = self.encoder.unit_grid(batch.video.shape)
+    for spec in self.masks:
+      mask, _, predicted = self._predicted(
+        params, batch, rng, spec, None, deterministic=True
       )
       (output,) = predicted[PIXELS].values()
       indices = hiera_units.expand_units(mask.masked, grid)
       output = decoder.as_raw(
-        output, indices, batch['video'], phase.encoder, self.pixel_norm
+        output, indices, batch.video, self.encoder, self.pixel_norm
       )
       # From unit order to token order.
       order = jnp.argsort(indices, axis=1).astype(jnp.int32)
@@ -266,61 +233,56 @@ class Kdhiera(phase_lib.Method):
         hiera_units.token_mask(mask, grid),
         sampling.gather(output, order),
         self.pixel_norm,
-        phase.encoder.patch[0],
+        self.encoder.patch[0],
       )
     return reconstructions
 
-  def cost(
-    self, phase: phase_lib.Phase, video: tuple[int, ...]
-  ) -> phase_lib.Cost:
+  def cost(self, video: tuple[int, ...]) -> cost_lib.Cost:
     """Returns FLOPs per clip from the actual token counts."""
-    return kdhiera_cost.cost(phase, video)
+    return cost_lib.kdhiera(self, video)
 
+  def _ends(
+    self,
+    params: Any,
+    video: phase_lib.Video,
+    mask: sampling.Mask,
+    **how: Any,
+  ) -> tuple[Array, ...]:
+    """Returns the outputs of the encoder's stages for the visible units."""
+    return self.encoder.apply(
+      {'params': params}, video, mask.visible, features=True, **how
+    )
 
-def _ends(
-  phase: Distil,
-  params: Any,
-  video: phase_lib.Video,
-  mask: sampling.Mask,
-  **how: Any,
-) -> tuple[Array, ...]:
-  """Returns the outputs of the encoder's stages for the visible units."""
-  return phase.encoder.apply(
-    {'params': params}, video, mask.visible, features=True, **how
-  )
+  def _predicted(
+    self,
+    params: phase_lib.Params,
+    batch: batch_lib.Batch,
+    rng: rngs.Rng,
+    spec: hiera_units.Units,
+    scores: Array | None,
+    deterministic: bool = False,
+  ) -> tuple[sampling.Mask, sampling.Metrics, dict[str, dict[str, Array]]]:
+    """Returns a mask, its metrics, and the outputs of every head.
 
-
-def _predicted(
-  params: phase_lib.Params,
-  batch: Mapping[str, Any],
-  rng: rngs.Rng,
-  phase: Distil,
-  spec: hiera_units.Units,
-  scores: Array | None,
-  deterministic: bool = False,
-) -> tuple[sampling.Mask, sampling.Metrics, dict[str, dict[str, Array]]]:
-  """Returns a mask, its metrics, and the outputs of every head.
-
-  Outputs are ordered by unit, with four tokens per unit.
-  """
-  video = batch['video']
-  grid = phase.encoder.unit_grid(video.shape)
-  mask, metrics = spec.draw(rng, batch, grid, scores)
-  dropout = {'dropout': rng.per_batch(f'dropout/{spec.name}')}
-  ends = _ends(
-    phase,
-    params['encoder'],
-    video,
-    mask,
-    deterministic=deterministic,
-    rngs=dropout,
-  )
-  outputs = {}
-  for name, head in phase.heads.items():
-    output = head.apply({'params': params[f'heads_{name}']}, ends, mask, grid)
-    if not isinstance(output, Mapping):  # one Dense, channels split by layer
-      parts = jnp.split(output, len(phase.pairs[name]), axis=-1)
-      names = [pair.name for pair in phase.pairs[name]]
-      output = dict(zip(names, parts, strict=True))
-    outputs[name] = output
-  return mask, metrics, outputs
+    Outputs are ordered by unit, with four tokens per unit.
+    """
+    video = batch.video
+    grid = self.encoder.unit_grid(video.shape)
+    mask, metrics = spec.draw(rng, batch, grid, scores)
+    dropout = {'dropout': rng.per_batch(f'dropout/{spec.name}')}
+    ends = self._ends(
+      params['encoder'],
+      video,
+      mask,
+      deterministic=deterministic,
+      rngs=dropout,
+    )
+    outputs = {}
+    for name, head in self.heads.items():
+      output = head.apply({'params': params[f'heads_{name}']}, ends, mask, grid)
+      if not isinstance(output, Mapping):  # one Dense, channels split by layer
+        parts = jnp.split(output, len(self.pairs[name]), axis=-1)
+        names = [pair.name for pair in self.pairs[name]]
+        output = dict(zip(names, parts, strict=True))
+      outputs[name] = output
+    return mask, metrics, outputs

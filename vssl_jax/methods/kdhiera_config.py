@@ -6,19 +6,20 @@ Hiera-MAE is a special case: no teachers, random units, pixels as targets.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import ml_collections
 
 from vssl_jax import losses
 from vssl_jax.masks import hiera_units
-from vssl_jax.methods import chain, config_checks, kdhiera, masked_pixels, phase
+from vssl_jax.methods import config_checks, kdhiera, phase
 from vssl_jax.methods import distillation_teachers as teachers_lib
-from vssl_jax.models import framewise, vit
+from vssl_jax.models import Module, framewise, vit
 from vssl_jax.models.hiera import decoder, stage_heads
 from vssl_jax.models.hiera import encoder as encoder_lib
 from vssl_jax.utils import colours, ranges
 
 STAGES = 4
+# Keys that are fields of a phase, of the same names.
+OPTIONS = ('scores', 'feature_loss', 'target_norm', 'pixel_norm')
 # Lowest healthy `mask/attention_kept`, as a multiple of its value for random
 # masks.
 CLEARLY = 1.1
@@ -55,8 +56,8 @@ KEYS = ranges.Section(  # student Hiera-B: all values are our choice
   # 'visible': visible tokens of all stages regress layers of the teachers;
   # 'masked': a decoder per teacher predicts these layers at masked units;
   # 'pixels': a decoder predicts pixels at masked units.
-  targets=('visible', ranges.Choice(('visible', 'masked', kdhiera.PIXELS))),
-  # stage that regresses each of `layers`, with targets='visible'
+  objective=('visible', ranges.Choice(('visible', 'masked', kdhiera.PIXELS))),
+  # stage that regresses each of `layers`, with objective='visible'
   stages=((1, 2, 3, 4), ranges.Tuple(ranges.Whole(1, STAGES))),
   # of each of `layers`, divided by their sum; (): equal weights
   layer_weights=((), ranges.Tuple(config_checks.WEIGHT)),
@@ -96,10 +97,10 @@ default = KEYS.defaults
 def build(
   config: ml_collections.ConfigDict,
   video: tuple[int, ...],
-  resolve: Callable[[str], nn.Module],
+  resolve: Callable[[str], Module],
   pixels: colours.Colours,
-) -> phase.Method:
-  """Builds the method from its section of the config.
+) -> tuple[phase.Phase, ...]:
+  """Builds the phases from the method's section of the config.
 
   Args:
     config: `config.method`.
@@ -114,12 +115,12 @@ def build(
   KEYS.check(config, 'method')
   mask_teacher = config.mask_teacher if _by_teacher(config) else ''
   distilled = tuple(config.teachers)
-  if config.targets == kdhiera.PIXELS:
+  if config.objective == kdhiera.PIXELS:
     distilled = ()
   elif not distilled:
     raise ValueError(
       f'method.teachers: found (), wanted some of {teachers_lib.NAMES}, or '
-      "method.targets='pixels'"
+      "method.objective='pixels'"
     )
   names = dict.fromkeys((*distilled, *filter(None, (mask_teacher,))))
   teacher_phases, modules = teachers_lib.find(
@@ -128,12 +129,12 @@ def build(
   _check_scores(config, mask_teacher, modules)
   encoder = _encoder(config, pixels)
   pairs = {n: _pairs(config, n, modules[n].depth) for n in distilled}
-  if config.targets == kdhiera.PIXELS:
+  if config.objective == kdhiera.PIXELS:
     pairs = {kdhiera.PIXELS: (kdhiera.Pair('patch', 0, 1.0),)}
   masks = _masks(config)
   grid = encoder.unit_grid((1, *video))
   visible, masked = masks[0].counts(grid)  # raises if the clip is too small
-  plan = kdhiera.Distil(
+  distil = kdhiera.DistilPhase(
     name='distill',
     steps=config.steps,
     encoder=encoder,
@@ -142,20 +143,15 @@ def build(
       for name in pairs
     },
     pairs=pairs,
-    compared='visible' if config.targets == 'visible' else 'masked',
+    compared='visible' if config.objective == 'visible' else 'masked',
     masks=masks,
     mask_teacher=mask_teacher,
     teachers=teachers_lib.frozen(config, modules),
-    init='fresh',
-    opt='fresh',
-    example_memory='fresh',
+    carry=(),
     alarms=_alarms(config, mask_teacher, visible / (visible + masked)),
+    **{name: config[name] for name in OPTIONS},
   )
-  fields = {*kdhiera.Kdhiera.__dataclass_fields__} & {*config}
-  distil = kdhiera.Kdhiera(
-    plan=(plan,), **{name: config[name] for name in fields}
-  )
-  return chain.of(masked_pixels.Pixels(teacher_phases), distil)
+  return (*teacher_phases, distil)
 
 
 def _encoder(
@@ -204,7 +200,7 @@ def _pairs(
       "the teacher's blocks"
     )
   names = [f'layer_{n:02d}' for n in layers]
-  if config.targets == 'visible':
+  if config.objective == 'visible':
     if len(stages) != len(layers):
       raise ValueError(
         f'method.stages: found {stages} for method.{teacher}.layers={layers}; '
@@ -256,9 +252,9 @@ def _head(
   modules: Mapping[str, Any],
   pairs: tuple[kdhiera.Pair, ...],
   video: tuple[int, ...],
-) -> nn.Module:
+) -> Module:
   """Returns stage heads, or a decoder with the channels of all layers."""
-  if config.targets == 'visible':
+  if config.objective == 'visible':
     stages = dict(zip([p.name for p in pairs], config.stages, strict=True))
     return stage_heads.StageHeads(
       stages,

@@ -1,14 +1,12 @@
 """Config keys and builder of LayerLock."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from vssl_jax import losses, sharding
+from vssl_jax import losses
 from vssl_jax.masks import specs, tubelets
 from vssl_jax.methods import (
   config_checks,
@@ -18,14 +16,12 @@ from vssl_jax.methods import (
   salt,
   salt_config,
 )
-from vssl_jax.models import layers, positions, vit
+from vssl_jax.models import Module, layers, positions, vit
 from vssl_jax.utils import colours, ranges
-
-AUTO = ('schedule',)  # options that a short run can determine
 
 
 def _readable(schedule: str) -> None:
-  if schedule not in ('', 'auto'):
+  if schedule:
     lock_schedule.parse(schedule)
 
 
@@ -62,10 +58,8 @@ KEYS = ranges.Section(  # defaults are our choice, ViT-L
   jump=(1, ranges.Whole(1, 2**10)),
   last=(2 / 3, STRETCH),
   # Overrides the four keys above: '((0, 600), (1, 200), ...)', lock depth and
-  # steps of each phase; 'auto': a short run proposes it before the first step.
+  # steps of each phase; vssl_jax/planning/suggest_locks.py proposes one.
   schedule=('', ranges.Text(_readable)),
-  # length of that short run: a fraction of the run's steps, or steps
-  trial=(0.05, ranges.Real(high=ranges.MANY, above=0)),
   # fraction of each lock's steps, and initial learning-rate factor
   rewarm=(
     (0.1, 0.1),
@@ -74,7 +68,7 @@ KEYS = ranges.Section(  # defaults are our choice, ViT-L
   # 'pixels': freezing without latent targets
   target=('latent', ranges.Choice(('latent', 'pixels'))),
   # 'all': every locked layer, with a head per layer
-  targets=('single', ranges.Choice(('single', 'all'))),
+  target_layers=('newest', ranges.Choice(('newest', 'all'))),
   positions=('all', ranges.Choice(('all', 'subset', 'masked'))),
   subset=(0.05, ranges.Real(high=1, above=0)),
   subset_context=('subset', ranges.Choice(('subset', 'full'))),
@@ -103,10 +97,10 @@ default = KEYS.defaults
 def build(
   config: ml_collections.ConfigDict,
   video: tuple[int, ...],
-  resolve: Callable[[str], nn.Module],
+  resolve: Callable[[str], Module],
   pixels: colours.Colours,
-) -> phase.Method:
-  """Builds the method from its section of the config.
+) -> tuple[phase.Phase, ...]:
+  """Builds the phases from the method's section of the config.
 
   Args:
     config: `config.method`.
@@ -133,43 +127,9 @@ def mae_steps(config: ml_collections.ConfigDict, video: tuple[int, ...]) -> int:
     video: (T, H, W, C) of a clip.
   """
   encoder = _encoder(config, colours.of(video[-1]))
-  method = _mae(config, encoder, _schedule(config, encoder), video)
-  costs = [(p.steps, method.cost(p, video).total) for p in method.plan]
+  phases = _mae(config, encoder, _schedule(config, encoder), video)
+  costs = [(p.steps, p.cost(video).total) for p in phases]
   return round(sum(n * flops for n, flops in costs) / costs[0][1])
-
-
-def trial(
-  config: ml_collections.ConfigDict,
-) -> tuple[ml_collections.ConfigDict, int, int]:
-  """Returns a short run without locks, its steps, and the whole run's steps."""
-  length = config.trial
-  steps = max(round(config.total * length if length < 1 else length), 1)
-  short = config.copy_and_resolve_references()
-  short.total, short.schedule = steps, f'((0, {steps}),)'
-  return short, steps, config.total
-
-
-def decide(
-  config: ml_collections.ConfigDict,
-  steps: Sequence[int],
-  drift: Sequence[Mapping[int, float]],
-) -> dict[str, Any]:
-  """Returns the schedule proposed from the drift of a short run.
-
-  Args:
-    config: `config.method` of the whole run.
-    steps: steps of the short run at which drift was measured.
-    drift: per measurement, block -> relative change of its weights since the
-      previous measurement.
-
-  Returns:
-    {'schedule': the schedule as text}.
-  """
-  unscheduled = config.copy_and_resolve_references()
-  unscheduled.schedule = ''
-  deepest = _schedule(unscheduled, _encoder(config))[-1][0]
-  schedule = lock_schedule.suggest(drift, steps, config.total, limit=deepest)
-  return {'schedule': repr(schedule)}
 
 
 def _encoder(
@@ -192,16 +152,18 @@ def most_locked(config: ml_collections.ConfigDict) -> int:
   return encoder.depth - max(encoder.decoder_blocks, 1)
 
 
+def deepest_lock(config: ml_collections.ConfigDict) -> int:
+  """Returns the last lock depth of the schedule by start, interval and last."""
+  unscheduled = config.copy_and_resolve_references()
+  unscheduled.schedule = ''
+  return _schedule(unscheduled, _encoder(config))[-1][0]
+
+
 def _schedule(
   config: ml_collections.ConfigDict, encoder: vit.Vit
 ) -> lock_schedule.Schedule:
   """Returns (lock depth, steps) of every phase."""
   limit = most_locked(config)
-  if config.schedule == 'auto':
-    raise ValueError(
-      "method.schedule: 'auto' is found by a short run when training starts; "
-      "elsewhere write a schedule, or '' for start, interval, jump and last"
-    )
   if config.schedule:
     schedule = lock_schedule.parse(config.schedule)
     return lock_schedule.check(schedule, config.total, limit)
@@ -228,8 +190,6 @@ def _shared(
     name=f'lock_{depth:02d}' if depth else 'pixels',
     steps=steps,
     encoder=encoder.clone(loops=loops),
-    init='carry',
-    opt='carry',
     horizon='run',
     rewarm=(round(share * steps), factor) if depth else (0, 1.0),
     frozen_dtype=config.frozen_dtype,
@@ -253,7 +213,7 @@ def _mae(
   encoder: vit.Vit,
   schedule: lock_schedule.Schedule,
   video: tuple[int, ...],
-) -> layerlock.LayerLock:
+) -> tuple[layerlock.LockPhase, ...]:
   mask, *others = specs.parse(config.masks, select=config.mask_select)
   if others:
     raise ValueError(
@@ -265,28 +225,20 @@ def _mae(
   )  # raises if the grid is too small
   pt, py, px = encoder.patch
   heads: tuple[str, ...] = ('latent_head',)
-  if config.targets == 'all':
+  if config.target_layers == 'all':
     deepest = max(schedule[-1][0], 1)
     heads = tuple(f'latent_head_{k:02d}' for k in range(1, deepest + 1))
-  fields = ('pixel_norm', 'target_norm', 'targets', 'positions', 'subset')
-  fields += ('subset_context', 'latent_weight')
-  return layerlock.LayerLock(
-    plan=tuple(_lock(config, encoder, k, n, heads) for k, n in schedule),
-    mask=mask,
-    pixel_head=_head(encoder, pt * py * px * video[-1]),
-    latent_head=_head(encoder, encoder.width),
+  fields = ('pixel_norm', 'target_norm', 'target_layers', 'positions')
+  fields += ('subset', 'subset_context', 'latent_weight')
+  head = encoder.dtype, encoder.init_family
+  shared = dict(
+    masks=(mask,),
+    pixel_head=layers.head(pt * py * px * video[-1], *head),
+    latent_head=layers.head(encoder.width, *head),
     latent_heads=heads,
     **{name: config[name] for name in fields},
   )
-
-
-def _head(encoder: vit.Vit, width: int) -> nn.Dense:
-  return nn.Dense(
-    width,
-    dtype=jnp.dtype(encoder.dtype),
-    kernel_init=layers.kernel_init(encoder.init_family, 'head'),
-    dot_general=sharding.dot_general,
-  )
+  return tuple(_lock(config, encoder, k, n, shared) for k, n in schedule)
 
 
 def _lock(
@@ -294,8 +246,9 @@ def _lock(
   encoder: vit.Vit,
   depth: int,
   steps: int,
-  heads: tuple[str, ...],
-) -> layerlock.Lock:
+  shared: dict[str, Any],
+) -> layerlock.LockPhase:
+  heads = shared['latent_heads']
   terms: tuple[str, ...] = ('pixel',)
   if depth and config.target == 'latent':
     terms = ('latent',) if config.freeze else ('pixel', 'latent')
@@ -303,11 +256,12 @@ def _lock(
   if 'pixel' in terms:
     used.add('pixel_head')
   if 'latent' in terms:
-    used |= set(heads[:depth] if config.targets == 'all' else heads)
+    used |= set(heads[:depth] if config.target_layers == 'all' else heads)
   frozen_depth = depth if config.freeze else 0
   idle = [name for name in ('pixel_head', *heads) if name not in used]
-  return layerlock.Lock(
+  return layerlock.LockPhase(
     **_shared(config, encoder, depth, steps),
+    **shared,
     frozen=(*_frozen(encoder, frozen_depth), *(f'{n}/' for n in idle)),
     lock_depth=depth,
     frozen_depth=frozen_depth,
@@ -320,14 +274,14 @@ def _vjepa(
   encoder: vit.Vit,
   schedule: lock_schedule.Schedule,
   video: tuple[int, ...],
-) -> salt.Salt:
+) -> tuple[salt.LatentPhase, ...]:
   """Returns V-JEPA with locks; the EMA's target layer rises with lock depth."""
   masks = specs.parse(config.masks, select=config.mask_select)
   for spec in masks:
     spec.counts(tubelets.grid_of((1, *video), encoder.patch))
   shape = dict(config.predictor, out_width=encoder.width)
   predictor = salt_config.make_predictor(shape, config, encoder)
-  plan, start_step = [], 0
+  phases, start_step = [], 0
   for depth, steps in schedule:
     shared = _shared(config, encoder, depth, steps)
     teacher = shared['encoder'].clone(drop_path=0.0)
@@ -338,18 +292,18 @@ def _vjepa(
     start_step += steps
     shared['name'] = f'lock_{depth:02d}'
     frozen = depth if config.freeze else 0
-    plan.append(
-      salt.LatentStudent(
+    phases.append(
+      salt.LatentPhase(
         **shared,
         frozen=_frozen(encoder, frozen),
         frozen_depth=frozen,
         predictor=predictor,
         masks=masks,
-        teachers={'target': phase.Teacher(teacher, '@ema/encoder')},
+        teachers={'target': phase.Teacher(teacher, phase.FromEma('encoder'))},
         ema={'encoder': phase.Ema('encoder', momentum)},
         latent_loss=config.latent_loss,
         target_norm=config.target_norm,
         target_layer=min(depth + config.target_offset, encoder.depth),
       )
     )
-  return salt.Salt(tuple(plan))
+  return tuple(phases)

@@ -1,11 +1,10 @@
-"""Lock schedules of LayerLock: construction, parsing and proposal from drift.
+"""Lock schedules of LayerLock: construction and parsing.
 
 A schedule is a tuple of (lock depth, steps), one entry per phase. In a phase of
 `steps` steps, the first `lock depth` blocks are frozen.
 """
 
 import ast
-from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -92,7 +91,7 @@ def parse(text: str) -> Schedule:
   except (ValueError, SyntaxError, TypeError) as error:
     raise ValueError(
       f'method.schedule: found {text!r}, wanted (lock depth, steps) of each '
-      "phase, such as '((0, 600), (1, 200))', or '' or 'auto'"
+      "phase, such as '((0, 600), (1, 200))', or ''"
     ) from error
   if not schedule or any(n < 1 or k < 0 for k, n in schedule):
     raise ValueError(
@@ -131,63 +130,3 @@ def check(schedule: Schedule, total: int, limit: int) -> Schedule:
       'locked, as the blocks that decode are never frozen'
     )
   return schedule
-
-
-def suggest(
-  drift: Sequence[Mapping[int, float]],
-  steps: Sequence[int],
-  total: int,
-  *,
-  limit: int,
-  settled: float = 0.5,
-) -> Schedule:
-  """Proposes a schedule from the drift of the blocks in a short run.
-
-  The drift of a block is the relative change of its weights between two
-  measurements. A block counts as settled from the first measurement after
-  which its drift stays below `settled` times its own largest drift. A line is
-  fitted to the settling times over depth. The first lock is the value of the
-  line at block 1 and the interval is its slope, both scaled from the short run
-  to the whole run. The paper leaves this to visual inspection ("when the norms
-  of the first layers plateau"); the rule is our choice.
-
-  Args:
-    drift: per measurement, block -> relative change of its weights since the
-      previous measurement.
-    steps: step of each measurement, equally spaced, of a short run of steps[-1]
-      steps at a constant learning rate.
-    total: steps of the whole run.
-    limit: the largest number of layers that can be locked.
-    settled: fraction of the largest drift.
-
-  Raises:
-    ValueError: fewer than three measurements.
-  """
-  if len(drift) < 3:
-    raise ValueError(
-      f'suggest: found {len(drift)} looks at the drift, wanted at least 3; run '
-      'longer, or set health.every lower'
-    )
-  blocks = sorted(set(drift[0]))[:limit]
-  scale = total / steps[-1]
-  times = []
-  for block in blocks:
-    values = np.asarray([measurement[block] for measurement in drift])
-    unsettled = np.flatnonzero(values >= settled * values.max())
-    times.append(scale * steps[min(int(unsettled[-1]) + 1, len(steps) - 1)])
-  slope, first_lock = (
-    np.polyfit(np.arange(len(times)), times, 1) if len(times) > 1 else (0, 0)
-  )
-  first_lock = min(max(float(first_lock), 0.1 * total), 0.8 * total)
-  # Lower bound, for blocks that settle together or in reverse order: all locks
-  # then take 0.1 of the run. A negative slope gives no interval.
-  shortest = 0.1 * total / max(len(blocks), 1)
-  interval = max(float(slope), shortest)
-  return lock_schedule(
-    total,
-    len(blocks),
-    start=max(round(first_lock), 1),
-    interval=max(round(interval), 1),
-    last=max(len(blocks), 1),
-    limit=limit,
-  )

@@ -7,19 +7,20 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vssl_jax import flops, losses, rngs
+from vssl_jax import losses, rngs
+from vssl_jax.data import batch as batch_lib
 from vssl_jax.masks import sampling, tubelets
+from vssl_jax.methods import cost as cost_lib
 from vssl_jax.methods import phase as phase_lib
-from vssl_jax.models import framewise
+from vssl_jax.models import Module, framewise
 from vssl_jax.models.hiera import decoder as decoder_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PixelTeacher(phase_lib.Phase):
+class PixelPhase(phase_lib.Phase):
   """A phase of masked pixel reconstruction.
 
   Attributes:
@@ -29,51 +30,32 @@ class PixelTeacher(phase_lib.Phase):
     pixel_loss: `mse` (paper: "identical to VideoMAE") or `l1`.
   """
 
-  decoder: nn.Module
-  masks: tuple[Any, ...]
+  decoder: Module
   pixel_norm: str = 'patch_channel'
   pixel_loss: str = 'mse'
 
-
-@dataclasses.dataclass(frozen=True)
-class Pixels(phase_lib.Method):
-  """Method whose phases are masked pixel reconstruction.
-
-  Attributes:
-    plan: the phases, in order.
-  """
-
-  plan: tuple[PixelTeacher, ...]
-
-  def phases(self) -> tuple[phase_lib.Phase, ...]:
-    """Returns the phases, in order."""
-    return self.plan
-
-  def init(
-    self, rng: Array, video: phase_lib.Video, phase: phase_lib.Phase
-  ) -> phase_lib.Params:
+  def init(self, rng: Array, video: phase_lib.Video) -> phase_lib.Params:
     """Returns random parameters of the encoder and the decoder."""
     encoder_key = rngs.stream(rng, 'init/encoder')
     return {
-      'encoder': phase.encoder.init(encoder_key, video)['params'],
-      'decoder': init_head(rng, video, phase, 'decoder', phase.decoder),
+      'encoder': self.encoder.init(encoder_key, video)['params'],
+      'decoder': init_head(rng, video, self, 'decoder', self.decoder),
     }
 
   def loss(
     self,
     params: phase_lib.Params,
     teachers: Mapping[str, Any],
-    batch: Mapping[str, Any],
+    batch: batch_lib.Batch,
     rng: rngs.Rng,
-    phase: phase_lib.Phase,
   ) -> tuple[Float[Array, ''], phase_lib.Aux]:
     """Returns the distance to the masked pixels, averaged over masks."""
     del teachers
-    targets = _targets(batch['video'], phase)
-    distance = losses.DISTANCES[phase.pixel_loss]
+    targets = self._pixel_targets(batch.video)
+    distance = losses.DISTANCES[self.pixel_loss]
     terms, metrics = [], {}
-    for spec, mask, mask_metrics, predicted in _predicted(
-      params, batch, rng, phase
+    for spec, mask, mask_metrics, predicted in self._predicted(
+      params, batch, rng
     ):
       terms.append(distance(predicted, sampling.gather(targets, mask.masked)))
       metrics[f'loss/pixel/{spec.name}'] = terms[-1]
@@ -84,36 +66,67 @@ class Pixels(phase_lib.Method):
   def reconstruct(
     self,
     params: phase_lib.Params,
-    batch: Mapping[str, Any],
+    batch: batch_lib.Batch,
     rng: rngs.Rng,
-    phase: phase_lib.Phase,
   ) -> Mapping[str, phase_lib.Reconstruction]:
     """Returns the decoder's predictions by mask."""
-    encoder, norm, every = phase.encoder, phase.pixel_norm, 1
+    encoder, norm, every = self.encoder, self.pixel_norm, 1
     reconstructions = {}
-    for spec, mask, _, predicted in _predicted(
-      params, batch, rng, phase, deterministic=True
+    for spec, mask, _, predicted in self._predicted(
+      params, batch, rng, deterministic=True
     ):
       pixels = predicted
       if isinstance(encoder, framewise.Framewise):
-        every, video = encoder.every, batch['video']
+        every, video = encoder.every, batch.video
         pixels = decoder_lib.as_raw(pixels, mask.masked, video, encoder, norm)
       reconstructions[spec.name] = phase_lib.Reconstruction(
         mask, pixels, norm, every
       )
     return reconstructions
 
-  def cost(
-    self, phase: phase_lib.Phase, video: tuple[int, ...]
-  ) -> phase_lib.Cost:
+  def cost(self, video: tuple[int, ...]) -> cost_lib.Cost:
     """Returns FLOPs per clip from the actual token counts."""
-    grid = tubelets.grid_of((1, *video), phase.encoder.patch)
-    cost = masked_cost(phase.encoder, phase.decoder, phase.masks, grid)
-    return cost._replace(tokens=masked_tokens(phase.masks, grid, 'decoder'))
+    return cost_lib.pixels(self, video)
+
+  def _pixel_targets(self, video: phase_lib.Video) -> Float[Array, 'B N PC']:
+    """Returns target pixels per token.
+
+    For an image model: patches of its frames, normalised by its pixel mean and
+    standard deviation, as in MAE. For a video model: tubelets of pixels in
+    [0, 1], as in VideoMAE. Then `pixel_norm` is applied to each patch.
+    """
+    if isinstance(self.encoder, framewise.Framewise):
+      return decoder_lib.targets(video, self.encoder, self.pixel_norm)
+    pixels = tubelets.to_unit(video)
+    return losses.pixel_targets(pixels, self.encoder.patch, self.pixel_norm)
+
+  def _predicted(
+    self,
+    params: phase_lib.Params,
+    batch: batch_lib.Batch,
+    rng: rngs.Rng,
+    deterministic: bool = False,
+  ) -> Any:
+    """Yields (spec, mask, mask metrics, predictions) for each mask."""
+    video = batch.video
+    grid = tubelets.grid_of(video.shape, self.encoder.patch)
+    for token, spec in enumerate(self.masks):
+      mask, metrics = spec.draw(rng, batch, grid)
+      tokens = self.encoder.apply(
+        {'params': params['encoder']},
+        video,
+        mask.visible,
+        deterministic=deterministic,
+        rngs={'dropout': rng.per_batch(f'dropout/{spec.name}')},
+      )
+      predicted = self.decoder.apply(
+        {'params': params['decoder']}, tokens, mask, grid, token=token
+      )
+      yield spec, mask, metrics, predicted
 
 
 def init_head(
-  rng: Array, video: phase_lib.Video, phase: Any, role: str, head: nn.Module
+  rng: Array, video: phase_lib.Video, phase: Any, role: str, head: Module
 ) -> Any:
   """Returns random parameters of a decoder or predictor.
 
@@ -133,91 +146,3 @@ def init_head(
   tokens = jnp.zeros((len(video), visible, phase.encoder.width))
   key = rngs.stream(rng, f'init/{role}')
   return head.init(key, tokens, mask, grid)['params']
-
-
-def _targets(
-  video: phase_lib.Video, phase: PixelTeacher
-) -> Float[Array, 'B N PC']:
-  """Returns target pixels per token.
-
-  For an image model: patches of its frames, normalised by its pixel mean and
-  standard deviation, as in MAE. For a video model: tubelets of pixels in
-  [0, 1], as in VideoMAE. Then `pixel_norm` is applied to each patch.
-  """
-  if isinstance(phase.encoder, framewise.Framewise):
-    return decoder_lib.targets(video, phase.encoder, phase.pixel_norm)
-  pixels = tubelets.to_unit(video)
-  return losses.pixel_targets(pixels, phase.encoder.patch, phase.pixel_norm)
-
-
-def _predicted(
-  params: phase_lib.Params,
-  batch: Mapping[str, Any],
-  rng: rngs.Rng,
-  phase: PixelTeacher,
-  deterministic: bool = False,
-) -> Any:
-  """Yields (spec, mask, mask metrics, predictions) for each mask."""
-  video = batch['video']
-  grid = tubelets.grid_of(video.shape, phase.encoder.patch)
-  for token, spec in enumerate(phase.masks):
-    mask, metrics = spec.draw(rng, batch, grid)
-    tokens = phase.encoder.apply(
-      {'params': params['encoder']},
-      video,
-      mask.visible,
-      deterministic=deterministic,
-      rngs={'dropout': rng.per_batch(f'dropout/{spec.name}')},
-    )
-    predicted = phase.decoder.apply(
-      {'params': params['decoder']}, tokens, mask, grid, token=token
-    )
-    yield spec, mask, metrics, predicted
-
-
-def masked_cost(
-  encoder: nn.Module,
-  head: nn.Module,
-  masks: tuple[Any, ...],
-  grid: tubelets.Grid,
-  locked: int = 0,
-) -> phase_lib.Cost:
-  """Returns the training cost per clip of an encoder and its head with masks.
-
-  Args:
-    encoder: encoder of the visible tokens.
-    head: its decoder or predictor.
-    masks: masks of a step; all of them are used in every step.
-    grid: tokens along (time, height, width).
-    locked: number of first blocks of the encoder that are frozen.
-  """
-  trained = activations = 0.0
-  for spec in masks:
-    visible, masked = spec.counts(grid)
-    trained += flops.train(encoder, grid, visible, frozen=locked)
-    trained += flops.train(
-      head, grid, (visible, masked), in_width=encoder.width
-    )
-    activations += flops.activations(encoder, visible, encoder.depth - locked)
-    activations += flops.activations(head, visible + masked)
-  return phase_lib.Cost(trained, 0.0, activations)
-
-
-def masked_tokens(
-  masks: tuple[Any, ...], grid: tubelets.Grid, *heads: str
-) -> dict[str, float]:
-  """Returns the tokens per clip and step that an encoder and its heads process.
-
-  Args:
-    masks: masks of a step; all of them are used in every step.
-    grid: tokens along (time, height, width).
-    *heads: roles of decoders or predictors, which process visible tokens and
-      mask tokens.
-
-  Returns:
-    Role -> number of tokens, summed over masks.
-  """
-  counts = [spec.counts(grid) for spec in masks]
-  total = float(sum(visible + masked for visible, masked in counts))
-  visible = float(sum(visible for visible, _ in counts))
-  return {'encoder': visible} | dict.fromkeys(heads, total)

@@ -1,9 +1,10 @@
-"""The interface between a method and the trainer.
+"""The interface between a method and the trainer: `Phase`.
 
 A run is a tuple of phases. A phase is a stretch of steps that share one
-compiled step. Values that differ between phases are static fields of the
-phase; values that change within a phase are arrays. The trainer uses only this
-interface, and a method handles no files, optimizers or meshes.
+compiled step, and it carries its loss. Values that differ between phases are
+static fields of the phase; values that change within a phase are arrays. The
+trainer uses only this interface, and a phase handles no files, optimizers or
+meshes.
 """
 
 import abc
@@ -11,22 +12,24 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-import flax.linen as nn
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Num
 
 from vssl_jax import rngs, trees
+from vssl_jax.data import batch as batch_lib
 from vssl_jax.masks import sampling, tubelets
-from vssl_jax.models import compatibility, layers
+from vssl_jax.methods import cost as cost_lib
+from vssl_jax.models import Module, compatibility, layers
 
 Params = Mapping[str, Any]  # role -> tree: {'encoder': ..., 'predictor': ...}
-TARGETS = 'targets/'  # prefix of target keys in a batch
 MEMORY_DTYPES = ('float32', 'float16')
 # `float8` needs a device with 8-bit matrix units; `float8_emulated` runs on any
 # device.
 FLOAT8 = ('float8', 'float8_emulated')
 TEACHER_DTYPES = ('float32', 'bfloat16', *FLOAT8)
+# Parts of the train state that a phase may carry over from the one before.
+CARRY = ('params', 'opt', 'example_memory')
 # uint8, or float in [0, 1].
 Video = Num[Array | np.ndarray, 'B T H W C']
 
@@ -44,41 +47,20 @@ class Aux(NamedTuple):
   memory: Mapping[str, Array] = {}
 
 
-class Cost(NamedTuple):
-  """Matrix FLOPs (2 per multiply-add) and memory of one clip's train step.
-
-  Attributes:
-    trained: FLOPs of the forward and backward pass (2x forward) of the trained
-      networks.
-    frozen: FLOPs of the forward pass of the teachers.
-    activations: estimated bytes stored for the backward pass.
-    tokens: role or teacher -> tokens per clip that its network processes in a
-      step, for the rule 6ND + 2ND; empty where the rule does not apply, such
-      as for networks with a different number of tokens in each stage.
-  """
-
-  trained: float
-  frozen: float = 0.0
-  activations: float = 0.0
-  tokens: Mapping[str, float] = {}
-
-  @property
-  def total(self) -> float:
-    """FLOPs of the step per clip."""
-    return self.trained + self.frozen
-
-
-class Seen(NamedTuple):
+class DrawnMask(NamedTuple):
   """A mask of a step, for visualisation.
 
   Attributes:
     mask: mask of the encoder's tokens.
     scores: float32 [B, N], teacher scores per token, where the mask was drawn
       from them; else None.
+    predicted: whether the masked tokens are predicted; else they are only
+      hidden from the encoder.
   """
 
   mask: sampling.Mask
   scores: Array | None = None
+  predicted: bool = True
 
 
 class Reconstruction(NamedTuple):
@@ -120,6 +102,62 @@ class Ema:
 
 
 @dataclasses.dataclass(frozen=True)
+class FromPhase:
+  """Source of parameters: the last ones of an earlier phase; text `@name`."""
+
+  name: str
+
+  def __str__(self) -> str:
+    return f'@{self.name}'
+
+
+@dataclasses.dataclass(frozen=True)
+class FromEma:
+  """Source of parameters: an EMA of the phase itself; text `@ema/name`."""
+
+  name: str
+
+  def __str__(self) -> str:
+    return f'@ema/{self.name}'
+
+
+@dataclasses.dataclass(frozen=True)
+class FromWeights:
+  """Source of parameters: a run folder, or published weights."""
+
+  path: str
+
+  def __str__(self) -> str:
+    return self.path
+
+
+Source = FromPhase | FromEma | FromWeights
+
+
+def parse_source(text: str) -> Source:
+  """Parses a source of parameters, as written in a config.
+
+  Raises:
+    ValueError: the text is empty.
+
+  Example:
+    >>> parse_source('@ema/encoder')
+    FromEma(name='encoder')
+  """
+  if text.startswith('@ema/'):
+    return FromEma(text.removeprefix('@ema/'))
+  if text.startswith('@'):
+    return FromPhase(text[1:])
+  if not text:
+    raise ValueError(
+      'a source is missing; wanted @<phase>, @ema/<name>, a run folder or '
+      'published weights (folder, file or hub id). Without one the parameters '
+      'would be random'
+    )
+  return FromWeights(text)
+
+
+@dataclasses.dataclass(frozen=True)
 class Teacher:
   """A frozen model whose outputs are targets.
 
@@ -128,8 +166,7 @@ class Teacher:
 
   Attributes:
     module: the network; a checkpoint is checked against it.
-    source: `@phase` (an earlier phase of this run), `@ema/<name>` (an average
-      computed by this phase), or a run folder or published model.
+    source: where its parameters come from.
     subtree: role of the source's parameters to use; '' for all parameters of
       the module.
     dtype: type that the parameters are cast to. `float32`: the teacher also
@@ -139,8 +176,8 @@ class Teacher:
       any device, but slower.
   """
 
-  module: nn.Module
-  source: str
+  module: Module
+  source: Source
   subtree: str = 'encoder'
   dtype: str = 'bfloat16'
 
@@ -160,11 +197,6 @@ class Teacher:
         f'teacher {self.source}: found dtype={self.dtype!r} for a '
         f'{type(self.module).__name__}, which is no ViT; wanted one of '
         f'{TEACHER_DTYPES[:2]}'
-      )
-    if not self.source:
-      raise ValueError(
-        'a teacher needs a source: @<phase>, @ema/<name>, a run folder or a '
-        'published model; an empty one would train against random weights'
       )
 
   def __call__(
@@ -186,16 +218,16 @@ class Teacher:
 class MemorySpec:
   """Specification of an array per training example, kept in the train state.
 
-  A loss reads `batch['example_memory/<name>']`, float32 [B, *shape], and
-  returns the new value in `Aux.memory[name]`. The memory of examples outside
-  the batch does not change.
+  A loss reads `batch.example_memory[name]`, float32 [B, *shape], and returns
+  the new value in `Aux.memory[name]`. The memory of examples outside the batch
+  does not change.
 
   Attributes:
     shape: shape per example.
     dtype: floating-point type of the stored memory; arithmetic is float32.
     fill: value before the first visit of an example, and for a substitute clip.
     window: length of a window in steps; 0 for no windows. With windows,
-      `batch['example_memory/<name>@window']` is the memory at the end of the
+      `batch.example_memory['<name>@window']` is the memory at the end of the
       last window. Windows are counted from the start of the phase.
   """
 
@@ -216,20 +248,23 @@ class MemorySpec:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Phase:
-  """A stretch of steps that share one compiled step.
+class Phase(abc.ABC):
+  """A stretch of steps that share one compiled step, and their loss.
+
+  Subclasses are frozen dataclasses of options and modules. They implement
+  `init` and `loss`, and `targets` if they have frozen teachers.
 
   Attributes:
-    name: unique in the run; checkpoints and `@name` teachers refer to it.
+    name: unique in the run; checkpoints and `FromPhase` refer to it.
     steps: length in optimizer steps.
-    encoder: the module used by `Method.encode`.
+    encoder: the module used by `encode`.
+    masks: specifications of the masks; all are drawn in every step.
+    mask_teacher: teacher that the masks depend on; '' for none.
     frozen: regular expressions over the names of parameters that get no
       gradient and no update.
     teachers: name -> teacher.
-    init: `carry` takes parameters by name from the previous phase, `fresh`
-      uses `Method.init`.
-    opt: the same for the optimizer's moments.
-    example_memory: the same for the example memory, by name.
+    carry: parts of the train state (`CARRY`) that are carried over, by name of
+      the leaf, from the previous phase; the others start fresh.
     memory_specs: name -> specification of the example memory of this phase.
     init_from: role -> source, for parameters that are initialised from a run
       folder or a published model.
@@ -247,16 +282,16 @@ class Phase:
 
   name: str
   steps: int
-  encoder: nn.Module
+  encoder: Module
+  masks: tuple[Any, ...] = ()
+  mask_teacher: str = ''
   frozen: tuple[str, ...] = ()
   teachers: Mapping[str, Teacher] = dataclasses.field(default_factory=dict)
-  init: Literal['carry', 'fresh'] = 'carry'
-  opt: Literal['carry', 'fresh'] = 'carry'
-  example_memory: Literal['carry', 'fresh'] = 'carry'
+  carry: tuple[str, ...] = CARRY
   memory_specs: Mapping[str, MemorySpec] = dataclasses.field(
     default_factory=dict
   )
-  init_from: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  init_from: Mapping[str, Source] = dataclasses.field(default_factory=dict)
   horizon: Literal['phase', 'run'] = 'phase'
   warmup: int | None = None
   rewarm: tuple[int, float] = (0, 1.0)
@@ -276,137 +311,104 @@ class Phase:
         f'phase {self.name!r}: found rewarm={self.rewarm}, wanted at most '
         f'{self.steps} steps and a factor in (0, 1]'
       )
+    if not {*self.carry} <= {*CARRY}:
+      raise ValueError(
+        f'phase {self.name!r}: found carry={self.carry}, wanted some of {CARRY}'
+      )
     for name, teacher in self.teachers.items():
-      ema = teacher.source.removeprefix('@ema/')
-      if ema != teacher.source and ema not in self.ema:
+      source = teacher.source
+      if isinstance(source, FromEma) and source.name not in self.ema:
         raise ValueError(
-          f'phase {self.name!r}: teacher {name!r} reads @ema/{ema}, and the '
+          f'phase {self.name!r}: teacher {name!r} reads {source}, and the '
           f'averages kept are {sorted(self.ema)}'
         )
 
-
-class Method(abc.ABC):
-  """A training method: phases, initial parameters and one pure loss.
-
-  Subclasses are frozen dataclasses of hyper-parameters and modules.
-  """
-
   @abc.abstractmethod
-  def phases(self) -> tuple[Phase, ...]:
-    """Returns the phases of the run, a pure function of the fields."""
+  def init(self, rng: Array, video: Video) -> Params:
+    """Returns random initial parameters, role -> tree.
 
-  @abc.abstractmethod
-  def init(self, rng: Array, video: Video, phase: Phase) -> Params:
-    """Returns random initial parameters of a phase, role -> tree."""
+    Args:
+      rng: key of the phase.
+      video: clips [B, T, H, W, C], for their shape.
+    """
+
+  def targets(
+    self, teachers: Mapping[str, Any], video: Video
+  ) -> Mapping[str, Float[Array, 'B ...']]:
+    """Returns the outputs of frozen teachers; none by default.
+
+    They depend neither on masks nor on trained parameters: they are computed
+    once per clip for all masks, and can be cached on disk. The loss finds them
+    in `batch.targets`. Outputs that depend on masks are computed in `loss`.
+
+    Args:
+      teachers: name -> parameters of `self.teachers[name].module`.
+      video: clips [B, T, H, W, C].
+    """
+    del teachers, video
+    return {}
 
   @abc.abstractmethod
   def loss(
     self,
     params: Params,
     teachers: Mapping[str, Any],
-    batch: Mapping[str, Any],
+    batch: batch_lib.Batch,
     rng: rngs.Rng,
-    phase: Phase,
   ) -> tuple[Float[Array, ''], Aux]:
-    """Returns the loss to minimise and its metrics.
+    """Returns the loss to minimise and its metrics. A pure function.
 
     Args:
-      params: role -> tree, of the phase.
-      teachers: name -> parameters of `phase.teachers[name].module`.
-      batch: `video` uint8 [B, T, H, W, C], `index` int32 [B], `progress`
-        float32 [] (fraction of the run), example memory and other entries.
+      params: role -> tree.
+      teachers: name -> parameters of `self.teachers[name].module`.
+      batch: clips, and the targets of these clips.
       rng: named random streams of this step; the loss draws masks from them.
-      phase: one of `phases()`.
     """
 
-  def targets(
-    self, teachers: Mapping[str, Any], video: Video, phase: Phase
-  ) -> Mapping[str, Float[Array, 'B ...']]:
-    """Returns the outputs of frozen teachers.
+  def cost(self, video: tuple[int, ...]) -> cost_lib.Cost:
+    """Returns the cost of a train step per clip of shape (T, H, W, C).
 
-    They depend neither on masks nor on trained parameters. They are computed
-    once per clip for all masks and losses, and can be cached: for a batch with
-    `targets/<name>` the teachers are not run. (Outputs of an average change
-    with every step and are not worth caching.) Arguments as in `loss`.
+    It is counted in the traced program, which takes seconds. A phase can give
+    a closed form instead, which agrees with `cost.traced`.
     """
-    del teachers, video, phase
-    return {}
-
-  def targets_of(
-    self,
-    teachers: Mapping[str, Any],
-    batch: Mapping[str, Any],
-    phase: Phase,
-  ) -> Mapping[str, Float[Array, 'B ...']]:
-    """Returns the targets in the batch, or computes them with the teachers."""
-    targets = {
-      k.removeprefix(TARGETS): x
-      for k, x in batch.items()
-      if k.startswith(TARGETS)
-    }
-    return targets or self.targets(teachers, batch['video'], phase)
-
-  @abc.abstractmethod
-  def cost(self, phase: Phase, video: tuple[int, ...]) -> Cost:
-    """Returns the cost of a train step per clip.
-
-    Args:
-      phase: one of `phases()`.
-      video: (T, H, W, C) of a clip.
-    """
+    return cost_lib.traced(self, video)
 
   def encode(
-    self,
-    params: Params,
-    video: Video,
-    depth: float | None = None,
-    phase: Phase | None = None,
+    self, params: Params, video: Video, depth: float | None = None
   ) -> Float[Array, 'B N D']:
     """Returns the encoder's tokens of whole clips, for evaluation and users.
 
     Args:
-      params: role -> tree, of the phase; only `encoder` is read.
-      video: uint8, or float in [0, 1]: [B, T, H, W, C].
+      params: role -> tree; only `encoder` is read.
+      video: clips [B, T, H, W, C].
       depth: fraction of the blocks to run; None for all of them and the final
         norm.
-      phase: phase whose encoder is used; None for the last phase.
     """
-    phase = phase or self.phases()[-1]
-    return phase.encoder.apply(
-      {'params': params['encoder']}, video, depth=depth
-    )
+    return self.encoder.apply({'params': params['encoder']}, video, depth=depth)
 
-  def masks(
-    self,
-    teachers: Mapping[str, Any],
-    batch: Mapping[str, Any],
-    rng: rngs.Rng,
-    phase: Phase,
-  ) -> Mapping[str, Seen]:
+  def draw_masks(
+    self, teachers: Mapping[str, Any], batch: batch_lib.Batch, rng: rngs.Rng
+  ) -> Mapping[str, DrawnMask]:
     """Returns the masks of a step by name, for visualisation.
 
-    Empty for a phase without masks. Arguments as in `loss`; `teachers` may omit
-    teachers whose outputs no mask depends on.
+    Empty for a phase without masks. Arguments as in `loss`; of `teachers` only
+    `mask_teacher` is needed.
     """
     del teachers
-    grid = tubelets.grid_of(batch['video'].shape, phase.encoder.patch)
+    grid = tubelets.grid_of(batch.video.shape, self.encoder.patch)
     return {
-      spec.name: Seen(spec.draw(rng, batch, grid)[0])
-      for spec in getattr(phase, 'masks', ())
+      spec.name: DrawnMask(spec.draw(rng, batch, grid)[0])
+      for spec in self.masks
     }
 
   def reconstruct(
-    self,
-    params: Params,
-    batch: Mapping[str, Any],
-    rng: rngs.Rng,
-    phase: Phase,
+    self, params: Params, batch: batch_lib.Batch, rng: rngs.Rng
   ) -> Mapping[str, Reconstruction]:
     """Returns predicted pixels by mask, for visualisation.
 
     Empty for a phase that predicts no pixels. Arguments as in `loss`.
     """
-    del params, batch, rng, phase
+    del params, batch, rng
     return {}
 
 
@@ -414,8 +416,8 @@ def check(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
   """Checks the phases of a run and returns them.
 
   Raises:
-    ValueError: there is no phase, a name is used twice, a teacher `@phase` is
-      not an earlier phase, or parameters would be loaded into a network that
+    ValueError: there is no phase, a name is used twice, a teacher is of no
+      earlier phase, or parameters would be loaded into a network that
       computes another function.
   """
   if not phases:
@@ -426,24 +428,24 @@ def check(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
       raise ValueError(f'two phases are named {phase.name!r}')
     for name, teacher in phase.teachers.items():
       source = teacher.source
-      if source.startswith('@ema/'):
-        average = phase.ema[source.removeprefix('@ema/')]
-        _check_teacher(phase, name, getattr(phase, average.of, None))
-      elif source.startswith('@'):
-        if source[1:] not in seen:
+      if isinstance(source, FromEma):
+        role = phase.ema[source.name].of
+        _check_teacher(phase, name, getattr(phase, role, None))
+      elif isinstance(source, FromPhase):
+        if source.name not in seen:
           raise ValueError(
-            f'phase {phase.name!r}: teacher {name!r} has source {source!r}, '
-            f'and the phases before it are {[*seen]}; run that phase first, or '
+            f'phase {phase.name!r}: teacher {name!r} has source {source}, and '
+            f'the phases before it are {[*seen]}; run that phase first, or '
             'give the folder of a run that has'
           )
-        _check_teacher(phase, name, _network(seen[source[1:]], teacher))
-    if i and phase.init == 'carry':
+        _check_teacher(phase, name, _network(seen[source.name], teacher))
+    if i and 'params' in phase.carry:
       _check_carry(phases[i - 1], phase)
     seen[phase.name] = phase
   return phases
 
 
-def _network(phase: Phase, teacher: Teacher) -> nn.Module | None:
+def _network(phase: Phase, teacher: Teacher) -> Module | None:
   """Returns the network of a phase whose parameters a teacher uses."""
   if teacher.subtree:
     return getattr(phase, teacher.subtree, None)
@@ -451,7 +453,7 @@ def _network(phase: Phase, teacher: Teacher) -> nn.Module | None:
   return next((x for x in fields if type(x) is type(teacher.module)), None)
 
 
-def _check_teacher(phase: Phase, name: str, trained: nn.Module | None) -> None:
+def _check_teacher(phase: Phase, name: str, trained: Module | None) -> None:
   """Raises if a teacher computes another function than the trained network."""
   teacher = phase.teachers[name]
   if trained is None:
@@ -474,7 +476,7 @@ def _check_carry(before: Phase, phase: Phase) -> None:
   """Raises if carried parameters would enter a network of another function."""
   for field in dataclasses.fields(phase):
     modules = getattr(before, field.name, None), getattr(phase, field.name)
-    if not all(isinstance(x, nn.Module) for x in modules):
+    if not all(isinstance(x, Module) for x in modules):
       continue
     differing = {
       name: values
@@ -485,6 +487,6 @@ def _check_carry(before: Phase, phase: Phase) -> None:
       raise ValueError(
         f'phase {phase.name!r} carries the parameters of {before.name!r} into '
         f'another function: its {field.name} differs, '
-        f'{compatibility.describe(differing)}. Make both alike, or start with '
-        "init='fresh'"
+        f'{compatibility.describe(differing)}. Make both alike, or leave '
+        "'params' out of its carry"
       )

@@ -21,33 +21,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vssl_jax import losses, rngs
+from vssl_jax.data import batch as batch_lib
 from vssl_jax.masks import sampling, specs, tubelets
+from vssl_jax.methods import cost as cost_lib
 from vssl_jax.methods import distillation_teachers as distillation_teachers_lib
-from vssl_jax.methods import masked_pixels, pmd_cost, pmd_terms
+from vssl_jax.methods import masked_pixels, pmd_terms
 from vssl_jax.methods import phase as phase_lib
 from vssl_jax.models import mvd_student as mvd_student_lib
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Distil(phase_lib.Phase):
-  """A phase of distillation at one mask ratio.
-
-  Attributes:
-    student: encoder, and a decoder per teacher. `teachers` has the same names,
-      and `previous` in addition if the previous student is used.
-    align: teacher -> projections of the student's layers to the teacher's
-      width; empty without alignment.
-    masks: all drawn every step; the teachers run once for all of them.
-    previous_masks: masks of the previous student, one for each of `masks`.
-  """
-
-  student: mvd_student_lib.Student
-  align: Mapping[str, mvd_student_lib.Alignment]
-  masks: tuple[specs.Spec, ...]
-  previous_masks: tuple[specs.Spec, ...] = ()
-
-
-class _Seen(NamedTuple):
+class _Outputs(NamedTuple):
   """Outputs under one mask: the mask, the loss per teacher, and features."""
 
   mask: sampling.Mask
@@ -56,11 +39,15 @@ class _Seen(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pmd(phase_lib.Method):
-  """The PMD loss and the phases that use it.
+class DistilPhase(phase_lib.Phase):
+  """A phase of distillation at one mask ratio.
 
   Attributes:
-    plan: the phases, in order.
+    student: encoder, and a decoder per teacher. `teachers` has the same names,
+      and `previous` in addition if the previous student is used.
+    align: teacher -> projections of the student's layers to the teacher's
+      width; empty without alignment.
+    previous_masks: masks of the previous student, one for each of `masks`.
     lambda_base: weight of the distance to the teachers.
     lambda_pg: weight of the distance to the previous student (PSD).
     lambda_df: weight of the smoothed and weighted distance (DARE).
@@ -88,7 +75,9 @@ class Pmd(phase_lib.Method):
   See the table in `README.md` for other open or ambiguous details.
   """
 
-  plan: tuple[Distil, ...]
+  student: mvd_student_lib.Student
+  align: Mapping[str, mvd_student_lib.Alignment]
+  previous_masks: tuple[specs.Spec, ...] = ()
   lambda_base: float = 1.0
   lambda_pg: float = 0.05
   lambda_df: float = 1.0
@@ -104,21 +93,15 @@ class Pmd(phase_lib.Method):
   memory_shape: str = 'patch'
   memory_frame: str = 'grid'
 
-  def phases(self) -> tuple[phase_lib.Phase, ...]:
-    """Returns the phases, in order."""
-    return self.plan
-
-  def init(
-    self, rng: Array, video: phase_lib.Video, phase: phase_lib.Phase
-  ) -> phase_lib.Params:
+  def init(self, rng: Array, video: phase_lib.Video) -> phase_lib.Params:
     """Returns random parameters of the encoder, decoders and alignment."""
-    encoder = phase.student.encoder
+    encoder = self.student.encoder
     key = rngs.stream(rng, 'init/encoder')
     params = {'encoder': encoder.init(key, video)['params']}
-    for name, head in phase.student.decoder.items():
+    for name, head in self.student.decoder.items():
       role = f'decoder_{name}'
-      params[role] = masked_pixels.init_head(rng, video, phase, role, head)
-    for name, align in phase.align.items():
+      params[role] = masked_pixels.init_head(rng, video, self, role, head)
+    for name, align in self.align.items():
       key = rngs.stream(rng, f'init/align_{name}')
       tokens = jnp.zeros((1, 1, encoder.width))
       aligned = dict.fromkeys(pmd_terms.aligned(encoder.depth), tokens)
@@ -129,16 +112,15 @@ class Pmd(phase_lib.Method):
     self,
     teachers: Mapping[str, Any],
     video: phase_lib.Video,
-    phase: phase_lib.Phase,
   ) -> Mapping[str, Float[Array, 'B ...']]:
     """Returns each teacher's last features, and means of its deeper layers."""
     targets, norm = {}, losses.TARGET_NORMS[self.align_norm]
-    for name in phase.student.decoder:
+    for name in self.student.decoder:
       features = distillation_teachers_lib.stream(
-        phase, name, teachers[name], video
+        self, name, teachers[name], video
       )
       targets[name] = features[-1].astype(jnp.float32)
-      if name not in phase.align:
+      if name not in self.align:
         continue
       _, *groups = pmd_terms.thirds(len(features) - 1)
       spread = jnp.zeros(targets[name].shape[:2])
@@ -154,16 +136,15 @@ class Pmd(phase_lib.Method):
     self,
     params: phase_lib.Params,
     teachers: Mapping[str, Any],
-    batch: Mapping[str, Any],
+    batch: batch_lib.Batch,
     rng: rngs.Rng,
-    phase: phase_lib.Phase,
   ) -> tuple[Float[Array, ''], phase_lib.Aux]:
     """Returns the weighted sum of the base, PSD, DARE and CLFA terms."""
-    targets = self.targets_of(teachers, batch, phase)
+    targets = batch.targets
     metrics, parts, per_mask = {}, {}, []
-    for i, spec in enumerate(phase.masks):
-      outputs, terms, new_metrics = self._under(
-        params, teachers, batch, rng, phase, i, targets
+    for i, spec in enumerate(self.masks):
+      outputs, terms, new_metrics = self._under_mask(
+        params, teachers, batch, rng, i
       )
       per_mask.append(outputs)
       metrics |= {f'mask/{spec.name}/{n}': x for n, x in new_metrics.items()}
@@ -171,9 +152,9 @@ class Pmd(phase_lib.Method):
         parts.setdefault(name, []).append(value)
     means = {name: jnp.mean(jnp.stack(x)) for name, x in parts.items()}
     memory = {}
-    for name in phase.memory_specs:
+    for name in self.memory_specs:
       means[f'loss/difficulty/{name}'], memory[name], new_metrics = (
-        self._difficulty(name, per_mask, batch, phase)
+        self._difficulty(name, per_mask, batch)
       )
       metrics |= new_metrics
     weights = {
@@ -187,27 +168,25 @@ class Pmd(phase_lib.Method):
       for name, value in means.items()
       if name.startswith('loss/')
     )
-    for name in phase.align:  # logged loss: over all layer pairs
+    for name in self.align:  # logged loss: over all layer pairs
       means[f'loss/alignment/{name}'] += means.pop(f'spread/{name}')
-    for name in phase.student.decoder:
+    for name in self.student.decoder:
       metrics[f'target/std/{name}'] = jnp.std(targets[name])
     return total, phase_lib.Aux(metrics | means, memory)
 
-  def _under(
+  def _under_mask(
     self,
     params: phase_lib.Params,
     teachers: Mapping[str, Any],
-    batch: Mapping[str, Any],
+    batch: batch_lib.Batch,
     rng: rngs.Rng,
-    phase: Distil,
     index: int,
-    targets: Mapping[str, Array],
-  ) -> tuple[_Seen, dict[str, Array], Mapping[str, Array]]:
+  ) -> tuple[_Outputs, dict[str, Array], Mapping[str, Array]]:
     """Returns the student's outputs, loss terms and metrics for one mask."""
-    video, spec = batch['video'], phase.masks[index]
-    grid = tubelets.grid_of(video.shape, phase.encoder.patch)
+    video, spec = batch.video, self.masks[index]
+    grid = tubelets.grid_of(video.shape, self.encoder.patch)
     mask, mask_metrics = spec.draw(rng, batch, grid)
-    out = phase.student.apply(
+    out = self.student.apply(
       {'params': params},
       video,
       mask,
@@ -216,20 +195,20 @@ class Pmd(phase_lib.Method):
     )
     terms, per_patch = {}, {}
     for name, predicted in out.predicted.items():
-      target = sampling.gather(targets[name], mask.masked)
+      target = sampling.gather(batch.targets[name], mask.masked)
       target = losses.TARGET_NORMS[self.target_norm](target)
       per_patch[name] = losses.per_token(predicted, target, self.feature_loss)
       terms[f'loss/base/{name}'] = jnp.mean(per_patch[name])
-    if phase.previous_masks:
-      previous_mask, _ = phase.previous_masks[index].draw(rng, batch, grid)
-      previous_student = phase.teachers['previous'](
+    if self.previous_masks:
+      previous_mask, _ = self.previous_masks[index].draw(rng, batch, grid)
+      previous_student = self.teachers['previous'](
         teachers['previous'], video, previous_mask, at=mask.masked
       )
       terms |= self._progressive(
         out.predicted, previous_student.predicted, mask, previous_mask
       )
-    terms |= self._alignment(params, phase, out.features, targets, mask)
-    return _Seen(mask, per_patch, out.features), terms, mask_metrics
+    terms |= self._alignment(params, out.features, batch.targets, mask)
+    return _Outputs(mask, per_patch, out.features), terms, mask_metrics
 
   def _progressive(
     self,
@@ -265,7 +244,6 @@ class Pmd(phase_lib.Method):
   def _alignment(
     self,
     params: phase_lib.Params,
-    phase: Distil,
     features: tuple[Array, ...],
     targets: Mapping[str, Array],
     mask: sampling.Mask,
@@ -274,7 +252,7 @@ class Pmd(phase_lib.Method):
     norm = losses.TARGET_NORMS[self.align_norm]
     shallow, middle, _ = pmd_terms.thirds(len(features) - 1)
     terms = {}
-    for name, module in phase.align.items():
+    for name, module in self.align.items():
       mapped = module.apply(
         {'params': params[f'align_{name}']},
         {n: norm(features[n]) for n in (*shallow, *middle)},
@@ -293,12 +271,11 @@ class Pmd(phase_lib.Method):
   def _difficulty(
     self,
     name: str,
-    seen: list[_Seen],
-    batch: Mapping[str, Any],
-    phase: Distil,
+    seen: list[_Outputs],
+    batch: batch_lib.Batch,
   ) -> tuple[Array, Array, dict[str, Array]]:
     """Returns DARE's loss, the new example memory of the batch, and metrics."""
-    grid = tubelets.grid_of(batch['video'].shape, phase.encoder.patch)
+    grid = tubelets.grid_of(batch.video.shape, self.encoder.patch)
     n = grid[0] * grid[1] * grid[2]
     totals = [
       pmd_terms.spread(outputs.loss[name], outputs.mask.masked, n)
@@ -312,7 +289,7 @@ class Pmd(phase_lib.Method):
     # Mean over the masks that hide the patch.
     loss = sum(totals) / jnp.maximum(counts, 1.0)
     stored = [
-      batch[f'example_memory/{name}{suffix}'] for suffix in ('', '@window')
+      batch.example_memory[f'{name}{suffix}'] for suffix in ('', '@window')
     ]
     value, window = (
       pmd_terms.read(x, batch, grid, self.memory_frame) for x in stored
@@ -327,7 +304,7 @@ class Pmd(phase_lib.Method):
       parts=self.dare,
     )
     # A substitute clip has the pixels of another example: it has no memory.
-    term = jnp.where(batch['substituted'], 0.0, difficulty.loss)
+    term = jnp.where(batch.substituted, 0.0, difficulty.loss)
     if self.df_extra_mean:
       term = term / jnp.sum(hidden, axis=1)
     memory = pmd_terms.write(
@@ -351,11 +328,9 @@ class Pmd(phase_lib.Method):
       },
     )
 
-  def cost(
-    self, phase: phase_lib.Phase, video: tuple[int, ...]
-  ) -> phase_lib.Cost:
+  def cost(self, video: tuple[int, ...]) -> cost_lib.Cost:
     """Returns FLOPs per clip from the actual token counts."""
-    return pmd_cost.cost(phase, video)
+    return cost_lib.pmd(self, video)
 
 
 def _mean_where(x: Array, where: Array) -> Float[Array, '']:

@@ -4,22 +4,20 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import ml_collections
 
 from vssl_jax import losses
 from vssl_jax.masks import specs as specs_lib
 from vssl_jax.masks import tubelets
 from vssl_jax.methods import (
-  chain,
   config_checks,
-  masked_pixels,
   phase,
   pmd,
   pmd_terms,
   salt_config,
 )
 from vssl_jax.methods import distillation_teachers as teachers_lib
+from vssl_jax.models import Module
 from vssl_jax.models import decoder as decoder_lib
 from vssl_jax.models import mvd_student as mvd_student_lib
 from vssl_jax.utils import colours, ranges
@@ -31,6 +29,12 @@ EVENNESS = (
   'method.tau; raise it, or norm the targets with method.target_norm=ln',
 )
 
+
+# Keys that are fields of a phase, of the same names.
+OPTIONS = ('lambda_base', 'lambda_pg', 'lambda_df', 'lambda_al')
+OPTIONS += ('feature_loss', 'target_norm', 'alpha', 'tau', 'dare')
+OPTIONS += ('df_extra_mean', 'pg_positions', 'align_norm')
+OPTIONS += ('memory_shape', 'memory_frame')
 
 KEYS = ranges.Section(  # published values, student ViT-B
   name=('pmd', ranges.Choice(('pmd',))),
@@ -103,10 +107,10 @@ default = KEYS.defaults
 def build(
   config: ml_collections.ConfigDict,
   video: tuple[int, ...],
-  resolve: Callable[[str], nn.Module],
+  resolve: Callable[[str], Module],
   pixels: colours.Colours,
-) -> phase.Method:
-  """Builds the method from its section of the config.
+) -> tuple[phase.Phase, ...]:
+  """Builds the phases from the method's section of the config.
 
   Args:
     config: `config.method`.
@@ -124,13 +128,7 @@ def build(
     config, config.teachers, video, resolve, pixels
   )
   student = _student(config, modules, pixels)
-  # Fields of the method and keys of its config have the same names.
-  fields = set(pmd.Pmd.__dataclass_fields__) & set(config)
-  distil = pmd.Pmd(
-    plan=tuple(_distil(config, student, modules, video)),
-    **{name: config[name] for name in fields},
-  )
-  return chain.of(masked_pixels.Pixels(teacher_phases), distil)
+  return (*teacher_phases, *_distil_phases(config, student, modules, video))
 
 
 def _check(config: ml_collections.ConfigDict) -> None:
@@ -177,12 +175,12 @@ def _student(
   )
 
 
-def _distil(
+def _distil_phases(
   config: ml_collections.ConfigDict,
   student: mvd_student_lib.Student,
-  modules: Mapping[str, nn.Module],
+  modules: Mapping[str, Module],
   video: tuple[int, ...],
-) -> list[pmd.Distil]:
+) -> list[pmd.DistilPhase]:
   """Returns a phase for each mask ratio."""
   grid = tubelets.grid_of((1, *video), student.encoder.patch)
   encoder, phases = student.encoder, []
@@ -207,7 +205,10 @@ def _distil(
         teachers=teachers
         | {
           'previous': phase.Teacher(
-            _still(student), f'@{previous.name}', '', config.previous_dtype
+            _still(student),
+            phase.FromPhase(previous.name),
+            '',
+            config.previous_dtype,
           )
         },
         previous_masks=(
@@ -215,17 +216,16 @@ def _distil(
         ),
       )
     phases.append(
-      pmd.Distil(
+      pmd.DistilPhase(
         **dict(teachers=teachers) | previous_fields,
+        **{name: config[name] for name in OPTIONS},
         name=name,
         steps=steps,
         encoder=encoder,
         student=student,
         align=align,
         masks=masks,
-        init='carry' if phases else 'fresh',
-        opt=config.opt if phases else 'fresh',
-        example_memory=config.example_memory if phases else 'fresh',
+        carry=_carry(config) if phases else (),
         horizon='run' if config.opt == 'carry' else 'phase',
         memory_specs=dict.fromkeys(modules, memory) if config.lambda_df else {},
         alarms=_alarms(config, modules),
@@ -233,6 +233,12 @@ def _distil(
       )
     )
   return phases
+
+
+def _carry(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+  """Returns the parts of the train state that a phase takes over."""
+  optional = ('opt', 'example_memory')
+  return ('params', *(name for name in optional if config[name] == 'carry'))
 
 
 def _alarms(

@@ -10,12 +10,13 @@ crop). Source: PMD (CVPR 2026), secondary; `README.md` lists open details.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from vssl_jax.data import batch as batch_lib
 from vssl_jax.masks import tubelets
 
 
@@ -35,7 +36,7 @@ def spread(
 
 def read(
   rows: Float[Array, 'B R'],
-  batch: Mapping[str, Any],
+  batch: batch_lib.Batch,
   grid: tubelets.Grid,
   frame: str,
 ) -> Float[Array, 'B N']:
@@ -45,12 +46,12 @@ def read(
     rows: memory of the batch's examples; R is N, or h * w for tubes.
     batch: `crop` and `flip` are read if `frame` is `crop`.
     grid: (t, h, w) in tokens.
-    frame: `memory_frame`, `grid` or `crop`, see `Pmd`.
+    frame: `memory_frame`, `grid` or `crop`, see `pmd.DistilPhase`.
   """
   t, h, w = grid
   cells = rows.reshape(len(rows), -1, h * w)
   if frame == 'crop':
-    cells = cells_of_crop(cells, batch['crop'], batch['flip'], (h, w))
+    cells = cells_of_crop(cells, batch.crop, batch.flip, (h, w))
   cells = jnp.broadcast_to(cells, (len(rows), t, h * w))
   return cells.reshape(len(rows), -1)
 
@@ -59,7 +60,7 @@ def write(
   rows: Float[Array, 'B R'],
   values: Float[Array, 'B N'],
   written: Bool[Array, 'B N'],
-  batch: Mapping[str, Any],
+  batch: batch_lib.Batch,
   grid: tubelets.Grid,
   *,
   shape: str,
@@ -85,7 +86,7 @@ def write(
     values, written = values / jnp.maximum(count, 1), count > 0
   cells = rows.reshape(len(rows), -1, h * w)
   if frame == 'crop':
-    crop, flip = batch['crop'], batch['flip']
+    crop, flip = batch.crop, batch.flip
     cells = cells_of_frame(cells, values, written, crop, flip, (h, w))
   else:
     cells = jnp.where(written, values, cells)

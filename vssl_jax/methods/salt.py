@@ -9,22 +9,23 @@ details that the paper leaves open.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vssl_jax import flops, losses, rngs
+from vssl_jax import losses, rngs
+from vssl_jax.data import batch as batch_lib
 from vssl_jax.masks import sampling, tubelets
+from vssl_jax.methods import cost as cost_lib
 from vssl_jax.methods import masked_pixels
 from vssl_jax.methods import phase as phase_lib
+from vssl_jax.models import Module
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LatentStudent(phase_lib.Phase):
+class LatentPhase(phase_lib.Phase):
   """A phase that predicts the frozen teacher's latents (stage 2 of SALT).
 
   Attributes:
@@ -40,80 +41,58 @@ class LatentStudent(phase_lib.Phase):
     frozen_depth: number of first blocks of the encoder that `frozen` matches.
   """
 
-  predictor: nn.Module
-  masks: tuple[Any, ...]
+  predictor: Module
   latent_loss: str = 'l1'
   target_norm: str = 'ln'
   target_layer: int | None = None
   frozen_depth: int = 0
 
-
-@dataclasses.dataclass(frozen=True)
-class Salt(phase_lib.Method):
-  """The latent loss and the phases that use it.
-
-  Attributes:
-    plan: the phases, in order.
-  """
-
-  plan: tuple[LatentStudent, ...]
-
-  def phases(self) -> tuple[phase_lib.Phase, ...]:
-    """Returns the phases, in order."""
-    return self.plan
-
-  def init(
-    self, rng: Array, video: phase_lib.Video, phase: phase_lib.Phase
-  ) -> phase_lib.Params:
+  def init(self, rng: Array, video: phase_lib.Video) -> phase_lib.Params:
     """Returns random parameters of the encoder and the predictor."""
     key = rngs.stream(rng, 'init/encoder')
-    head = phase.predictor
+    head = self.predictor
     return {
-      'encoder': phase.encoder.init(key, video)['params'],
-      'predictor': masked_pixels.init_head(
-        rng, video, phase, 'predictor', head
-      ),
+      'encoder': self.encoder.init(key, video)['params'],
+      'predictor': masked_pixels.init_head(rng, video, self, 'predictor', head),
     }
 
   def targets(
     self,
     teachers: Mapping[str, Any],
     video: phase_lib.Video,
-    phase: phase_lib.Phase,
   ) -> Mapping[str, Float[Array, 'B ...']]:
     """Returns the teacher's tokens, before normalisation."""
-    options = {} if phase.target_layer is None else {'upto': phase.target_layer}
-    teacher = phase.teachers['target']
+    options = {} if self.target_layer is None else {'upto': self.target_layer}
+    teacher = self.teachers['target']
     return {'target': teacher(teachers['target'], video, **options)}
 
   def loss(
     self,
     params: phase_lib.Params,
     teachers: Mapping[str, Any],
-    batch: Mapping[str, Any],
+    batch: batch_lib.Batch,
     rng: rngs.Rng,
-    phase: phase_lib.Phase,
   ) -> tuple[Float[Array, ''], phase_lib.Aux]:
     """Returns the latent loss, averaged over masks."""
-    video = batch['video']
-    grid = tubelets.grid_of(video.shape, phase.encoder.patch)
-    # One pass of the teacher serves all masks.
-    features = self.targets_of(teachers, batch, phase)['target']
-    _check_grid(features, grid, phase)
-    targets = losses.TARGET_NORMS[phase.target_norm](features)
-    distance = losses.DISTANCES[phase.latent_loss]
+    video = batch.video
+    grid = tubelets.grid_of(video.shape, self.encoder.patch)
+    del teachers  # their outputs are in batch.targets, once for all masks
+    features = batch.targets['target']
+    _check_grid(features, grid, self)
+    targets = losses.TARGET_NORMS[self.target_norm](features)
+    distance = losses.DISTANCES[self.latent_loss]
     metrics = {'target/std': jnp.std(features.astype(jnp.float32))}
     terms = []
-    for token, spec in enumerate(phase.masks):
+    for token, spec in enumerate(self.masks):
       mask, mask_metrics = spec.draw(rng, batch, grid)
-      tokens = phase.encoder.apply(
+      tokens = self.encoder.apply(
         {'params': params['encoder']},
         video,
         mask.visible,
         deterministic=False,
         rngs={'dropout': rng.per_batch(f'dropout/{spec.name}')},
       )
-      predicted = phase.predictor.apply(
+      predicted = self.predictor.apply(
         {'params': params['predictor']}, tokens, mask, grid, token=token
       )
       terms.append(distance(predicted, sampling.gather(targets, mask.masked)))
@@ -122,29 +101,9 @@ class Salt(phase_lib.Method):
     metrics['prediction/std'] = jnp.std(predicted.astype(jnp.float32))
     return jnp.mean(jnp.stack(terms)), phase_lib.Aux(metrics)
 
-  def cost(
-    self, phase: phase_lib.Phase, video: tuple[int, ...]
-  ) -> phase_lib.Cost:
+  def cost(self, video: tuple[int, ...]) -> cost_lib.Cost:
     """Returns FLOPs per clip from the actual token counts."""
-    grid = tubelets.grid_of((1, *video), phase.encoder.patch)
-    trained = masked_pixels.masked_cost(
-      phase.encoder, phase.predictor, phase.masks, grid, phase.frozen_depth
-    )
-    frozen = sum(
-      flops.forward(
-        t.module,
-        tubelets.grid_of((1, *video), t.module.patch),
-        depth=phase.target_layer,
-      )
-      for t in phase.teachers.values()
-    )
-    tokens = masked_pixels.masked_tokens(phase.masks, grid, 'predictor')
-    tokens |= dict.fromkeys(phase.teachers, float(math.prod(grid)))
-    # The rule 6ND + 2ND needs fully trained students and full teachers.
-    full_networks = not phase.frozen_depth and phase.target_layer is None
-    return trained._replace(
-      frozen=float(frozen), tokens=tokens if full_networks else {}
-    )
+    return cost_lib.latents(self, video)
 
 
 def _check_grid(

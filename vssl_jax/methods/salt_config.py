@@ -1,23 +1,20 @@
 """Config keys and builder of SALT."""
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import ml_collections
 
 from vssl_jax import losses
 from vssl_jax.masks import specs, tubelets
-from vssl_jax.methods import chain, config_checks, masked_pixels, salt
+from vssl_jax.methods import config_checks, masked_pixels, salt
 from vssl_jax.methods import phase as phase_lib
+from vssl_jax.models import Module, vit
 from vssl_jax.models import decoder as decoder_lib
 from vssl_jax.models import predictor as predictor_lib
-from vssl_jax.models import vit
 from vssl_jax.utils import colours, ranges
 
-# Prefixes of the names of phases and of their config sections.
-PHASES = ('pixel_teacher', 'latent_student')
+PHASES = ('pixel_teacher', 'latent_student', 'latent_student_2')
 
 
 def _pixel_section() -> ranges.Section:
@@ -75,11 +72,10 @@ def _latent_section(teacher: str) -> ranges.Section:
 
 KEYS = ranges.Section(  # the paper's values, ViT-L
   name=('salt', ranges.Choice(('salt',))),
-  # Phases, in order. A name starts with pixel_teacher or latent_student and is
-  # the name of the section below for that phase.
+  # Phases, in order; each has a section below.
   phases=(
     ('pixel_teacher', 'latent_student'),
-    ranges.Tuple(ranges.Text(), unique=True),
+    ranges.Tuple(ranges.Choice(PHASES), unique=True),
   ),
   # Shared by all encoders; see models/vit.py for each field.
   vit=config_checks.network(
@@ -108,10 +104,10 @@ default = KEYS.defaults
 def build(
   config: ml_collections.ConfigDict,
   video: tuple[int, ...],
-  resolve: Callable[[str], nn.Module],
+  resolve: Callable[[str], Module],
   pixels: colours.Colours,
-) -> phase_lib.Method:
-  """Builds the method from its section of the config.
+) -> tuple[phase_lib.Phase, ...]:
+  """Builds the phases from the method's section of the config.
 
   Args:
     config: `config.method`.
@@ -120,16 +116,11 @@ def build(
     pixels: mean and standard deviation of the pixels.
 
   Raises:
-    ValueError: a value is out of range, or a phase has no section.
+    ValueError: a value is out of range, or a teacher has no source.
   """
   KEYS.check(config, 'method')
-  plan: list[Any] = []
+  phases: list[phase_lib.Phase] = []
   for name in config.phases:
-    if name not in config or not name.startswith(PHASES):
-      raise ValueError(
-        f'method.phases: found {name!r}, wanted names of sections of '
-        'config.method such as pixel_teacher, latent_student, latent_student_2'
-      )
     section = config[name]
     encoder = make_encoder(section.encoder, config.vit, **pixels._asdict())
     masks = specs.parse(section.masks, select=section.mask_select)
@@ -141,27 +132,20 @@ def build(
       steps=section.steps,
       encoder=encoder,
       masks=masks,
-      init='fresh',
-      opt='fresh',
-      example_memory='fresh',
+      carry=(),
       init_from=(
-        dict.fromkeys(section.init_roles, section.init_from)
+        dict.fromkeys(
+          section.init_roles, phase_lib.parse_source(section.init_from)
+        )
         if section.init_from
         else {}
       ),
     )
-    if name.startswith('pixel_teacher'):
-      plan.append(_pixel_phase(section, encoder, video, common))
+    if name == 'pixel_teacher':
+      phases.append(_pixel_phase(section, encoder, video, common))
     else:
-      plan.append(_latent_phase(section, encoder, plan, resolve, common))
-  return chain.of(
-    *(
-      (masked_pixels.Pixels if pixels else salt.Salt)(tuple(phases))
-      for pixels, phases in itertools.groupby(
-        plan, lambda phase: isinstance(phase, masked_pixels.PixelTeacher)
-      )
-    )
-  )
+      phases.append(_latent_phase(section, encoder, phases, resolve, common))
+  return tuple(phases)
 
 
 def make_encoder(
@@ -185,7 +169,7 @@ def _pixel_phase(
   encoder: vit.Vit,
   video: tuple[int, ...],
   common: dict[str, Any],
-) -> masked_pixels.PixelTeacher:
+) -> masked_pixels.PixelPhase:
   pt, py, px = encoder.patch
   shape = dict(section.decoder)
   kind = shape.pop('kind')
@@ -196,7 +180,7 @@ def _pixel_phase(
     decoder = decoder_lib.VideoMaeDecoder(
       **shape, dtype=encoder.dtype, remat=encoder.remat
     )
-  return masked_pixels.PixelTeacher(
+  return masked_pixels.PixelPhase(
     **common,
     decoder=decoder,
     pixel_norm=section.pixel_norm,
@@ -207,36 +191,36 @@ def _pixel_phase(
 def _latent_phase(
   section: ml_collections.ConfigDict,
   encoder: vit.Vit,
-  before: list[Any],
-  resolve: Callable[[str], nn.Module],
+  before: list[phase_lib.Phase],
+  resolve: Callable[[str], Module],
   common: dict[str, Any],
-) -> salt.LatentStudent:
-  source, ema = section.teacher, {}
-  if not source:
+) -> salt.LatentPhase:
+  if not section.teacher:
     raise ValueError(
       f'method.{common["name"]}.teacher: found nothing; it needs a source, '
       'or it would be a random model'
     )
-  if source == '@ema/encoder':
-    module = encoder
-    ema['encoder'] = phase_lib.Ema('encoder', section.ema)
-  elif source.startswith('@'):
-    by_name = {p.name: p.encoder for p in before}
-    if source[1:] not in by_name:
-      raise ValueError(
-        f'method.{common["name"]}.teacher: found {source!r}; phases that run '
-        f'before: {["@" + n for n in by_name] or "none"}. Wanted one of them, '
-        '@ema/encoder, the folder of a finished run or a published model'
-      )
-    module = by_name[source[1:]]
+  source, ema = phase_lib.parse_source(section.teacher), {}
+  networks = {str(phase_lib.FromPhase(p.name)): p.encoder for p in before}
+  networks['@ema/encoder'] = encoder
+  if isinstance(source, phase_lib.FromWeights):
+    module = resolve(source.path)
+  elif str(source) in networks:
+    module = networks[str(source)]
   else:
-    module = resolve(source)
+    raise ValueError(
+      f'method.{common["name"]}.teacher: found {section.teacher!r}; wanted one '
+      f'of {[*networks]} (a phase that runs before, an average of the '
+      'student), the folder of a finished run or a published model'
+    )
+  if isinstance(source, phase_lib.FromEma):
+    ema['encoder'] = phase_lib.Ema('encoder', section.ema)
   if section.polyak:
     ema['polyak'] = phase_lib.Ema('encoder', (section.polyak,) * 2)
   # Teachers run in evaluation mode, without drop path.
   module = module.clone(drop_path=0.0)
   shape = dict(section.predictor, out_width=module.width)
-  return salt.LatentStudent(
+  return salt.LatentPhase(
     **common,
     predictor=make_predictor(shape, section, encoder),
     teachers={

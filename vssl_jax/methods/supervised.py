@@ -14,15 +14,16 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from vssl_jax import flops, rngs
-from vssl_jax.masks import tubelets
+from vssl_jax import rngs
+from vssl_jax.data import batch as batch_lib
+from vssl_jax.methods import cost as cost_lib
 from vssl_jax.methods import mixup
 from vssl_jax.methods import phase as phase_lib
 from vssl_jax.models import classifier
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Labels(phase_lib.Phase):
+class SupervisedPhase(phase_lib.Phase):
   """A phase of clip classification.
 
   Attributes:
@@ -33,58 +34,38 @@ class Labels(phase_lib.Phase):
   head: classifier.Classifier
   mix: mixup.Mix
 
-
-@dataclasses.dataclass(frozen=True)
-class Supervised(phase_lib.Method):
-  """Classification of mixed clips, by cross-entropy with soft targets.
-
-  Attributes:
-    phase: the only phase.
-  """
-
-  phase: Labels
-
-  def phases(self) -> tuple[phase_lib.Phase, ...]:
-    """Returns the only phase."""
-    return (self.phase,)
-
-  def init(
-    self, rng: Array, video: phase_lib.Video, phase: phase_lib.Phase
-  ) -> phase_lib.Params:
+  def init(self, rng: Array, video: phase_lib.Video) -> phase_lib.Params:
     """Returns random parameters; `init_from` may replace the encoder's."""
-    tokens = jnp.zeros((len(video), 1, phase.encoder.width))
+    tokens = jnp.zeros((len(video), 1, self.encoder.width))
     encoder_key, head_key = (
       rngs.stream(rng, f'init/{n}') for n in ('encoder', 'head')
     )
     return {
-      'encoder': phase.encoder.init(encoder_key, video)['params'],
-      'head': phase.head.init(head_key, tokens)['params'],
+      'encoder': self.encoder.init(encoder_key, video)['params'],
+      'head': self.head.init(head_key, tokens)['params'],
     }
 
   def loss(
     self,
     params: phase_lib.Params,
     teachers: Mapping[str, Any],
-    batch: Mapping[str, Any],
+    batch: batch_lib.Batch,
     rng: rngs.Rng,
-    phase: phase_lib.Phase,
   ) -> tuple[Float[Array, ''], phase_lib.Aux]:
     """Returns the mean cross-entropy over clips with a known label."""
     del teachers
     # A substitute clip shows another video, which may be a held-out one.
-    label = jnp.where(batch['substituted'], -1, batch['label'])
-    height, width = batch['video'].shape[2:4]
-    drawn = mixup.draw(phase.mix, rng.per_batch('mix'), height, width)
-    target = mixup.targets(
-      label, phase.head.classes, phase.mix.smoothing, drawn
-    )
-    tokens = phase.encoder.apply(
+    label = jnp.where(batch.substituted, -1, batch.label)
+    height, width = batch.video.shape[2:4]
+    drawn = mixup.draw(self.mix, rng.per_batch('mix'), height, width)
+    target = mixup.targets(label, self.head.classes, self.mix.smoothing, drawn)
+    tokens = self.encoder.apply(
       {'params': params['encoder']},
-      mixup.blend(batch['video'], drawn),
+      mixup.blend(batch.video, drawn),
       deterministic=False,
       rngs={'dropout': rng.per_batch('dropout/encoder')},
     )
-    logits = phase.head.apply(
+    logits = self.head.apply(
       {'params': params['head']},
       tokens,
       deterministic=False,
@@ -102,14 +83,6 @@ class Supervised(phase_lib.Method):
       }
     )
 
-  def cost(
-    self, phase: phase_lib.Phase, video: tuple[int, ...]
-  ) -> phase_lib.Cost:
-    """Returns FLOPs per clip from the actual token count."""
-    grid = tubelets.grid_of((1, *video), phase.encoder.patch)
-    tokens = grid[0] * grid[1] * grid[2]
-    head = 3 * classifier.flops(phase.encoder.width, phase.head.classes)
-    return phase_lib.Cost(
-      flops.train(phase.encoder, grid) + head,
-      activations=flops.activations(phase.encoder, tokens),
-    )
+  def cost(self, video: tuple[int, ...]) -> cost_lib.Cost:
+    """Returns FLOPs per clip from the actual token counts."""
+    return cost_lib.supervised(self, video)

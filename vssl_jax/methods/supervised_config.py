@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 
-import flax.linen as nn
 import ml_collections
 
 from vssl_jax.methods import config_checks, mixup, salt_config, supervised
-from vssl_jax.models import classifier
+from vssl_jax.methods import phase as phase_lib
+from vssl_jax.models import Module, classifier
 from vssl_jax.models.hiera import encoder as encoder_lib
 from vssl_jax.utils import colours, ranges
 
@@ -64,10 +64,10 @@ default = KEYS.defaults
 def build(
   config: ml_collections.ConfigDict,
   video: tuple[int, ...],
-  resolve: Callable[[str], nn.Module],
+  resolve: Callable[[str], Module],
   pixels: colours.Colours,
-) -> supervised.Supervised:
-  """Builds the method from its section of the config.
+) -> tuple[phase_lib.Phase, ...]:
+  """Builds the phase from the method's section of the config.
 
   Args:
     config: `config.method`.
@@ -90,12 +90,15 @@ def build(
       )
   encoder = _encoder(config, pixels)
   fields = ('mixup', 'cutmix', 'probability', 'switch', 'smoothing')
-  return supervised.Supervised(
-    supervised.Labels(
+  init_from = {}
+  if config.source:
+    init_from['encoder'] = phase_lib.parse_source(config.source)
+  return (
+    supervised.SupervisedPhase(
       name='labels',
       steps=config.steps,
       encoder=encoder,
-      init_from={'encoder': config.source} if config.source else {},
+      init_from=init_from,
       head=classifier.Classifier(
         config.classes,
         config.dropout,
@@ -106,13 +109,13 @@ def build(
         else 'vjepa',
       ),
       mix=mixup.Mix(**{name: config[name] for name in fields}),
-    )
+    ),
   )
 
 
 def _encoder(
   config: ml_collections.ConfigDict, pixels: colours.Colours
-) -> nn.Module:
+) -> Module:
   """Returns the encoder without a final norm; the head has a layer norm."""
   fields = dict(
     remat=config.remat,

@@ -141,6 +141,22 @@ def dense(
   )
 
 
+def head(width: int, dtype: str, family: str) -> nn.Dense:
+  """Returns a linear head on tokens.
+
+  Args:
+    width: output channels.
+    dtype: dtype of the matrix product.
+    family: family of initialisers, one of `INIT_FAMILIES`.
+  """
+  return nn.Dense(
+    width,
+    dtype=jnp.dtype(dtype),
+    kernel_init=kernel_init(family, 'head'),
+    dot_general=sharding.dot_general,
+  )
+
+
 def layer_norm(
   name: str,
   eps: float,

@@ -29,6 +29,7 @@ from vssl_jax import encoder, methods, sharding
 from vssl_jax.checkpoint import provenance
 from vssl_jax.data import options
 from vssl_jax.evals import feature_memory as feature_memory_lib
+from vssl_jax.methods import cost as cost_lib
 from vssl_jax.methods import phase as phase_lib
 from vssl_jax.planning import phase_sweep, timing
 from vssl_jax.train import run as run_lib
@@ -111,10 +112,10 @@ def bench(
 
 def _spans(config: ml_collections.ConfigDict, phase: str) -> list[run_lib.Span]:
   video = options.spec(config.data.to_dict()).shape
-  method = methods.build(
+  phases = methods.build(
     config.method, video, encoder.module_of, options.colours_of(config.data)
   )
-  spans = list(run_lib.spans(method))
+  spans = list(run_lib.spans(phases))
   names = [s.phase.name for s in spans]
   if phase and phase not in names:
     raise ValueError(f'--phase: found {phase!r}, wanted one of {names}')
@@ -184,17 +185,14 @@ def measure(
 ) -> dict[str, Any]:
   """Measures speed, memory and utilisation of a phase at one batch size."""
   video = options.spec(config.data.to_dict()).shape
-  method = methods.build(
-    config.method, video, encoder.module_of, options.colours_of(config.data)
-  )
   peak_before = _device_peak()
-  prepared = timing.prepare(config, method, span, size, video, mesh)
+  prepared = timing.prepare(config, span, size, video, mesh)
   memory = _memory(prepared.compiled)
   seconds, state = timing.step_seconds(prepared, steps)
   # Before the forward pass of the teachers below can raise the peak.
   if _device_peak() > peak_before:
     memory = {'peak_gib': _device_peak() / GIB, 'peak_source': 'device'}
-  cost = method.cost(span.phase, video)
+  cost = span.phase.cost(video)
   median = float(np.median(seconds))
   rate = cost.total * size / median
   low, high = np.percentile(seconds, (25, 75))
@@ -210,7 +208,7 @@ def measure(
     'utilisation': rate / limit.flops_per_s,
     'utilisation_of': limit.name,
     'of_matrix_product': rate / limit.matrix_product,
-    **_teacher_share(method, span.phase, prepared, state, cost, median, steps),
+    **_teacher_share(span.phase, prepared, state, cost, median, steps),
   }
 
 
@@ -237,25 +235,24 @@ def _memory(compiled: Any) -> dict[str, Any]:
 
 
 def _teacher_share(
-  method: phase_lib.Method,
   phase: phase_lib.Phase,
   prepared: timing.Prepared,
   state: train_step.TrainState,
-  cost: phase_lib.Cost,
+  cost: cost_lib.Cost,
   seconds: float,
   steps: int,
 ) -> dict[str, float]:
   """Returns the teachers' share of the step in FLOPs and in time.
 
-  The time is that of `Method.targets`. It excludes teachers whose outputs
+  The time is that of `Phase.targets`. It excludes teachers whose outputs
   depend on the mask.
   """
-  total, video = 0.0, prepared.batch['video']
+  total, video = 0.0, prepared.batch.video
   if phase.teachers:
     teachers = dict(prepared.teachers) | train_step.ema_teachers(
       phase, state.ema
     )
-    targets = jax.jit(lambda t, v: method.targets(t, v, phase))
+    targets = jax.jit(lambda t, v: phase.targets(t, video=v))
     forward = targets.lower(teachers, video).compile()
     times = timing.times(functools.partial(forward, teachers, video), steps)
     total = float(np.median(times))

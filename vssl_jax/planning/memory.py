@@ -14,7 +14,6 @@ import jax
 import ml_collections
 
 from vssl_jax import sharding, trees
-from vssl_jax.methods import phase as phase_lib
 from vssl_jax.target_cache import store
 from vssl_jax.train import freezing, phase_setup
 
@@ -36,7 +35,6 @@ COLUMNS = (*EXACT, 'other', 'activations', 'in all')
 
 def per_device(
   config: ml_collections.ConfigDict,
-  method: phase_lib.Method,
   shapes: phase_setup.PhaseSetup,
   video: tuple[int, ...],
   data: int,
@@ -46,7 +44,6 @@ def per_device(
 
   Args:
     config: a resolved config.
-    method: its method.
     shapes: setup of the phase.
     video: (T, H, W, C) of a clip.
     data: size of the mesh's axis `data`.
@@ -72,7 +69,7 @@ def per_device(
   is_trained = [x == freezing.TRAIN for x in jax.tree.leaves(shapes.labels)]
   params = [leaf for leaf in leaves if leaf[0].startswith('params/')]
   local = config.batch_size / (data * fsdp)
-  activations = method.cost(shapes.span.phase, video).activations
+  activations = shapes.span.phase.cost(video).activations
   cached = shapes.cached
   target_nbytes = store.row_nbytes(cached.stored) if cached else 0
   needs = {
@@ -103,7 +100,6 @@ def _names(part: Any) -> tuple[str, ...]:
 
 def fits(
   config: ml_collections.ConfigDict,
-  method: phase_lib.Method,
   setups: Sequence[phase_setup.PhaseSetup],
   video: tuple[int, ...],
 ) -> list[str]:
@@ -111,7 +107,6 @@ def fits(
 
   Args:
     config: a resolved config; its batch size is used, its mesh is not.
-    method: its method.
     setups: phases in the table.
     video: (T, H, W, C) of a clip.
   """
@@ -132,7 +127,7 @@ def fits(
         f'{devices} x {config.optim.accumulate} micro-batches'
       )
       continue
-    data, needs = _best(config, method, setups, video, devices)
+    data, needs = _best(config, setups, video, devices)
     for shapes, need in zip(setups, needs, strict=True):
       lines.append(
         _row(
@@ -160,7 +155,6 @@ def _row(
 
 def _best(
   config: ml_collections.ConfigDict,
-  method: phase_lib.Method,
   setups: Sequence[phase_setup.PhaseSetup],
   video: tuple[int, ...],
   devices: int,
@@ -172,9 +166,7 @@ def _best(
   over 256.
   """
   needs = {
-    data: [
-      _needs(config, method, o, video, data, devices // data) for o in setups
-    ]
+    data: [_needs(config, o, video, data, devices // data) for o in setups]
     for data in (1, 2, 4)
     if data <= devices
   }
@@ -184,14 +176,13 @@ def _best(
 
 def _needs(
   config: ml_collections.ConfigDict,
-  method: phase_lib.Method,
   shapes: phase_setup.PhaseSetup,
   video: tuple[int, ...],
   data: int,
   fsdp: int,
 ) -> tuple[float, ...]:
   """Returns one table row of bytes, in the order of `COLUMNS`."""
-  needs = per_device(config, method, shapes, video, data, fsdp)
+  needs = per_device(config, shapes, video, data, fsdp)
   exact = [needs.get(k, 0.0) for k in EXACT]
   total, activations = sum(needs.values()), needs.get('activations', 0.0)
   return (*exact, total - sum(exact) - activations, activations, total)

@@ -24,7 +24,6 @@ import numpy as np
 from vssl_jax import encoder, methods, sharding, trees
 from vssl_jax.checkpoint import provenance
 from vssl_jax.data import options
-from vssl_jax.methods import phase
 from vssl_jax.planning import memory, timing
 from vssl_jax.train import freezing, phase_setup
 from vssl_jax.train import run as run_lib
@@ -51,20 +50,18 @@ class Entry:
   Attributes:
     label: name of its row.
     config: config of the run.
-    method: method of the run.
     span: the phase.
     video: (T, H, W, C) of a clip.
   """
 
   label: str
   config: ml_collections.ConfigDict
-  method: phase.Method
   span: run_lib.Span
   video: tuple[int, ...]
 
   def build(self) -> phase_setup.PhaseSetup:
     """Returns the setup of the phase, as shapes."""
-    return phase_setup.build(self.config, self.method, self.span, self.video)
+    return phase_setup.build(self.config, self.span, self.video)
 
 
 def entries(config: ml_collections.ConfigDict, label: str = '') -> list[Entry]:
@@ -75,12 +72,12 @@ def entries(config: ml_collections.ConfigDict, label: str = '') -> list[Entry]:
     label: prefix of the phases' names.
   """
   video = options.spec(config.data.to_dict()).shape
-  method = methods.build(
+  phases = methods.build(
     config.method, video, encoder.module_of, options.colours_of(config.data)
   )
   return [
-    Entry(f'{label}{span.phase.name}', config, method, span, video)
-    for span in run_lib.spans(method)
+    Entry(f'{label}{span.phase.name}', config, span, video)
+    for span in run_lib.spans(phases)
   ]
 
 
@@ -157,8 +154,7 @@ def _timed(
   size = group[0].config.batch_size
   with jax.set_mesh(mesh):
     prepared = [
-      timing.prepare(e.config, e.method, e.span, size, e.video, mesh)
-      for e in group
+      timing.prepare(e.config, e.span, size, e.video, mesh) for e in group
     ]
   states = [p.state for p in prepared]
   wall = np.zeros((steps, len(prepared)))
@@ -196,11 +192,11 @@ def _counted(
   entry: Entry, shapes: phase_setup.PhaseSetup, mesh: jax.sharding.Mesh
 ) -> dict[str, Any]:
   """Returns the figures that follow from shapes and closed forms."""
-  config, method, video = entry.config, entry.method, entry.video
+  config, video = entry.config, entry.video
   _, frozen = freezing.split(shapes.state.params, shapes.labels)
-  cost = method.cost(shapes.span.phase, video)
+  cost = shapes.span.phase.cost(video)
   needs = memory.per_device(
-    config, method, shapes, video, mesh.shape['data'], mesh.shape['fsdp']
+    config, shapes, video, mesh.shape['data'], mesh.shape['fsdp']
   )
   return {
     'phase': entry.label,

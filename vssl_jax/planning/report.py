@@ -17,6 +17,7 @@ import ml_collections
 from vssl_jax import encoder, flops, methods, sharding, trees
 from vssl_jax.checkpoint import retention
 from vssl_jax.data import options
+from vssl_jax.methods import cost as cost_lib
 from vssl_jax.methods import phase as phase_lib
 from vssl_jax.planning import memory
 from vssl_jax.target_cache import policy
@@ -68,44 +69,42 @@ def describe(config: ml_collections.ConfigDict, detail: str = 'shapes') -> str:
   # Before any use of devices: a TPU slice that is not available has none.
   mesh = _mesh(config, detail)
   video = options.spec(config.data.to_dict()).shape
-  method = methods.build(
+  phases = methods.build(
     config.method, video, encoder.module_of, options.colours_of(config.data)
   )
-  phase_start.check_sources(config, method.phases())
+  phase_start.check_sources(config, phases)
   examples, note = _examples(config)
-  spans = run_lib.spans(method)
+  spans = run_lib.spans(phases)
   shown_spans = (spans[0], spans[-1]) if len(spans) > SHOWN else spans
   setups = [
-    phase_setup.build(config, method, span, video, examples or 1)
+    phase_setup.build(config, span, video, examples or 1)
     for span in shown_spans
   ]
   data, fsdp = _mesh_sizes(config, mesh)
   sizes = {'data': data, 'fsdp': fsdp}
   phase_lines = [
     [
-      *_phase(config, method, o, video, data, fsdp),
+      *_phase(config, o, video, data, fsdp),
       *_example_memory(o.span.phase, examples, sizes),
     ]
     for o in setups
   ]
   if len(spans) > SHOWN:
-    phase_lines.insert(1, _between(config, method, spans[1:-1], video, detail))
+    phase_lines.insert(1, _between(config, spans[1:-1], video, detail))
   lines = [f'clips {_x(video)}, batch {config.batch_size}, {note}']
   lines += [line for part in phase_lines for line in part]
-  lines += _totals(config, method, spans, video, examples, data * fsdp, mesh)
-  lines += _rule_total(config, method, setups, len(spans), video)
-  lines.append(
-    retention.describe(config, method.phases(), [o.state for o in setups])
-  )
+  lines += _totals(config, spans, video, examples, data * fsdp, mesh)
+  lines += _rule_total(config, setups, len(spans), video)
+  lines.append(retention.describe(config, phases, [o.state for o in setups]))
   if config.cache_targets:
-    cached = phase_setup.cached_of(config, method, video)
+    cached = [phase_setup.cached(config, p, video) for p in phases]
     policy.check(config, cached, processes=1)
-    lines += policy.describe(config, method.phases(), cached, examples)
+    lines += policy.describe(config, phases, cached, examples)
   first_and_last = list(dict.fromkeys((0, len(setups) - 1)))
   setups = [setups[i] for i in first_and_last]
-  lines += memory.fits(config, method, setups, video)
+  lines += memory.fits(config, setups, video)
   for shapes in setups if mesh is not None else ():
-    lowered = phase_setup.lower(config, method, shapes, video, mesh)
+    lowered = phase_setup.lower(config, shapes, video, mesh)
     lines.append(phase_setup.report(lowered, mesh, shapes.span.phase.name))
   return '\n'.join(lines)
 
@@ -162,7 +161,6 @@ def _examples(config: ml_collections.ConfigDict) -> tuple[int, str]:
 
 def _phase(
   config: ml_collections.ConfigDict,
-  method: phase_lib.Method,
   shapes: phase_setup.PhaseSetup,
   video: tuple[int, ...],
   data: int,
@@ -170,7 +168,7 @@ def _phase(
 ) -> list[str]:
   """Returns the lines on one phase."""
   span, phase = shapes.span, shapes.span.phase
-  cost = method.cost(phase, video)
+  cost = phase.cost(video)
   horizon = optimizer.horizon(phase, span.start, span.covers)
   warmup = optimizer.warmup_steps(config.optim, horizon, phase.name)
   warmup_text = f'warm-up {warmup} steps' + (
@@ -178,7 +176,7 @@ def _phase(
     if phase.rewarm[0]
     else ''
   )
-  needs = memory.per_device(config, method, shapes, video, data, fsdp)
+  needs = memory.per_device(config, shapes, video, data, fsdp)
   shown = ', '.join(f'{k} {v / GIB:.2f}' for k, v in needs.items())
   return [
     f'phase {phase.name}: steps {span.start} to {span.end}, {warmup_text}, '
@@ -199,7 +197,7 @@ def _phase(
   ]
 
 
-def _rule(shapes: phase_setup.PhaseSetup, cost: phase_lib.Cost) -> float:
+def _rule(shapes: phase_setup.PhaseSetup, cost: cost_lib.Cost) -> float:
   """Returns FLOPs per clip by the papers' rule; 0 where it does not apply."""
   params, phase = shapes.state.params, shapes.span.phase
   teachers = {
@@ -276,12 +274,13 @@ def _teacher_size(
 def _teacher_shapes(
   shapes: phase_setup.PhaseSetup, name: str, teacher: phase_lib.Teacher
 ) -> Any:
-  """Returns the parameter shapes of a teacher or of its average (`@ema/`)."""
-  average = teacher.source.removeprefix('@ema/')
-  return shapes.teachers.get(name, shapes.state.ema.get(average))
+  """Returns the parameter shapes of a teacher, which may be an EMA."""
+  if isinstance(teacher.source, phase_lib.FromEma):
+    return shapes.state.ema[teacher.source.name]
+  return shapes.teachers[name]
 
 
-def _flops(cost: phase_lib.Cost) -> str:
+def _flops(cost: cost_lib.Cost) -> str:
   return f'{cost.total / 1e12:.3f}'
 
 
@@ -292,13 +291,12 @@ def _per_example(phase: phase_lib.Phase) -> str:
 
 def _between(
   config: ml_collections.ConfigDict,
-  method: phase_lib.Method,
   spans: Sequence[run_lib.Span],
   video: tuple[int, ...],
   detail: str,
 ) -> list[str]:
   """Returns one line on the phases between first and last, or one for each."""
-  costs = [method.cost(span.phase, video) for span in spans]
+  costs = [span.phase.cost(video) for span in spans]
   if detail == 'phases':
     return [
       f'phase {span.phase.name}: steps {span.start} to {span.end}, '
@@ -319,24 +317,21 @@ def _between(
 
 def _rule_total(
   config: ml_collections.ConfigDict,
-  method: phase_lib.Method,
   setups: Sequence[phase_setup.PhaseSetup],
-  phases: int,
+  count: int,
   video: tuple[int, ...],
 ) -> list[str]:
   """Returns the FLOPs of the run by the papers' rule, if all phases have it."""
   phase_flops = [
-    o.span.phase.steps * _rule(o, method.cost(o.span.phase, video))
-    for o in setups
+    o.span.phase.steps * _rule(o, o.span.phase.cost(video)) for o in setups
   ]
-  if len(phase_flops) < phases or not all(phase_flops):
+  if len(phase_flops) < count or not all(phase_flops):
     return []
   return _rule_text(sum(phase_flops), config.batch_size)
 
 
 def _totals(
   config: ml_collections.ConfigDict,
-  method: phase_lib.Method,
   spans: Sequence[run_lib.Span],
   video: tuple[int, ...],
   examples: int,
@@ -345,7 +340,7 @@ def _totals(
 ) -> list[str]:
   """Returns lines on steps, clips, FLOPs and hours of the whole run."""
   per_clip = sum(
-    span.phase.steps * method.cost(span.phase, video).total for span in spans
+    span.phase.steps * span.phase.cost(video).total for span in spans
   )
   flops = per_clip * config.batch_size
   clips = spans[-1].end * config.batch_size

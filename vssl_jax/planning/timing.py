@@ -12,6 +12,7 @@ import ml_collections
 import numpy as np
 
 from vssl_jax import sharding, trees
+from vssl_jax.data import batch as batch_lib
 from vssl_jax.methods import phase
 from vssl_jax.train import phase_setup, train_step
 from vssl_jax.train import run as run_lib
@@ -34,13 +35,12 @@ class Prepared:
   compiled: Any
   state: train_step.TrainState
   teachers: dict[str, Any]
-  batch: dict[str, Any]
+  batch: batch_lib.Batch
   compile_seconds: float
 
 
 def prepare(
   config: ml_collections.ConfigDict,
-  method: phase.Method,
   span: run_lib.Span,
   size: int,
   video: tuple[int, ...],
@@ -50,7 +50,7 @@ def prepare(
   config = config.copy_and_resolve_references()
   config.batch_size = size
   config.cache_targets = ''  # the step computes its targets
-  shapes = phase_setup.build(config, method, span, video, examples=size)
+  shapes = phase_setup.build(config, span, video, examples=size)
   overrides = dict(config.mesh.overrides)
   shardings = sharding.shardings(shapes.state, mesh, overrides)
   state = jax.jit(shapes.fresh, out_shardings=shardings)()
@@ -59,7 +59,7 @@ def prepare(
     for name in shapes.teachers
   }
   batch = _random_batch(size, video, mesh)
-  update = phase_setup.jitted(config, method, shapes, mesh)
+  update = phase_setup.jitted(config, shapes, mesh)
   start = time.perf_counter()
   compiled = update.lower(state, teachers, batch).compile()
   return Prepared(compiled, state, teachers, batch, time.perf_counter() - start)
@@ -82,7 +82,7 @@ def _random_teacher(
 
 def _random_batch(
   size: int, video: tuple[int, ...], mesh: jax.sharding.Mesh
-) -> dict[str, Any]:
+) -> batch_lib.Batch:
   """Returns a random batch, generated with the sharding of the step."""
   split = sharding.batch_sharding(mesh)
   draw = functools.partial(
@@ -92,16 +92,16 @@ def _random_batch(
   indices = jnp.arange(size, dtype=jnp.int32)
   false = jnp.zeros_like(indices, bool)
   full_frame = jnp.zeros((size, 4)).at[:, 2:].set(1.0)
-  return {
-    'video': clips,
-    'index': jax.device_put(indices, split),
-    'label': jax.device_put(jnp.zeros_like(indices), split),
-    'repeat': jax.device_put(jnp.zeros_like(indices), split),
-    'substituted': jax.device_put(false, split),
-    'crop': jax.device_put(full_frame, split),
-    'flip': jax.device_put(false, split),
-    'progress': jax.device_put(jnp.float32(0), sharding.replicated(mesh)),
-  }
+  return batch_lib.Batch(
+    video=clips,
+    index=jax.device_put(indices, split),
+    label=jax.device_put(jnp.zeros_like(indices), split),
+    repeat=jax.device_put(jnp.zeros_like(indices), split),
+    substituted=jax.device_put(false, split),
+    crop=jax.device_put(full_frame, split),
+    flip=jax.device_put(false, split),
+    progress=jax.device_put(jnp.float32(0), sharding.replicated(mesh)),
+  )
 
 
 def step_seconds(

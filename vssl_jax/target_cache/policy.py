@@ -67,7 +67,6 @@ class _Listened(Mapping):
 
 def cached(
   config: ml_collections.ConfigDict,
-  method: phase_lib.Method,
   phase: phase_lib.Phase,
   video: tuple[int, ...],
   params: Mapping[str, Any],
@@ -76,8 +75,7 @@ def cached(
 
   Args:
     config: a resolved config; without `cache_targets` nothing is cached.
-    method: its method.
-    phase: one of its phases.
+    phase: the phase.
     video: (T, H, W, C) of a clip.
     params: teacher -> shapes of its parameters, EMA teachers included.
   """
@@ -88,7 +86,7 @@ def cached(
 
   def trace(params: Any, video: Any) -> Any:
     recorder = _Listened(params)
-    targets = method.targets(recorder, video, phase)
+    targets = phase.targets(recorder, video)
     used.update(recorder.asked)
     return targets
 
@@ -99,14 +97,12 @@ def cached(
   with jax.set_mesh(mesh):
     jax.eval_shape(trace, params, clip)
     names = tuple(sorted(used))
-    ema_names = [
-      n for n in names if phase.teachers[n].source.startswith('@ema/')
-    ]
-    if not names or ema_names:
+    sources = [phase.teachers[n].source for n in names]
+    if not names or any(isinstance(x, phase_lib.FromEma) for x in sources):
       return None
     used_params = {n: params[n] for n in names}
     program, shapes = jax.make_jaxpr(
-      lambda p, v: method.targets(p, v, phase), return_shape=True
+      lambda p, v: phase.targets(p, video=v), return_shape=True
     )(used_params, clip)
   dtype = _stored_type([phase.teachers[n] for n in names])
   return Cached(

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Shaped
 
 from vssl_jax import encoder, sharding
 from vssl_jax.checkpoint import integrity
+from vssl_jax.data import batch as batch_lib
 from vssl_jax.methods import phase as phase_lib
 from vssl_jax.target_cache import policy, store
 from vssl_jax.train import phase_setup, phase_start
@@ -31,7 +32,7 @@ def check(run: Run) -> None:
     ValueError: see `policy.check`.
   """
   if run.config.cache_targets:
-    cached = phase_setup.cached_of(run.config, run.method, run.video)
+    cached = [phase_setup.cached(run.config, p, run.video) for p in run.phases]
     policy.check(run.config, cached, jax.process_count())
 
 
@@ -73,7 +74,7 @@ class Source:
 
   def batch(
     self, local: Mapping[str, np.ndarray], done: int
-  ) -> dict[str, jax.Array]:
+  ) -> batch_lib.Batch:
     """Returns a step's batch on the mesh, with cached targets if any.
 
     Args:
@@ -87,13 +88,13 @@ class Source:
     present = self._store.has(index)
     targets = self._store.read(index[present])
     if not present.all():
-      computed = jax.device_get(self._asked(batch['video']))
+      computed = jax.device_get(self._asked(batch.video))
       self._store.write(index, computed)
       targets = {
         n: _filled(x, present, targets.get(n)) for n, x in computed.items()
       }
-    targets = {phase_lib.TARGETS + n: x for n, x in targets.items()}
-    return batch | sharding.put_batch(targets, self._run.mesh)
+    targets = sharding.put_batch(targets, self._run.mesh)
+    return dataclasses.replace(batch, targets=targets)
 
   def close(self) -> None:
     """Flushes and closes the target cache."""
@@ -104,10 +105,10 @@ class Source:
     """Computes teacher outputs; loads the teachers at the first call."""
     if self._ask is None:
       phase, cached = self._shapes.span.phase, self._shapes.cached
-      method, params = self._run.method, self._load(*cached.teachers)
+      params = self._load(*cached.teachers)
 
       def compute(params: Any, video: Any) -> dict[str, jax.Array]:
-        targets = method.targets(params, video, phase)
+        targets = phase.targets(params, video)
         return {n: x.astype(cached.shapes[n].dtype) for n, x in targets.items()}
 
       batch_sharding = sharding.batch_sharding(self._run.mesh)
@@ -158,9 +159,9 @@ def _key(
 
 def _weights(run: Run, teacher: phase_lib.Teacher) -> str:
   """Returns a hash of a teacher's parameters without loading them."""
-  if not teacher.source.startswith('@'):
-    return encoder.fingerprint(teacher.source)
-  saved = run.checkpoints.params_of(teacher.source[1:])
+  if isinstance(teacher.source, phase_lib.FromWeights):
+    return encoder.fingerprint(teacher.source.path)
+  saved = run.checkpoints.params_of(teacher.source.name)
   if saved is None:
     raise run_lib.TrainingError(
       f'teacher {teacher.source}: its parameters were never saved under '

@@ -121,7 +121,7 @@ class Compiler:
 def _programs(run: Run, span: Span, batch: Any) -> tuple[Any, Any, Any]:
   """Returns `fresh` and `update`, compiled, and the arguments of `update`."""
   shapes = phase_setup.build(
-    run.config, run.method, span, run.video, run.clips.num_examples
+    run.config, span, run.video, run.clips.num_examples
   )
   state, teachers = (
     phase_setup.placed(run.config, tree, run.mesh)
@@ -129,7 +129,7 @@ def _programs(run: Run, span: Span, batch: Any) -> tuple[Any, Any, Any]:
   )
   shardings = jax.tree.map(lambda x: x.sharding, state)
   fresh = jax.jit(shapes.fresh, out_shardings=shardings).lower().compile()
-  update = phase_setup.jitted(run.config, run.method, shapes, run.mesh)
+  update = phase_setup.jitted(run.config, shapes, run.mesh)
   batch = phase_setup.with_targets(batch, shapes, run.mesh)
   arguments = state, teachers, batch
   return fresh, update.lower(*arguments).compile(), arguments

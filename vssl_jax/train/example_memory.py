@@ -65,9 +65,9 @@ def gather(
   index: Int[Array, 'B'],
   num_examples: int,
 ) -> dict[str, Array]:
-  """Returns `example_memory/<name>` (and `@window`) of the batch.
+  """Returns `example_memory` of the batch: name (and `@window`) -> [B, ...].
 
-  The arrays are float32 [B, ...].
+  The arrays are float32.
 
   Args:
     specs: `memory_specs` of the phase.
@@ -81,9 +81,7 @@ def gather(
     in_range = index < num_examples
     in_range = in_range.reshape(-1, *(1 for _ in entries.shape[1:]))
     fill = specs[name.removesuffix(WINDOW)].fill
-    out[f'example_memory/{name}'] = jnp.where(
-      in_range, entries, jnp.float32(fill)
-    )
+    out[name] = jnp.where(in_range, entries, jnp.float32(fill))
   return out
 
 

@@ -70,19 +70,17 @@ class Panel:
     """Computes and logs the panel; returns warnings.
 
     Args:
-      run: the run; its method, mesh and logger are used.
+      run: the run; its mesh and logger are used.
       span: the phase and its boundaries.
       state: train state.
       done: completed steps.
     """
     if self._phase != span.phase.name:
       self._phase, self._early = span.phase.name, {}
-      if span.phase.init == 'fresh':
+      if 'params' not in span.phase.carry:
         self._weights = {}  # another encoder: nothing to compare with
       self._encode = jax.jit(
-        lambda params, video: _summary(
-          run.method.encode(params, video, phase=span.phase)
-        )
+        lambda params, video: _summary(span.phase.encode(params, video))
       )
     values = self._measure(run, state)
     before, self._weights = self._weights, sample(state.params, run.mesh)
@@ -134,14 +132,14 @@ def _first(
   """Returns the first panel of an encoder, also from an earlier start.
 
   Args:
-    run: the run; its method and workdir are used.
+    run: the run; its phases and workdir are used.
     name: name of the current phase. The phases before it, back to a fresh
       start, trained the same encoder.
     values: the current panel, which is the first if none is logged.
   """
   family: list[str] = []
-  for phase in run.method.phases():
-    family = [*(family if phase.init == 'carry' else ()), phase.name]
+  for phase in run.phases:
+    family = [*(family if 'params' in phase.carry else ()), phase.name]
     if phase.name == name:
       break
   for line in metrics.read(run.workdir / metrics.FILE):

@@ -85,13 +85,13 @@ def _train(
     run_lib.check_may_resume(run, saved)
     run_lib.check_same_run(run, saved, defaults)
     if saved is None:
-      phase_start.check_sources(config, run.method.phases())
+      phase_start.check_sources(config, run.phases)
     run_lib.write_record(run)
     if back is not None:
       saved = rewind.rewind(run, back)
     compiler = compile_ahead.Compiler(run)
     with run_lib.Preemption(run), jax.set_mesh(run.mesh):
-      for span in spans(run.method):
+      for span in spans(run.phases):
         if saved is not None and _is_over(saved, span):
           continue
         state = _run_phase(run, span, saved, compiler)
@@ -129,9 +129,7 @@ def _run_phase(
 ) -> train_step.TrainState:
   """Runs a phase from its start or from a checkpoint inside it."""
   phase, config = span.phase, run.config
-  shapes = phase_setup.build(
-    config, run.method, span, run.video, run.clips.num_examples
-  )
+  shapes = phase_setup.build(config, span, run.video, run.clips.num_examples)
   programs = compiler.take(span)
   inside = saved is not None and saved.phase == phase.name
   state = phase_start.state(
@@ -211,13 +209,13 @@ def _compiled(
   """Returns the compiled step: compiled ahead if that fits, else now."""
   if made is not None and made.takes(arguments):
     return made.update
-  update = phase_setup.jitted(run.config, run.method, shapes, run.mesh)
+  update = phase_setup.jitted(run.config, shapes, run.mesh)
   return update.lower(*arguments).compile()
 
 
 def _following(run: Run, span: Span) -> Span | None:
   """Returns the phase after `span`; None after the last one."""
-  return next((s for s in spans(run.method) if s.start == span.end), None)
+  return next((s for s in spans(run.phases) if s.start == span.end), None)
 
 
 def _save(run: Run, span: Span, state: train_step.TrainState) -> None:

@@ -27,7 +27,7 @@ class Recorder:
     self._pending: Any = None
     self._recent: collections.deque[float] = collections.deque(maxlen=50)
     self._last_time: float | None = None
-    self._cost = run.method.cost(span.phase, run.video)
+    self._cost = span.phase.cost(run.video)
     self._first, self._reports, self._advice = True, 0, ''
     self._alarms = dict(span.phase.alarms)
 
@@ -147,7 +147,7 @@ class Recorder:
         self._alarms.pop(name)
         finding = f'{name} is {numbers[name]:.3g}, below {low:g}'
         run.logger.log(f'step {done}: {finding}: {text}')
-    steps_left = spans(run.method)[-1].end - done
+    steps_left = spans(run.phases)[-1].end - done
     run.logger.log(
       metrics.progress_line(
         span.phase.name,

@@ -23,6 +23,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from vssl_jax import sharding
+from vssl_jax.data import batch as batch_lib
 from vssl_jax.methods import phase as phase_lib
 from vssl_jax.target_cache import policy
 from vssl_jax.train import freezing, optimizer, train_step
@@ -66,7 +67,6 @@ class PhaseSetup:
 
 def build(
   config: ml_collections.ConfigDict,
-  method: phase_lib.Method,
   span: run_lib.Span,
   video: tuple[int, ...],
   examples: int = 1,
@@ -75,8 +75,7 @@ def build(
 
   Args:
     config: a resolved config.
-    method: its method.
-    span: one of `run.spans(method)`.
+    span: the phase and its steps, one of `run.spans`.
     video: (T, H, W, C) of a clip.
     examples: number of training examples, for `example_memory`.
 
@@ -85,7 +84,7 @@ def build(
   """
   phase, key = span.phase, jax.random.key(config.seed)
   clip = jax.ShapeDtypeStruct((1, *video), jnp.uint8)
-  shapes = jax.eval_shape(lambda k, v: method.init(k, v, phase), key, clip)
+  shapes = jax.eval_shape(lambda k, v: phase.init(k, video=v), key, clip)
   labels = freezing.labels(shapes, phase.frozen)
   horizon = optimizer.horizon(phase, span.start, span.covers)
   optimizer.warmup_steps(config.optim, horizon, phase.name)
@@ -94,15 +93,13 @@ def build(
   tx = optimizer.make(config.optim, labels, lr, decay)
 
   def fresh() -> train_step.TrainState:
-    return train_step.init_state(
-      method, phase, tx, key, video, examples, span.start
-    )
+    return train_step.init_state(phase, tx, key, video, examples, span.start)
 
   state = jax.eval_shape(fresh)
   teachers = {
     name: teacher_shapes(teacher, video)
     for name, teacher in phase.teachers.items()
-    if not teacher.source.startswith('@ema/')
+    if not isinstance(teacher.source, phase_lib.FromEma)
   }
   return PhaseSetup(
     span,
@@ -113,35 +110,26 @@ def build(
     labels,
     schedules={'lr': lr, 'wd': decay},
     examples=examples,
-    cached=_cached(config, method, phase, video),
+    cached=cached(config, phase, video),
   )
 
 
-def cached_of(
+def cached(
   config: ml_collections.ConfigDict,
-  method: phase_lib.Method,
-  video: tuple[int, ...],
-) -> list[policy.Cached | None]:
-  """Returns the targets cached on disk for every phase; None for none.
-
-  Args:
-    config: a resolved config.
-    method: its method.
-    video: (T, H, W, C) of a clip.
-  """
-  return [_cached(config, method, p, video) for p in method.phases()]
-
-
-def _cached(
-  config: ml_collections.ConfigDict,
-  method: phase_lib.Method,
   phase: phase_lib.Phase,
   video: tuple[int, ...],
 ) -> policy.Cached | None:
+  """Returns the targets of a phase that are cached on disk; None for none.
+
+  Args:
+    config: a resolved config.
+    phase: the phase.
+    video: (T, H, W, C) of a clip.
+  """
   if not config.cache_targets:
     return None
   params = {n: teacher_shapes(t, video) for n, t in phase.teachers.items()}
-  return policy.cached(config, method, phase, video, params)
+  return policy.cached(config, phase, video, params)
 
 
 def teacher_shapes(teacher: phase_lib.Teacher, video: tuple[int, ...]) -> Any:
@@ -166,13 +154,11 @@ def placed(config: ml_collections.ConfigDict, tree: Any, mesh: Mesh) -> Any:
 
 def jitted(
   config: ml_collections.ConfigDict,
-  method: phase_lib.Method,
   shapes: PhaseSetup,
   mesh: Mesh,
 ) -> Callable[..., Any]:
   """Returns the jitted step of a phase; see `train_step.jit_update`."""
   update = train_step.make_update(
-    method,
     shapes.span.phase,
     shapes.tx,
     shapes.labels,
@@ -193,7 +179,6 @@ def jitted(
 
 def lower(
   config: ml_collections.ConfigDict,
-  method: phase_lib.Method,
   shapes: PhaseSetup,
   video: tuple[int, ...],
   mesh: Mesh,
@@ -202,61 +187,42 @@ def lower(
 
   Args:
     config: a resolved config.
-    method: its method.
     shapes: from `build`.
     video: (T, H, W, C) of a clip.
     mesh: of local devices, or from `tpu_mesh`.
   """
-  update = jitted(config, method, shapes, mesh)
-  batch = with_targets(_batch(config.batch_size, video, mesh), shapes, mesh)
+  update = jitted(config, shapes, mesh)
+  batch = batch_lib.shapes(
+    config.batch_size,
+    video,
+    sharding.batch_sharding(mesh),
+    sharding.replicated(mesh),
+  )
+  batch = with_targets(batch, shapes, mesh)
   with jax.set_mesh(mesh):
     return update.lower(shapes.state, shapes.step_teachers, batch)
 
 
 def with_targets(
-  batch: dict[str, jax.ShapeDtypeStruct], shapes: PhaseSetup, mesh: Mesh
-) -> dict[str, jax.ShapeDtypeStruct]:
+  batch: batch_lib.Batch, shapes: PhaseSetup, mesh: Mesh
+) -> batch_lib.Batch:
   """Returns the shapes of a batch with the cached targets of a phase.
 
   Args:
-    batch: shapes of a batch of any phase; its targets are removed.
+    batch: shapes of a batch of any phase; its targets are replaced.
     shapes: from `build`.
     mesh: mesh that shards the batch.
   """
-  prefix, batch_sharding = phase_lib.TARGETS, sharding.batch_sharding(mesh)
-  size = batch['index'].shape[0]
-  inputs = {k: x for k, x in batch.items() if not k.startswith(prefix)}
-  targets = shapes.cached.shapes if shapes.cached else {}
-  return inputs | {
-    prefix + n: jax.ShapeDtypeStruct(
-      (size, *x.shape), x.dtype, sharding=batch_sharding
+  cached = shapes.cached.shapes if shapes.cached else {}
+  targets = {
+    name: jax.ShapeDtypeStruct(
+      (*batch.index.shape, *x.shape),
+      x.dtype,
+      sharding=sharding.batch_sharding(mesh),
     )
-    for n, x in targets.items()
+    for name, x in cached.items()
   }
-
-
-def _batch(
-  size: int, video: tuple[int, ...], mesh: Mesh
-) -> dict[str, jax.ShapeDtypeStruct]:
-  """Returns the shapes of a batch from the pipeline."""
-  batch_sharding, replicated = (
-    sharding.batch_sharding(mesh),
-    sharding.replicated(mesh),
-  )
-
-  def shape(dtype: Any, *rest: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((size, *rest), dtype, sharding=batch_sharding)
-
-  return {
-    'video': shape(np.uint8, *video),
-    'index': shape(np.int32),
-    'label': shape(np.int32),
-    'repeat': shape(np.int32),
-    'substituted': shape(np.bool_),
-    'crop': shape(np.float32, 4),
-    'flip': shape(np.bool_),
-    'progress': jax.ShapeDtypeStruct((), np.float32, sharding=replicated),
-  }
+  return dataclasses.replace(batch, targets=targets)
 
 
 def tpu_mesh(slice_name: str, data: int = 1) -> Mesh:

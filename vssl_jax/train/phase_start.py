@@ -101,10 +101,10 @@ def _carried(
 ) -> dict[str, Any]:
   """Reads the leaves carried over from the previous phase, by name."""
   is_carried = {
-    'params': phase.init == 'carry',
-    'ema': phase.init == 'carry',
-    'opt': phase.opt == 'carry',
-    'example_memory': phase.example_memory == 'carry',
+    'params': 'params' in phase.carry,
+    'ema': 'params' in phase.carry,
+    'opt': 'opt' in phase.carry,
+    'example_memory': 'example_memory' in phase.carry,
   }
   if saved is None or not any(is_carried.values()):
     return {}
@@ -134,25 +134,26 @@ def check_sources(
   """
   for i, phase in enumerate(phases):
     for role, source in phase.init_from.items():
-      if source.startswith('@'):
-        prior = {p.name: p for p in phases[:i]}
-        if source[1:] not in prior:
+      if not isinstance(source, phase_lib.FromWeights):
+        prior = {str(phase_lib.FromPhase(p.name)): p for p in phases[:i]}
+        if str(source) not in prior:
           raise ValueError(
-            f'phase {phase.name!r}: {role} starts from {source!r}, wanted a '
-            f'phase before it ({", ".join("@" + n for n in prior) or "none"}),'
-            ' a run folder or published weights'
+            f"phase {phase.name!r}: {role} starts from '{source}', wanted a "
+            f'phase before it ({", ".join(prior) or "none"}), a run folder or '
+            'published weights'
           )
-        network = getattr(prior[source[1:]], role, None)
+        network = getattr(prior[str(source)], role, None)
         _check_source(config, phase, role, source, network)
       elif role == 'encoder':
-        _check_source(config, phase, role, source, encoder.module_of(source))
+        network = encoder.module_of(source.path)
+        _check_source(config, phase, role, source, network)
 
 
 def _check_source(
   config: ml_collections.ConfigDict,
   phase: phase_lib.Phase,
   role: str,
-  source: str,
+  source: phase_lib.Source,
   found: Any,
 ) -> None:
   """Raises if weights are of a network that computes another function.
@@ -207,7 +208,7 @@ def _started(run: Run, phase: phase_lib.Phase, params: Any) -> dict[str, Any]:
     module, values = _load_source(run, source, role)
     _check_source(run.config, phase, role, source, module)
     if role == 'encoder':  # resize learned positions to the clips of the run
-      loaded = encoder.Encoder(module, values, source, run.video)
+      loaded = encoder.Encoder(module, values, str(source), run.video)
       values = loaded.at(run.video).params
     stored = dict(trees.named_leaves(params[role]))
     values = trees.map_named(
@@ -226,15 +227,17 @@ def _started(run: Run, phase: phase_lib.Phase, params: Any) -> dict[str, Any]:
   return params
 
 
-def _load_source(run: Run, source: str, role: str) -> tuple[Any, Any]:
-  """Loads a role from an external source or an earlier phase (`@name`).
+def _load_source(
+  run: Run, source: phase_lib.Source, role: str
+) -> tuple[Any, Any]:
+  """Loads a role from an external source or an earlier phase.
 
   Returns:
     The network, None where the role is no field of a phase, and parameters.
   """
-  if not source.startswith('@'):
-    return encoder.load_role(source, role)
-  earlier = next(p for p in run.method.phases() if p.name == source[1:])
+  if isinstance(source, phase_lib.FromWeights):
+    return encoder.load_role(source.path, role)
+  earlier = next(p for p in run.phases if p.name == source.name)
   params = _kept_role(run, _kept(run, source), role)
   return getattr(earlier, role, None), params
 
@@ -284,17 +287,17 @@ def teachers(run: Run, phase: phase_lib.Phase) -> dict[str, Any]:
   return {
     name: _teacher_params(run, teacher)
     for name, teacher in phase.teachers.items()
-    if not teacher.source.startswith('@ema/')
+    if not isinstance(teacher.source, phase_lib.FromEma)
   }
 
 
 def _teacher_params(run: Run, teacher: phase_lib.Teacher) -> Any:
   """Loads a teacher's parameters, shards them and casts to the stored dtype."""
   with run.clock('start'):
-    if teacher.source.startswith('@'):
+    if isinstance(teacher.source, phase_lib.FromPhase):
       params = _kept_params(run, teacher)
     else:
-      loaded = encoder.load_as(teacher.source, teacher.module)
+      loaded = encoder.load_as(str(teacher.source), teacher.module)
       params = jax.device_get(loaded.at(run.video).params)
     shardings = sharding.shardings(
       params, run.mesh, dict(run.config.mesh.overrides)
@@ -305,9 +308,9 @@ def _teacher_params(run: Run, teacher: phase_lib.Teacher) -> Any:
     )(params)
 
 
-def _kept(run: Run, source: str) -> integrity.Saved:
-  """Returns the saved parameters of a phase, such as `@pixel_teacher`."""
-  saved = run.checkpoints.params_of(source[1:])
+def _kept(run: Run, source: phase_lib.FromPhase) -> integrity.Saved:
+  """Returns the saved parameters of a phase."""
+  saved = run.checkpoints.params_of(source.name)
   problem = integrity.damage(saved) if saved else 'they were never saved'
   if problem:
     raise TrainingError(

@@ -60,7 +60,7 @@ def rewind(run: Run, asked: Rewind) -> integrity.Saved:
       f'the rewind to before step {asked.step} was done at an earlier start'
     )
     return newest
-  total = run_lib.spans(run.method)[-1].total
+  total = run_lib.spans(run.phases)[-1].total
   logged = metrics.last_step(run.workdir, total)
   reached = max(logged, newest.step if newest else 0)
   if asked.step > reached:

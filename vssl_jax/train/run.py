@@ -21,6 +21,7 @@ from vssl_jax.checkpoint import (
   provenance,
   retention,
 )
+from vssl_jax.data import batch as batch_lib
 from vssl_jax.data import options, pipeline
 from vssl_jax.methods import phase as phase_lib
 from vssl_jax.models import fp8_matmul
@@ -51,7 +52,7 @@ class Run:
   workdir: pathlib.Path
   mesh: jax.sharding.Mesh
   clips: pipeline.Clips
-  method: phase_lib.Method
+  phases: tuple[phase_lib.Phase, ...]
   checkpoints: manager.Checkpoints
   logger: metrics.Logger
   clock: metrics.Clock
@@ -92,9 +93,8 @@ class Span:
   covers: tuple[int, int]
 
 
-def spans(method: phase_lib.Method) -> tuple[Span, ...]:
-  """Returns the phases of a method with their steps in the run."""
-  phases = method.phases()
+def spans(phases: Sequence[phase_lib.Phase]) -> tuple[Span, ...]:
+  """Returns the phases of a run with their steps in the run."""
   ends = list(itertools.accumulate(phase.steps for phase in phases))
   out = []
   for is_shared, group in itertools.groupby(
@@ -112,7 +112,7 @@ def spans(method: phase_lib.Method) -> tuple[Span, ...]:
 
 
 def open_run(config: ml_collections.ConfigDict, read_only: bool = False) -> Run:
-  """Opens a run: mesh, data, method, checkpoints and logs; checks the config.
+  """Opens a run: mesh, data, phases, checkpoints and logs; checks the config.
 
   Args:
     config: a resolved config.
@@ -135,13 +135,12 @@ def open_run(config: ml_collections.ConfigDict, read_only: bool = False) -> Run:
     process_count=jax.process_count(),
     folder=None if read_only else str(workdir),
   )
-  method = methods.build(
+  phases = methods.build(
     config.method,
     tuple(clips.shapes['video']),
     encoder.module_of,
     options.colours_of(config.data),
   )
-  phases = method.phases()
   check_units(phases, jax.devices()[0])
   if any(phase.memory_specs for phase in phases):
     _check_distinct(config, clips)
@@ -150,7 +149,7 @@ def open_run(config: ml_collections.ConfigDict, read_only: bool = False) -> Run:
     workdir=workdir,
     mesh=mesh,
     clips=clips,
-    method=method,
+    phases=phases,
     checkpoints=manager.Checkpoints(
       workdir,
       config.checkpoint.keep,
@@ -359,7 +358,7 @@ def write_record(run: Run) -> None:
     'classes': run.clips.classes,
     'left_out': run.left_out,
     'rewinds': run.rewinds,
-    'outside': encoder.outside(run.method),
+    'outside': encoder.outside(run.phases),
     'provenance': provenance.describe(config),
   }
   if jax.process_index() == 0:
@@ -369,7 +368,7 @@ def write_record(run: Run) -> None:
 
 def on_device(
   run: Run, local: Mapping[str, np.ndarray], done: int, total: int
-) -> dict[str, Any]:
+) -> batch_lib.Batch:
   """Puts a step's batch on the mesh, with `progress` = done / total.
 
   Args:
@@ -379,7 +378,7 @@ def on_device(
     total: steps of the run.
   """
   local = dict(local, progress=np.float32(done / total))
-  return sharding.put_batch(local, run.mesh)
+  return batch_lib.Batch(**sharding.put_batch(local, run.mesh))
 
 
 class Preemption:

@@ -9,7 +9,6 @@ any mesh. `replay` runs such a step again.
 """
 
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ from absl import logging
 
 from vssl_jax import sharding, trees
 from vssl_jax.checkpoint import integrity, provenance
+from vssl_jax.data import batch as batch_lib
 from vssl_jax.train.run import Run, Span
 
 
@@ -66,7 +66,7 @@ class StepRecorder:
     self._every = run.config.checkpoint.record_every
     self._begun: dict[str, Any] | None = None
 
-  def before(self, done: int, state: Any, batch: Mapping[str, Any]) -> None:
+  def before(self, done: int, state: Any, batch: batch_lib.Batch) -> None:
     """Computes the sums of a step's inputs if the step is to be recorded.
 
     Args:
@@ -84,7 +84,7 @@ class StepRecorder:
       'before': sums(state),  # first: it waits for the running step
       'batch': sums(batch),
       'index': jax.device_get(
-        jax.jit(lambda x: x, out_shardings=replicated)(batch['index'])
+        jax.jit(lambda x: x, out_shardings=replicated)(batch.index)
       ).tolist(),
     }
 

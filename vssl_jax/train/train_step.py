@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from vssl_jax import rngs, sharding, trees
+from vssl_jax.data import batch as batch_lib
 from vssl_jax.methods import phase as phase_lib
 from vssl_jax.train import example_memory, freezing
 
@@ -52,7 +53,6 @@ def init_guard() -> dict[str, Any]:
 
 
 def init_state(
-  method: phase_lib.Method,
   phase: phase_lib.Phase,
   tx: optax.GradientTransformation,
   key: jax.Array,
@@ -63,8 +63,7 @@ def init_state(
   """Returns the initial state of a phase; call it in `jit` or `eval_shape`.
 
   Args:
-    method: the method.
-    phase: one of its phases.
+    phase: the phase.
     tx: its optimizer.
     key: the run's key; the phase's name is folded in.
     video: (T, H, W, C) of a clip.
@@ -72,7 +71,7 @@ def init_state(
     start: first step of the phase, counted over the run.
   """
   clip = jnp.zeros((1, *video), jnp.uint8)
-  params = method.init(rngs.stream(key, f'init/{phase.name}'), clip, phase)
+  params = phase.init(rngs.stream(key, f'init/{phase.name}'), clip)
   labels = freezing.labels(params, phase.frozen)
   params = freezing.store(params, labels, phase.frozen_dtype)
   return TrainState(
@@ -91,7 +90,6 @@ def copy_params(params: Any) -> Any:
 
 
 def make_update(
-  method: phase_lib.Method,
   phase: phase_lib.Phase,
   tx: optax.GradientTransformationExtraArgs,
   labels: Any,
@@ -101,12 +99,11 @@ def make_update(
   num_examples: int,
   accumulate: int = 1,
   skip_spike: float = 0.0,
-) -> Callable[[TrainState, Any, Mapping[str, Any]], tuple[TrainState, Any]]:
+) -> Callable[[TrainState, Any, batch_lib.Batch], tuple[TrainState, Any]]:
   """Returns `(state, teachers, batch) -> (state, metrics)`, not yet jitted.
 
   Args:
-    method: the method.
-    phase: its static options.
+    phase: the phase.
     tx: `optimizer.make` over the same labels.
     labels: `freezing.labels`.
     key: the run's key.
@@ -119,22 +116,26 @@ def make_update(
   """
 
   def update(
-    state: TrainState, teachers: Any, batch: Mapping[str, Any]
+    state: TrainState, teachers: Any, batch: batch_lib.Batch
   ) -> tuple[TrainState, Any]:
-    targets = dict(teachers) | ema_teachers(phase, state.ema)
-    specs, index = phase.memory_specs, batch['index']
-    batch = dict(batch) | example_memory.gather(
+    teachers = dict(teachers) | ema_teachers(phase, state.ema)
+    specs, index = phase.memory_specs, batch.index
+    memory = example_memory.gather(
       specs, state.example_memory, index, num_examples
     )
+    batch = dataclasses.replace(batch, example_memory=memory)
 
     trained, frozen = freezing.split(state.params, labels)
 
     def loss(
-      trained: Any, batch: Any, micro_batch: Any
+      trained: Any, batch: batch_lib.Batch, micro_batch: Any
     ) -> tuple[jax.Array, phase_lib.Aux]:
       params = freezing.join(trained, frozen)
       rng = rngs.Rng(key, state.step, micro_batch)
-      return method.loss(params, targets, batch, rng, phase)
+      if not batch.targets:  # they were not read from the cache
+        targets = phase.targets(teachers, batch.video)
+        batch = dataclasses.replace(batch, targets=targets)
+      return phase.loss(params, teachers, batch, rng)
 
     grad = jax.value_and_grad(loss, has_aux=True)
     (value, aux), grads = _accumulate(grad, accumulate)(trained, batch)
@@ -220,12 +221,11 @@ def end_windows(
 def ema_teachers(
   phase: phase_lib.Phase, ema: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """Returns teacher name -> EMA parameters, for `@ema/` teachers."""
-  prefix = '@ema/'
+  """Returns teacher name -> EMA parameters, of the teachers that are EMAs."""
   return {
-    name: ema[teacher.source.removeprefix(prefix)]
+    name: ema[teacher.source.name]
     for name, teacher in phase.teachers.items()
-    if teacher.source.startswith(prefix)
+    if isinstance(teacher.source, phase_lib.FromEma)
   }
 
 
@@ -239,25 +239,30 @@ def _accumulate(grad: Callable[..., Any], micro: int) -> Callable[..., Any]:
   if micro == 1:
     return lambda params, batch: grad(params, batch, None)
 
-  def averaged_grad(params: Any, batch: Mapping[str, Any]) -> Any:
-    shared = {k: x for k, x in batch.items() if not x.ndim}
+  def averaged_grad(params: Any, batch: batch_lib.Batch) -> Any:
+    leaves, tree = jax.tree.flatten(batch)
+    shared = [None if x.ndim else x for x in leaves]
     # Interleaved, so that each device splits only its own part of the batch.
-    split = {
-      k: jnp.moveaxis(x.reshape(-1, micro, *x.shape[1:]), 1, 0)
-      for k, x in batch.items()
-      if x.ndim
-    }
+    split = [
+      jnp.moveaxis(x.reshape(-1, micro, *x.shape[1:]), 1, 0) if x.ndim else None
+      for x in leaves
+    ]
+
+    def micro_batch(parts: list[Any]) -> batch_lib.Batch:
+      return tree.unflatten(
+        [y if x is None else x for x, y in zip(parts, shared, strict=True)]
+      )
 
     def body(total: Any, numbered: tuple[Any, Any]) -> tuple[Any, Any]:
-      number, micro_batch = numbered
-      (value, aux), grads = grad(params, micro_batch | shared, number)
+      number, parts = numbered
+      (value, aux), grads = grad(params, micro_batch(parts), number)
       total = jax.tree.map(jnp.add, total, (value, aux.metrics, grads))
       return total, aux.memory
 
     first = jax.tree.map(lambda x: x[0], split)
     numbers = jnp.arange(micro, dtype=jnp.int32)
     (value, aux), grads = jax.eval_shape(
-      grad, params, first | shared, numbers[0]
+      grad, params, micro_batch(first), numbers[0]
     )
     zero = jax.tree.map(
       lambda x: jnp.zeros(x.shape, x.dtype), (value, aux.metrics, grads)

@@ -27,10 +27,10 @@ def draw(
   Raises:
     ValueError: the teacher that the masks are drawn from is not available.
   """
-  names = [n for n in (getattr(phase, 'mask_teacher', ''),) if n]
+  names = [n for n in (phase.mask_teacher,) if n]
   teachers = run_reader.teachers(shown, phase, names)
   masks = jax.jit(
-    lambda teachers, batch, rng: shown.method.masks(teachers, batch, rng, phase)
+    lambda teachers, batch, rng: phase.draw_masks(teachers, batch, rng=rng)
   )(teachers, shown.batch, run_reader.rng(shown))
   return [
     _sheet(out, shown, phase, name, jax.device_get(mask))
@@ -43,32 +43,30 @@ def _sheet(
   shown: run_reader.Shown,
   phase: phase_lib.Phase,
   name: str,
-  seen: phase_lib.Seen,
+  drawn: phase_lib.DrawnMask,
 ) -> html.Picture:
   """Draws the clips, their mask scores if any, and the visible patches."""
-  video, patch = shown.batch['video'], phase.encoder.patch
+  video, patch = shown.batch.video, phase.encoder.patch
   grid = tubelets.grid_of(video.shape, patch)
-  hidden = reconstructions.masked(video, seen.mask, patch)
+  hidden = reconstructions.masked(video, drawn.mask, patch)
   rows = {}
   for i in range(len(video)):
     rows[f'clip {i}'] = run_reader.frames(video, i)
-    if seen.scores is not None:
-      lit_video = reconstructions.lit(video, seen.scores, patch)
+    if drawn.scores is not None:
+      lit_video = reconstructions.lit(video, drawn.scores, patch)
       rows[f'clip {i}, by score'] = run_reader.frames(lit_video, i)
     rows[f'clip {i}, what the encoder sees'] = run_reader.frames(hidden, i)
-  visible, masked = (x.shape[1] for x in seen.mask)
+  visible, masked = (x.shape[1] for x in drawn.mask)
   unused = int(np.prod(grid)) - visible - masked
   label = f'mask {name}' if name else 'its mask'
-  masked_text = 'are to be predicted'
-  if getattr(phase, 'compared', '') == 'visible':
-    masked_text = 'are hidden'
+  masked_text = 'are to be predicted' if drawn.predicted else 'are hidden'
   caption = (
-    f'{phase.name}, {label}: {visible} tokens are seen and {masked} '
+    f'{phase.name}, {label}: {visible} tokens are drawn and {masked} '
     f'{masked_text} (grey)'
     + (f'; {unused} are neither (dark).' if unused else '.')
   )
-  if seen.scores is not None:
-    score_share = _kept(seen)
+  if drawn.scores is not None:
+    score_share = _kept(drawn)
     chance = visible / (visible + masked)
     caption += (
       f' By score: brightness is the score of the {phase.mask_teacher} '
@@ -80,10 +78,10 @@ def _sheet(
   return html.Picture(file, caption)
 
 
-def _kept(seen: phase_lib.Seen) -> float:
+def _kept(drawn: phase_lib.DrawnMask) -> float:
   """Returns the visible share of the total score."""
-  scores = np.asarray(seen.scores, np.float32)
-  visible = np.take_along_axis(scores, np.asarray(seen.mask.visible), axis=1)
+  scores = np.asarray(drawn.scores, np.float32)
+  visible = np.take_along_axis(scores, np.asarray(drawn.mask.visible), axis=1)
   return float(np.mean(visible.sum(1) / scores.sum(1)))
 
 
@@ -97,10 +95,8 @@ def save_in(workdir: str) -> None:
     return  # the teachers are sharded over the hosts
   folder = pathlib.Path(workdir)
   try:
-    _, _, method = run_reader.method_of(folder)
-    guided_phases = [
-      p for p in method.phases() if getattr(p, 'mask_teacher', '')
-    ]
+    _, _, phases = run_reader.phases_of(folder)
+    guided_phases = [phase for phase in phases if phase.mask_teacher]
     shown = run_reader.open_run(folder, CLIPS) if guided_phases else None
     for phase in guided_phases:
       draw(folder, shown, phase)

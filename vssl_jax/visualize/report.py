@@ -1,10 +1,9 @@
 """Writes a report page of a run: curves, masks, predictions and features.
 
-The pictures of a phase depend on what its method implements: `Method.masks`,
-`Method.reconstruct` and `Method.encode`.
+The pictures of a phase depend on what it implements: `Phase.draw_masks`,
+`Phase.reconstruct` and `Phase.encode`.
 """
 
-import functools
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -61,7 +60,7 @@ def write(
   out = runs[0] / 'report'
   out.mkdir(exist_ok=True)
   sections = [_curves(out, runs), *_layers(out, runs[0])]
-  for phase in shown.method.phases():
+  for phase in shown.phases:
     sections.append(_phase(out, shown, phase))
   text = html.render(runs[0].name, _facts(shown), sections)
   path = out / 'index.html'
@@ -126,7 +125,7 @@ def _reconstructions(
 
   @jax.jit
   def predict(params: Any, batch: Any, rng: rngs.Rng) -> Any:
-    outputs = shown.method.reconstruct(params, batch, rng, phase)
+    outputs = phase.reconstruct(params, batch, rng)
     # Set during tracing.
     kinds.update({name: (r.kind, r.every) for name, r in outputs.items()})
     return {name: (r.mask, r.predicted) for name, r in outputs.items()}
@@ -135,7 +134,7 @@ def _reconstructions(
   pictures = []
   for label, (mask, output) in outputs.items():
     (kind, interval), predicted = kinds[label], np.asarray(output, np.float32)
-    video, patch = shown.batch['video'][:, ::interval], phase.encoder.patch
+    video, patch = shown.batch.video[:, ::interval], phase.encoder.patch
     patch = (patch[0] // interval, *patch[1:])
     masked = reconstructions.masked(video, mask, patch)
     reconstructed = reconstructions.reconstructed(
@@ -167,8 +166,8 @@ def _features(
   average: str = '',
 ) -> list[html.Picture]:
   """Draws one picture of the clips and of their features as colours."""
-  video, patch = shown.batch['video'], phase.encoder.patch
-  encode = jax.jit(functools.partial(shown.method.encode, phase=phase))
+  video, patch = shown.batch.video, phase.encoder.patch
+  encode = jax.jit(lambda params, video: phase.encode(params, video=video))
   tokens = np.asarray(encode(params, video), np.float32)
   grid = tubelets.grid_of(video.shape, patch)
   rows = {}
@@ -192,7 +191,7 @@ def _facts(shown: run_reader.Shown) -> dict[str, Any]:
   provenance = shown.record['provenance']
   lines = metrics.read(shown.folder / metrics.FILE)
   last = lines[-1] if lines else {}
-  total = sum(p.steps for p in shown.method.phases())
+  total = sum(p.steps for p in shown.phases)
   default = config_lib.default(shown.config.method.name)
   changed = [
     line[2:]

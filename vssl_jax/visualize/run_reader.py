@@ -1,4 +1,4 @@
-"""Opens a run for visualisation: clips, method and saved parameters."""
+"""Opens a run for visualisation: clips, phases and saved parameters."""
 
 import dataclasses
 import pathlib
@@ -12,6 +12,7 @@ from jax.sharding import SingleDeviceSharding
 
 from vssl_jax import encoder, rngs
 from vssl_jax.checkpoint import integrity, manager
+from vssl_jax.data import batch as batch_lib
 from vssl_jax.data import pipeline
 from vssl_jax.methods import phase as phase_lib
 from vssl_jax.utils import config_io, image_grid
@@ -25,24 +26,26 @@ class Shown:
     folder: the run folder.
     record: contents of its `run.json`.
     config: config of the record.
-    method: built from the config.
+    phases: the phases of the run.
     batch: `video` and `index` of the clips to draw.
   """
 
   folder: pathlib.Path
   record: dict[str, Any]
   config: ml_collections.ConfigDict
-  method: phase_lib.Method
-  batch: dict[str, np.ndarray]
+  phases: tuple[phase_lib.Phase, ...]
+  batch: batch_lib.Batch
 
 
-def method_of(
+def phases_of(
   folder: pathlib.Path,
-) -> tuple[dict[str, Any], ml_collections.ConfigDict, phase_lib.Method]:
-  """Returns the record of a run (`run.json`), its config and its method."""
+) -> tuple[
+  dict[str, Any], ml_collections.ConfigDict, tuple[phase_lib.Phase, ...]
+]:
+  """Returns the record of a run (`run.json`), its config and its phases."""
   record = integrity.load_record(folder)
   config = config_io.from_json(record['config'])
-  return record, config, encoder.method_of(record)
+  return record, config, encoder.phases_of(record)
 
 
 def open_run(folder: pathlib.Path, clips: int) -> Shown:
@@ -57,14 +60,16 @@ def open_run(folder: pathlib.Path, clips: int) -> Shown:
   """
   if clips < 1:
     raise ValueError(f'--clips: found {clips}, wanted at least 1')
-  record, config, method = method_of(folder)
+  record, config, phases = phases_of(folder)
   data = config.data.to_dict() | {'workers': 0}
   first = next(iter(pipeline.evaluation(data, batch_size=clips)))
   is_real = first['weight'] > 0
-  batch = {k: np.asarray(first[k])[is_real] for k in ('video', 'index')}
+  batch = batch_lib.Batch(
+    **{k: np.asarray(first[k])[is_real] for k in ('video', 'index')}
+  )
   if not is_real.any():
     raise ValueError(f'{folder}: none of the first {clips} videos can be read')
-  return Shown(folder, record, config, method, batch)
+  return Shown(folder, record, config, phases, batch)
 
 
 def params(
@@ -105,11 +110,11 @@ def teachers(
   teacher_params = {}
   for name in names:
     teacher = phase.teachers[name]
-    source = teacher.source
-    if source.startswith('@'):
+    source = str(teacher.source)
+    if isinstance(teacher.source, phase_lib.FromPhase):
       source = f'{shown.folder}{source}'
     teacher_encoder = encoder.load_as(source, teacher.module)
     teacher_params[name] = teacher_encoder.at(
-      shown.batch['video'].shape[1:]
+      shown.batch.video.shape[1:]
     ).params
   return teacher_params

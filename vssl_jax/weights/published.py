@@ -7,13 +7,12 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vssl_jax.masks import sampling, tubelets
-from vssl_jax.models import framewise, positions, vit
+from vssl_jax.models import Module, framewise, positions, vit
 from vssl_jax.models.hiera import decoder, encoder
 from vssl_jax.weights import convert, hiera_files, modules, video_positions
 from vssl_jax.weights import source as source_lib
@@ -95,7 +94,7 @@ def load_published(
   allow_missing: Iterable[str] = (),
   allow_unused: Iterable[str] = (),
   **fields: Any,
-) -> tuple[nn.Module, dict[str, Any], convert.Report]:
+) -> tuple[Module, dict[str, Any], convert.Report]:
   """Loads published weights.
 
   Args:

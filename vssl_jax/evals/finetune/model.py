@@ -103,7 +103,7 @@ def load(
   if not encoder_lib.is_run(folder):
     return _of_weights(folder)
   source = encoder_lib.find(folder)
-  if not hasattr(source.phase, 'head'):
+  if not source.classes:
     raise ValueError(
       f'{folder}: found a run of phase {source.phase.name!r}, which has no '
       "classes; wanted one of the job 'finetune'"

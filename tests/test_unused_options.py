@@ -148,3 +148,9 @@ def test_fine_tuning_overwrites_nothing_that_a_page_sets(tmp_path):
   c = small.config_of(tmp_path, tmp_path, warmup_epochs=4.0)
   with pytest.raises(ValueError, match=r'finetune\.warmup_epochs: found 4'):
     setup.fill(c, videos)
+
+
+@pytest.mark.parametrize('page', ['', 'configs/salt.py', FINETUNE])
+def test_depth_is_read_by_its_own_job_alone(page):
+  with pytest.raises(ValueError, match=r"only the job 'depth' reads depth"):
+    main.resolve(page, ['data.depth_units=1000'])

@@ -220,6 +220,11 @@ def check(config: ml_collections.ConfigDict) -> None:
         + (f'; did you mean {near[0]}?' if near else '')
       )
   declared.check(config)
+  if config.data.depth_units and config.job in ('train', 'finetune', 'demo'):
+    raise ValueError(
+      f'data.depth_units: found {config.data.depth_units} for the job '
+      f"{config.job!r}, wanted 0: only the job 'depth' reads depth"
+    )
   if config.job in OF_ENCODERS:
     return
   for name in ('frames', 'stride', 'size', 'channels'):

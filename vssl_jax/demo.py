@@ -83,14 +83,15 @@ def _data(c: ml_collections.ConfigDict) -> None:
 def _salt(c: ml_collections.ConfigDict) -> None:
   """Sets the SALT keys: a teacher and a student that train in a minute each.
 
-  So small a run needs one difference from the paper: the teacher's mask is the
-  causal mask of the paper's ablation. The teacher sees the first half of the
-  clip and predicts the second. SALT's blocks are masked in every frame, so the
-  tokens next to a block suffice to predict it at any time, without features of
-  motion. Probe accuracy after as many steps: 20 % with SALT's masks, 30 % at
-  random initialisation, 69 % with the causal mask. The student's masks are
-  SALT's. Glorot initialisation makes the random encoder a stronger baseline
-  than V-JEPA's initialisation (30 against 18 %).
+  Differences from the paper: sizes; sin-cos positions and Glorot
+  initialisation; one mask per step, and one mask token; and the teacher's mask,
+  which is the causal mask of the paper's ablation. The teacher sees the first
+  half of the clip and predicts the second. SALT's blocks are masked in every
+  frame, so the tokens next to a block suffice to predict it at any time,
+  without features of motion. Probe accuracy after as many steps: 20 % with
+  SALT's masks, 30 % at random initialisation, 69 % with the causal mask. The
+  student's mask is SALT's short one. Glorot initialisation makes the random
+  encoder a stronger baseline than V-JEPA's initialisation (30 against 18 %).
   """
   c.method.vit.update(
     dict(

@@ -108,8 +108,8 @@ class Encoder:
       video: [B, T, H, W, C] or one clip [T, H, W, C]; uint8, or float in
         [0, 1]. T, H, W may differ from training; with learned positions, call
         `at` first.
-      depth: fraction of the blocks to run, counted as in 4DS; None: all
-        encoder blocks, and the final norm if there is one.
+      depth: tap as a fraction of the depth, counted as in 4DS, see
+        `vit.tap`; None: all encoder blocks, and the final norm if there is one.
 
     Returns:
       Tokens [B, N, D].

@@ -295,7 +295,7 @@ def test_the_report_counts(data_config):
   for _ in range(4):
     next(stream)
   report = clips.report()
-  assert report['data/workers'] == 2 and report['data/bad_files'] == 0
+  assert report['data/readers'] == 2 and report['data/bad_files'] == 0
   assert report['data/decode_clips_per_s'] > 0
   assert 0 < report['data/wait_fraction'] <= 1
   # All time went by waiting, as nothing else was done here.

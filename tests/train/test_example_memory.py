@@ -312,7 +312,7 @@ def test_rows_must_be_those_declared():
   specs = {'seen': phase_lib.MemorySpec((2,))}
   index = jnp.arange(3)
   for new in ({}, {'seen': jnp.zeros((3,))}, {'saw': jnp.zeros((3, 2))}):
-    with pytest.raises(ValueError, match=r"declares \{'seen': \(3, 2\)\}"):
+    with pytest.raises(ValueError, match=r"wanted \{'seen': \(3, 2\)\}"):
       example_memory.scatter(
         specs, example_memory.init(specs, 4), index, new, 4
       )

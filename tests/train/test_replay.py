@@ -117,7 +117,7 @@ def test_the_same_bits_come_again_and_nothing_is_written(
 
 
 def test_a_flipped_bit_of_a_record_is_found(run, capsys):
-  path = _path(run, 'probes', '00000003.json')
+  path = _path(run, 'step_records', '00000003.json')
   record = integrity.load(path)
   record['after']['opt/inner_states/train/inner_state/0/count'] = [0, 1]
   name = next(n for n in record['after'] if n.endswith('layer_1/kernel'))
@@ -176,7 +176,7 @@ def test_other_pixels_are_found(run, videos, capsys):
 def test_a_rewind_takes_the_records_along(run):
   """Later steps take other batches then."""
   assert loop.train(run, rewind.Rewind(10, 1)) == 0
-  aside = _path(run, 'rewound', '1-from-00000012', 'probes')
+  aside = _path(run, 'rewound', '1-from-00000012', 'step_records')
   assert [p.name for p in aside.iterdir()] == ['00000009.json', '00000011.json']
   assert [r['step'] for r in step_records.listing(_path(run))] == [3, 5, 9, 11]
   assert replay.replay(run, 9) == replay.replay(run, 11) == 0

@@ -199,7 +199,7 @@ class Checkpoints:
       self._error = error
 
   def _prune(self) -> None:
-    """Removes all states but the newest and those of `keep_every`."""
+    """Removes all states but the newest `keep` and those of `keep_every`."""
     for saved in self.whole()[self._keep :]:
       if self._keep_every and saved.step % self._keep_every == 0:
         continue

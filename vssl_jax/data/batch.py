@@ -18,8 +18,8 @@ class Batch:
 
   Attributes:
     video: uint8, or float in [0, 1]: [B, T, H, W, C].
-    index: int32 [B], number of each example. From the number of training
-      examples on, they are numbers of substitute clips.
+    index: int32 [B], number of each example; the number of all examples for a
+      substitute clip.
     repeat: int32 [B], distinguishes several clips of one example.
     label: int32 [B], class of each clip; -1 if unknown.
     substituted: bool [B], whether the clip replaces one that could not be read.

@@ -122,8 +122,8 @@ class ReadStats:
       'data/decode_clips_per_s': rate * per_video,
       'data/clips_per_s': self._clips / wall,
       'data/wait_fraction': min(self._waited / wall, 1.0),
-      'data/workers': self._readers,
-      'data/workers_needed': math.ceil(
+      'data/readers': self._readers,
+      'data/readers_needed': math.ceil(
         required_rate / max(rate * per_video, 1e-9)
       ),
       'data/bad_files': len(self.bad),
@@ -144,7 +144,7 @@ class ReadStats:
       f'{get("clips_per_s"):.1f} clips/s from {self._readers} readers that '
       f'decode {get("decode_clips_per_s"):.1f} clips/s each; '
       f'{get("wait_fraction"):.0%} of the time went by waiting for clips '
-      f'({get("workers_needed"):.0f} readers would keep up); '
+      f'({get("readers_needed"):.0f} readers would keep up); '
       f'{get("bad_files"):.0f} unreadable videos'
     )
 

@@ -75,7 +75,7 @@ def traced_flops(phase: Any, video: tuple[int, ...]) -> tuple[float, float]:
   """
   phase = _plain_phase(phase)
   params, teachers, batch = _inputs(phase, video, 1)
-  targets = jax.make_jaxpr(lambda t, v: phase.targets(t, video=v))(
+  targets = jax.make_jaxpr(lambda t, v: phase.targets(t, v))(
     teachers, batch.video
   )
   program = jax.make_jaxpr(jax.value_and_grad(_loss(phase, params)))(
@@ -102,14 +102,14 @@ def _inputs(phase: Any, video: tuple[int, ...], clips: int) -> tuple[Any, ...]:
   """Returns the shapes of parameters, of the teachers', and of a batch."""
   key = jax.random.key(0)
   clip = jax.ShapeDtypeStruct((1, *video), jnp.uint8)
-  params = jax.eval_shape(lambda k, v: phase.init(k, video=v), key, clip)
+  params = jax.eval_shape(lambda k, v: phase.init(k, v), key, clip)
   teachers = {
     name: jax.eval_shape(teacher.module.init, key, clip)['params']
     for name, teacher in phase.teachers.items()
   }
   batch = batch_lib.shapes(clips, video, None, None)
   targets = jax.eval_shape(
-    lambda t, v: phase.targets(t, video=v), teachers, batch.video
+    lambda t, v: phase.targets(t, v), teachers, batch.video
   )
   memory = {
     name + suffix: jax.ShapeDtypeStruct((clips, *spec.shape), jnp.float32)

@@ -76,10 +76,10 @@ class DistilPhase(phase_lib.Phase):
   target_norm: str = 'ln'
   pixel_norm: str = 'patch'
 
-  def init(self, rng: Array, video: phase_lib.Video) -> phase_lib.Params:
+  def init(self, key: Array, video: phase_lib.Video) -> phase_lib.Params:
     """Returns random parameters of the encoder and the heads."""
-    key = rngs.stream(rng, 'init/encoder')
-    params = {'encoder': self.encoder.init(key, video)['params']}
+    part_key = rngs.stream(key, 'init/encoder')
+    params = {'encoder': self.encoder.init(part_key, video)['params']}
     grid = self.encoder.unit_grid(video.shape)
     mask = sampling.Mask(
       *(
@@ -92,8 +92,8 @@ class DistilPhase(phase_lib.Phase):
     )
     ends = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), ends)
     for name, head in self.heads.items():
-      key = rngs.stream(rng, f'init/heads_{name}')
-      params[f'heads_{name}'] = head.init(key, ends, mask, grid)['params']
+      part_key = rngs.stream(key, f'init/heads_{name}')
+      params[f'heads_{name}'] = head.init(part_key, ends, mask, grid)['params']
     return params
 
   def targets(

@@ -64,25 +64,25 @@ class LockPhase(phase_lib.Phase):
   subset_context: str = 'subset'
   latent_weight: str = 'constant'
 
-  def init(self, rng: Array, video: phase_lib.Video) -> phase_lib.Params:
+  def init(self, key: Array, video: phase_lib.Video) -> phase_lib.Params:
     """Returns random parameters of the encoder, the latents and the heads."""
     encoder = self.encoder
     tokens = jnp.zeros((1, 1, encoder.width))
     t, h, w = tubelets.grid_of(video.shape, encoder.patch)
 
-    def key(role: str) -> Array:
-      return rngs.stream(rng, f'init/{role}')
+    def part_key(role: str) -> Array:
+      return rngs.stream(key, f'init/{role}')
 
     latents = jax.nn.initializers.normal(0.02)(
-      key('latents'), (t * h * w, encoder.width), jnp.float32
+      part_key('latents'), (t * h * w, encoder.width), jnp.float32
     )
     heads = {'pixel_head': self.pixel_head}
     heads |= dict.fromkeys(self.latent_heads, self.latent_head)
     return {
-      'encoder': encoder.init(key('encoder'), video)['params'],
+      'encoder': encoder.init(part_key('encoder'), video)['params'],
       'latents': {'tokens': latents},
       **{
-        name: head.init(key(name), tokens)['params']
+        name: head.init(part_key(name), tokens)['params']
         for name, head in heads.items()
       },
     }

@@ -34,12 +34,12 @@ class PixelPhase(phase_lib.Phase):
   pixel_norm: str = 'patch_channel'
   pixel_loss: str = 'mse'
 
-  def init(self, rng: Array, video: phase_lib.Video) -> phase_lib.Params:
+  def init(self, key: Array, video: phase_lib.Video) -> phase_lib.Params:
     """Returns random parameters of the encoder and the decoder."""
-    encoder_key = rngs.stream(rng, 'init/encoder')
+    encoder_key = rngs.stream(key, 'init/encoder')
     return {
       'encoder': self.encoder.init(encoder_key, video)['params'],
-      'decoder': init_head(rng, video, self, 'decoder', self.decoder),
+      'decoder': init_head(key, video, self, 'decoder', self.decoder),
     }
 
   def loss(
@@ -126,12 +126,12 @@ class PixelPhase(phase_lib.Phase):
 
 
 def init_head(
-  rng: Array, video: phase_lib.Video, phase: Any, role: str, head: Module
+  key: Array, video: phase_lib.Video, phase: Any, role: str, head: Module
 ) -> Any:
   """Returns random parameters of a decoder or predictor.
 
   Args:
-    rng: random key of the phase.
+    key: key of the phase.
     video: clips [B, T, H, W, C].
     phase: a phase with fields `encoder` and `masks`.
     role: role of the head, which names the random stream.
@@ -144,5 +144,5 @@ def init_head(
     jnp.zeros((len(video), masked), jnp.int32),
   )
   tokens = jnp.zeros((len(video), visible, phase.encoder.width))
-  key = rngs.stream(rng, f'init/{role}')
-  return head.init(key, tokens, mask, grid)['params']
+  part_key = rngs.stream(key, f'init/{role}')
+  return head.init(part_key, tokens, mask, grid)['params']

@@ -86,8 +86,9 @@ class Ema:
 
   Attributes:
     of: role whose parameters are averaged, such as `encoder`.
-    momentum: (first, last), linear in the step over the phase:
-      `ema <- m * ema + (1 - m) * params[of]` after each optimizer step.
+    momentum: (first, last): `ema <- m * ema + (1 - m) * params[of]` after each
+      optimizer step, with m = first + (last - first) * s / S after s of the S
+      steps of the phase. The step from s to s + 1 uses s.
   """
 
   of: str
@@ -159,10 +160,10 @@ def parse_source(text: str) -> Source:
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-  """A frozen model whose outputs are targets.
+  """A model whose outputs are targets; it gets no gradient.
 
-  Its parameters are stored outside the train state: they are not optimised,
-  not donated and not saved again.
+  Its parameters are an argument of the step: they are not donated and not saved
+  again. Those of an average (`FromEma`) are part of the train state.
 
   Attributes:
     module: the network; a checkpoint is checked against it.
@@ -260,11 +261,12 @@ class Phase(abc.ABC):
     encoder: the module used by `encode`.
     masks: specifications of the masks; all are drawn in every step.
     mask_teacher: teacher that the masks depend on; '' for none.
-    frozen: regular expressions over the names of parameters that get no
-      gradient and no update.
+    frozen: regular expressions for the beginning of the names of parameters,
+      such as `encoder/block_00`, that get no gradient and no update.
     teachers: name -> teacher.
     carry: parts of the train state (`CARRY`) that are carried over, by name of
-      the leaf, from the previous phase; the others start fresh.
+      the leaf, from the previous phase; the others start fresh. `params`
+      includes the averages.
     memory_specs: name -> specification of the example memory of this phase.
     init_from: role -> source, for parameters that are initialised from a run
       folder or a published model.
@@ -324,22 +326,22 @@ class Phase(abc.ABC):
         )
 
   @abc.abstractmethod
-  def init(self, rng: Array, video: Video) -> Params:
+  def init(self, key: Array, video: Video) -> Params:
     """Returns random initial parameters, role -> tree.
 
     Args:
-      rng: key of the phase.
+      key: key of the phase.
       video: clips [B, T, H, W, C], for their shape.
     """
 
   def targets(
     self, teachers: Mapping[str, Any], video: Video
   ) -> Mapping[str, Float[Array, 'B ...']]:
-    """Returns the outputs of frozen teachers; none by default.
+    """Returns the outputs of the teachers; none by default.
 
-    They depend neither on masks nor on trained parameters: they are computed
-    once per clip for all masks, and can be cached on disk. The loss finds them
-    in `batch.targets`. Outputs that depend on masks are computed in `loss`.
+    They do not depend on masks and are computed once per clip for all of them.
+    The loss finds them in `batch.targets`. If no teacher is an average, they
+    can be cached on disk. Outputs that depend on masks are computed in `loss`.
 
     Args:
       teachers: name -> parameters of `self.teachers[name].module`.
@@ -381,8 +383,8 @@ class Phase(abc.ABC):
     Args:
       params: role -> tree; only `encoder` is read.
       video: clips [B, T, H, W, C].
-      depth: fraction of the blocks to run; None for all of them and the final
-        norm.
+      depth: tap as a fraction of the depth, counted as in 4DS, see `vit.tap`;
+        None for all blocks and the final norm.
     """
     return self.encoder.apply({'params': params['encoder']}, video, depth=depth)
 

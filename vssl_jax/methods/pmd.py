@@ -93,19 +93,19 @@ class DistilPhase(phase_lib.Phase):
   memory_shape: str = 'patch'
   memory_frame: str = 'grid'
 
-  def init(self, rng: Array, video: phase_lib.Video) -> phase_lib.Params:
+  def init(self, key: Array, video: phase_lib.Video) -> phase_lib.Params:
     """Returns random parameters of the encoder, decoders and alignment."""
     encoder = self.student.encoder
-    key = rngs.stream(rng, 'init/encoder')
-    params = {'encoder': encoder.init(key, video)['params']}
+    part_key = rngs.stream(key, 'init/encoder')
+    params = {'encoder': encoder.init(part_key, video)['params']}
     for name, head in self.student.decoder.items():
       role = f'decoder_{name}'
-      params[role] = masked_pixels.init_head(rng, video, self, role, head)
+      params[role] = masked_pixels.init_head(key, video, self, role, head)
     for name, align in self.align.items():
-      key = rngs.stream(rng, f'init/align_{name}')
+      part_key = rngs.stream(key, f'init/align_{name}')
       tokens = jnp.zeros((1, 1, encoder.width))
       aligned = dict.fromkeys(pmd_terms.aligned(encoder.depth), tokens)
-      params[f'align_{name}'] = align.init(key, aligned)['params']
+      params[f'align_{name}'] = align.init(part_key, aligned)['params']
     return params
 
   def targets(

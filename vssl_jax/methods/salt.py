@@ -47,13 +47,13 @@ class LatentPhase(phase_lib.Phase):
   target_layer: int | None = None
   frozen_depth: int = 0
 
-  def init(self, rng: Array, video: phase_lib.Video) -> phase_lib.Params:
+  def init(self, key: Array, video: phase_lib.Video) -> phase_lib.Params:
     """Returns random parameters of the encoder and the predictor."""
-    key = rngs.stream(rng, 'init/encoder')
+    part_key = rngs.stream(key, 'init/encoder')
     head = self.predictor
     return {
-      'encoder': self.encoder.init(key, video)['params'],
-      'predictor': masked_pixels.init_head(rng, video, self, 'predictor', head),
+      'encoder': self.encoder.init(part_key, video)['params'],
+      'predictor': masked_pixels.init_head(key, video, self, 'predictor', head),
     }
 
   def targets(

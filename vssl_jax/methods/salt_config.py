@@ -70,7 +70,7 @@ def _latent_section(teacher: str) -> ranges.Section:
   )
 
 
-KEYS = ranges.Section(  # the paper's values, ViT-L
+KEYS = ranges.Section(  # the paper's values, ViT-L, at its best split of steps
   name=('salt', ranges.Choice(('salt',))),
   # Phases, in order; each has a section below.
   phases=(

@@ -34,11 +34,11 @@ class SupervisedPhase(phase_lib.Phase):
   head: classifier.Classifier
   mix: mixup.Mix
 
-  def init(self, rng: Array, video: phase_lib.Video) -> phase_lib.Params:
+  def init(self, key: Array, video: phase_lib.Video) -> phase_lib.Params:
     """Returns random parameters; `init_from` may replace the encoder's."""
     tokens = jnp.zeros((len(video), 1, self.encoder.width))
     encoder_key, head_key = (
-      rngs.stream(rng, f'init/{n}') for n in ('encoder', 'head')
+      rngs.stream(key, f'init/{n}') for n in ('encoder', 'head')
     )
     return {
       'encoder': self.encoder.init(encoder_key, video)['params'],

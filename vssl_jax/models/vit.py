@@ -157,8 +157,8 @@ class Vit(nn.Module):
     Args:
       video: uint8, or floats in [0, 1]; normalised here.
       visible: flat indices of the tokens to embed; None for all N.
-      depth: fraction of the blocks to run, as in 4DS, see `tap`. The final
-        norm belongs to the last block and is not applied.
+      depth: tap as a fraction of the depth, as in 4DS, see `tap`: 1.0 runs all
+        blocks but the last. The final norm is not applied.
       upto: the same, as a number of blocks.
       features: return the tokens at every depth.
       normed: with `features`, append the tokens that are returned without

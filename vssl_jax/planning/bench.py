@@ -252,7 +252,7 @@ def _teacher_share(
     teachers = dict(prepared.teachers) | train_step.ema_teachers(
       phase, state.ema
     )
-    targets = jax.jit(lambda t, v: phase.targets(t, video=v))
+    targets = jax.jit(lambda t, v: phase.targets(t, v))
     forward = targets.lower(teachers, video).compile()
     times = timing.times(functools.partial(forward, teachers, video), steps)
     total = float(np.median(times))

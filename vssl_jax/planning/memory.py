@@ -35,7 +35,7 @@ COLUMNS = (*EXACT, 'other', 'activations', 'in all')
 
 def per_device(
   config: ml_collections.ConfigDict,
-  shapes: phase_setup.PhaseSetup,
+  setup: phase_setup.PhaseSetup,
   video: tuple[int, ...],
   data: int,
   fsdp: int,
@@ -44,7 +44,7 @@ def per_device(
 
   Args:
     config: a resolved config.
-    shapes: setup of the phase.
+    setup: setup of the phase.
     video: (T, H, W, C) of a clip.
     data: size of the mesh's axis `data`.
     fsdp: size of the mesh's axis `fsdp`.
@@ -61,23 +61,23 @@ def per_device(
     )
 
   # Names within the whole state: sharding overrides match these names.
-  leaves = trees.named_leaves(shapes.state)
+  leaves = trees.named_leaves(setup.state)
 
   def part(name: str) -> float:
     return share(leaf for leaf in leaves if leaf[0].startswith(f'{name}/'))
 
-  is_trained = [x == freezing.TRAIN for x in jax.tree.leaves(shapes.labels)]
+  is_trained = [x == freezing.TRAIN for x in jax.tree.leaves(setup.labels)]
   params = [leaf for leaf in leaves if leaf[0].startswith('params/')]
   local = config.batch_size / (data * fsdp)
-  activations = shapes.span.phase.cost(video).activations
-  cached = shapes.cached
+  activations = setup.span.phase.cost(video).activations
+  cached = setup.cached
   target_nbytes = store.row_nbytes(cached.stored) if cached else 0
   needs = {
     'parameters': share(params),
     'gradients': share(itertools.compress(params, is_trained)),
     'optimizer': part('opt'),
     'averages': part('ema'),
-    'teachers': share(trees.named_leaves(shapes.teachers)),
+    'teachers': share(trees.named_leaves(setup.teachers)),
     'example_memory': part('example_memory'),
     # Two batches: one in use, the next one in transfer.
     'batch': 2 * local * (math.prod(video) + target_nbytes),
@@ -128,11 +128,11 @@ def fits(
       )
       continue
     data, needs = _best(config, setups, video, devices)
-    for shapes, need in zip(setups, needs, strict=True):
+    for setup, need in zip(setups, needs, strict=True):
       lines.append(
         _row(
           f'{data} x {devices // data}',
-          shapes.span.phase.name,
+          setup.span.phase.name,
           width,
           [f'{v / GIB:.2f}' for v in need],
           [_verdict(size, need[-1]) for size in DEVICES.values()],
@@ -176,13 +176,13 @@ def _best(
 
 def _needs(
   config: ml_collections.ConfigDict,
-  shapes: phase_setup.PhaseSetup,
+  setup: phase_setup.PhaseSetup,
   video: tuple[int, ...],
   data: int,
   fsdp: int,
 ) -> tuple[float, ...]:
   """Returns one table row of bytes, in the order of `COLUMNS`."""
-  needs = per_device(config, shapes, video, data, fsdp)
+  needs = per_device(config, setup, video, data, fsdp)
   exact = [needs.get(k, 0.0) for k in EXACT]
   total, activations = sum(needs.values()), needs.get('activations', 0.0)
   return (*exact, total - sum(exact) - activations, activations, total)

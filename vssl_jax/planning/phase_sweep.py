@@ -118,8 +118,8 @@ def phases(
   together = _fit_together(setups, mesh)
   groups = [list(compared)] if together else [[entry] for entry in compared]
   rows = [row for group in groups for row in _timed(group, mesh, steps)]
-  for row, entry, shapes in zip(rows, compared, setups, strict=True):
-    row.update(_counted(entry, shapes, mesh))
+  for row, entry, setup in zip(rows, compared, setups, strict=True):
+    row.update(_counted(entry, setup, mesh))
     row['ratios'] = {
       name: row[key] / rows[0][key] if rows[0][key] else float('nan')
       for name, key in RATIOS.items()
@@ -189,19 +189,19 @@ def _timed(
 
 
 def _counted(
-  entry: Entry, shapes: phase_setup.PhaseSetup, mesh: jax.sharding.Mesh
+  entry: Entry, setup: phase_setup.PhaseSetup, mesh: jax.sharding.Mesh
 ) -> dict[str, Any]:
   """Returns the figures that follow from shapes and closed forms."""
   config, video = entry.config, entry.video
-  _, frozen = freezing.split(shapes.state.params, shapes.labels)
-  cost = shapes.span.phase.cost(video)
+  _, frozen = freezing.split(setup.state.params, setup.labels)
+  cost = setup.span.phase.cost(video)
   needs = memory.per_device(
-    config, shapes, video, mesh.shape['data'], mesh.shape['fsdp']
+    config, setup, video, mesh.shape['data'], mesh.shape['fsdp']
   )
   return {
     'phase': entry.label,
     'frozen_parameters': trees.count(frozen),
-    'parameters': trees.count(shapes.state.params),
+    'parameters': trees.count(setup.state.params),
     'flops_per_clip': cost.total,
     'target_flops_per_clip': cost.frozen,
     'parameter_bytes': needs['parameters'],

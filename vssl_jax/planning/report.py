@@ -103,9 +103,9 @@ def describe(config: ml_collections.ConfigDict, detail: str = 'shapes') -> str:
   first_and_last = list(dict.fromkeys((0, len(setups) - 1)))
   setups = [setups[i] for i in first_and_last]
   lines += memory.fits(config, setups, video)
-  for shapes in setups if mesh is not None else ():
-    lowered = phase_setup.lower(config, shapes, video, mesh)
-    lines.append(phase_setup.report(lowered, mesh, shapes.span.phase.name))
+  for setup in setups if mesh is not None else ():
+    lowered = phase_setup.lower(config, setup, video, mesh)
+    lines.append(phase_setup.report(lowered, mesh, setup.span.phase.name))
   return '\n'.join(lines)
 
 
@@ -161,13 +161,13 @@ def _examples(config: ml_collections.ConfigDict) -> tuple[int, str]:
 
 def _phase(
   config: ml_collections.ConfigDict,
-  shapes: phase_setup.PhaseSetup,
+  setup: phase_setup.PhaseSetup,
   video: tuple[int, ...],
   data: int,
   fsdp: int,
 ) -> list[str]:
   """Returns the lines on one phase."""
-  span, phase = shapes.span, shapes.span.phase
+  span, phase = setup.span, setup.span.phase
   cost = phase.cost(video)
   horizon = optimizer.horizon(phase, span.start, span.covers)
   warmup = optimizer.warmup_steps(config.optim, horizon, phase.name)
@@ -176,32 +176,32 @@ def _phase(
     if phase.rewarm[0]
     else ''
   )
-  needs = memory.per_device(config, shapes, video, data, fsdp)
+  needs = memory.per_device(config, setup, video, data, fsdp)
   shown = ', '.join(f'{k} {v / GIB:.2f}' for k, v in needs.items())
   return [
     f'phase {phase.name}: steps {span.start} to {span.end}, {warmup_text}, '
     f'{optimizer.describe_lr(config.optim, config.batch_size)}',
-    f'  parameters: {_sizes(shapes)}',
+    f'  parameters: {_sizes(setup)}',
     *(
       f'  teacher {name}: {teacher.source}, '
-      + _teacher_size(shapes, name, teacher)
+      + _teacher_size(setup, name, teacher)
       + teacher.dtype
       for name, teacher in phase.teachers.items()
     ),
     f'  per step: {cost.total * config.batch_size:.3g} FLOPs '
     f'({_flops(cost)} TFLOP per clip, {100 * cost.frozen / cost.total:.0f} % '
     'of it without a gradient: teachers, targets)',
-    *_rule_text(_rule(shapes, cost), config.batch_size),
+    *_rule_text(_rule(setup, cost), config.batch_size),
     f'  GiB per device, on {_devices(data, fsdp)}: {shown}; '
     f'{sum(needs.values()) / GIB:.2f} in all (activations are an estimate)',
   ]
 
 
-def _rule(shapes: phase_setup.PhaseSetup, cost: cost_lib.Cost) -> float:
+def _rule(setup: phase_setup.PhaseSetup, cost: cost_lib.Cost) -> float:
   """Returns FLOPs per clip by the papers' rule; 0 where it does not apply."""
-  params, phase = shapes.state.params, shapes.span.phase
+  params, phase = setup.state.params, setup.span.phase
   teachers = {
-    name: _teacher_shapes(shapes, name, teacher)
+    name: _teacher_shapes(setup, name, teacher)
     for name, teacher in phase.teachers.items()
   }
   trained, frozen = (
@@ -252,32 +252,32 @@ def _devices(data: int, fsdp: int) -> str:
   return f'a mesh of {data} x {fsdp}'
 
 
-def _sizes(shapes: phase_setup.PhaseSetup) -> str:
+def _sizes(setup: phase_setup.PhaseSetup) -> str:
   """Returns the millions of parameters by role, and of frozen ones."""
   sizes = [
     f'{role} {trees.count(tree) / 1e6:.2f} M'
-    for role, tree in shapes.state.params.items()
+    for role, tree in setup.state.params.items()
   ]
-  _, frozen = freezing.split(shapes.state.params, shapes.labels)
+  _, frozen = freezing.split(setup.state.params, setup.labels)
   if trees.count(frozen):
     sizes.append(f'of which frozen {trees.count(frozen) / 1e6:.2f} M')
   return ', '.join(sizes)
 
 
 def _teacher_size(
-  shapes: phase_setup.PhaseSetup, name: str, teacher: phase_lib.Teacher
+  setup: phase_setup.PhaseSetup, name: str, teacher: phase_lib.Teacher
 ) -> str:
-  tree = _teacher_shapes(shapes, name, teacher)
+  tree = _teacher_shapes(setup, name, teacher)
   return f'{trees.count(tree) / 1e6:.2f} M, '
 
 
 def _teacher_shapes(
-  shapes: phase_setup.PhaseSetup, name: str, teacher: phase_lib.Teacher
+  setup: phase_setup.PhaseSetup, name: str, teacher: phase_lib.Teacher
 ) -> Any:
   """Returns the parameter shapes of a teacher, which may be an EMA."""
   if isinstance(teacher.source, phase_lib.FromEma):
-    return shapes.state.ema[teacher.source.name]
-  return shapes.teachers[name]
+    return setup.state.ema[teacher.source.name]
+  return setup.teachers[name]
 
 
 def _flops(cost: cost_lib.Cost) -> str:

@@ -50,16 +50,16 @@ def prepare(
   config = config.copy_and_resolve_references()
   config.batch_size = size
   config.cache_targets = ''  # the step computes its targets
-  shapes = phase_setup.build(config, span, video, examples=size)
+  setup = phase_setup.build(config, span, video, examples=size)
   overrides = dict(config.mesh.overrides)
-  shardings = sharding.shardings(shapes.state, mesh, overrides)
-  state = jax.jit(shapes.fresh, out_shardings=shardings)()
+  shardings = sharding.shardings(setup.state, mesh, overrides)
+  state = jax.jit(setup.fresh, out_shardings=shardings)()
   teachers = {
     name: _random_teacher(span.phase.teachers[name], video, mesh, overrides)
-    for name in shapes.teachers
+    for name in setup.teachers
   }
   batch = _random_batch(size, video, mesh)
-  update = phase_setup.jitted(config, shapes, mesh)
+  update = phase_setup.jitted(config, setup, mesh)
   start = time.perf_counter()
   compiled = update.lower(state, teachers, batch).compile()
   return Prepared(compiled, state, teachers, batch, time.perf_counter() - start)

@@ -102,7 +102,7 @@ def cached(
       return None
     used_params = {n: params[n] for n in names}
     program, shapes = jax.make_jaxpr(
-      lambda p, v: phase.targets(p, video=v), return_shape=True
+      lambda p, v: phase.targets(p, v), return_shape=True
     )(used_params, clip)
   dtype = _stored_type([phase.teachers[n] for n in names])
   return Cached(

@@ -41,7 +41,7 @@ class Source:
 
   Args:
     run: the run.
-    shapes: shapes of the phase.
+    setup: setup of the phase.
     read_only: write no targets to disk.
 
   Attributes:
@@ -52,13 +52,13 @@ class Source:
   """
 
   def __init__(
-    self, run: Run, shapes: phase_setup.PhaseSetup, read_only: bool = False
+    self, run: Run, setup: phase_setup.PhaseSetup, read_only: bool = False
   ) -> None:
-    self._run, self._shapes = run, shapes
+    self._run, self._setup = run, setup
     self._store: store.Store | None = None
     self._ask: Callable[[Any], Mapping[str, Any]] | None = None
-    phase, cached = shapes.span.phase, shapes.cached
-    self.teachers = self._load(*(n for n in shapes.step_teachers))
+    phase, cached = setup.span.phase, setup.cached
+    self.teachers = self._load(*(n for n in setup.step_teachers))
     if cached is None:
       return
     self._store = store.Store(
@@ -81,7 +81,7 @@ class Source:
       local: this process's part of the batch.
       done: completed steps of the run.
     """
-    batch = run_lib.on_device(self._run, local, done, self._shapes.span.total)
+    batch = run_lib.on_device(self._run, local, done, self._setup.span.total)
     if self._store is None:
       return batch
     index = local['index']
@@ -104,7 +104,7 @@ class Source:
   def _asked(self, video: jax.Array) -> Mapping[str, jax.Array]:
     """Computes teacher outputs; loads the teachers at the first call."""
     if self._ask is None:
-      phase, cached = self._shapes.span.phase, self._shapes.cached
+      phase, cached = self._setup.span.phase, self._setup.cached
       params = self._load(*cached.teachers)
 
       def compute(params: Any, video: Any) -> dict[str, jax.Array]:
@@ -118,7 +118,7 @@ class Source:
 
   def _load(self, *names: str) -> dict[str, Any]:
     """Returns name -> parameters of the named teachers."""
-    phase = self._shapes.span.phase
+    phase = self._setup.span.phase
     selected = {n: phase.teachers[n] for n in names}
     return phase_start.teachers(
       self._run, dataclasses.replace(phase, teachers=selected)

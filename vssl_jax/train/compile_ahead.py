@@ -120,17 +120,15 @@ class Compiler:
 
 def _programs(run: Run, span: Span, batch: Any) -> tuple[Any, Any, Any]:
   """Returns `fresh` and `update`, compiled, and the arguments of `update`."""
-  shapes = phase_setup.build(
-    run.config, span, run.video, run.clips.num_examples
-  )
+  setup = phase_setup.build(run.config, span, run.video, run.clips.num_examples)
   state, teachers = (
     phase_setup.placed(run.config, tree, run.mesh)
-    for tree in (shapes.state, shapes.step_teachers)
+    for tree in (setup.state, setup.step_teachers)
   )
   shardings = jax.tree.map(lambda x: x.sharding, state)
-  fresh = jax.jit(shapes.fresh, out_shardings=shardings).lower().compile()
-  update = phase_setup.jitted(run.config, shapes, run.mesh)
-  batch = phase_setup.with_targets(batch, shapes, run.mesh)
+  fresh = jax.jit(setup.fresh, out_shardings=shardings).lower().compile()
+  update = phase_setup.jitted(run.config, setup, run.mesh)
+  batch = phase_setup.with_targets(batch, setup, run.mesh)
   arguments = state, teachers, batch
   return fresh, update.lower(*arguments).compile(), arguments
 

@@ -109,7 +109,8 @@ def scatter(
   shapes = {k: tuple(x.shape) for k, x in new.items()}
   if shapes != expected:
     raise ValueError(
-      f'the loss returned rows {shapes} and the phase declares {expected}'
+      f'the loss returned Aux.memory of shapes {shapes}, wanted '
+      f'{expected}, the memory_specs of the phase'
     )
   index = jnp.where(index < num_examples, index, jnp.iinfo(jnp.int32).max)
   out = dict(rows)

@@ -129,13 +129,13 @@ def _run_phase(
 ) -> train_step.TrainState:
   """Runs a phase from its start or from a checkpoint inside it."""
   phase, config = span.phase, run.config
-  shapes = phase_setup.build(config, span, run.video, run.clips.num_examples)
+  setup = phase_setup.build(config, span, run.video, run.clips.num_examples)
   programs = compiler.take(span)
   inside = saved is not None and saved.phase == phase.name
   state = phase_start.state(
-    run, shapes, saved, inside, programs and programs.fresh
+    run, setup, saved, inside, programs and programs.fresh
   )
-  source = batches_lib.Source(run, shapes)
+  source = batches_lib.Source(run, setup)
   horizon = optimizer.horizon(phase, span.start, span.covers)
   run.logger.log(
     f'phase {phase.name}: steps {int(state.step)} to {span.end}, '
@@ -144,7 +144,7 @@ def _run_phase(
     f'{optimizer.warmup_steps(config.optim, horizon)} steps'
   )
   try:
-    state = _loop(run, shapes, state, source, programs, compiler)
+    state = _loop(run, setup, state, source, programs, compiler)
   finally:
     source.close()
   if not run.stopped_by and phase.name in run.kept_phases:
@@ -157,16 +157,16 @@ def _run_phase(
 
 def _loop(
   run: Run,
-  shapes: phase_setup.PhaseSetup,
+  setup: phase_setup.PhaseSetup,
   state: train_step.TrainState,
   source: batches_lib.Source,
   made: compile_ahead.Programs | None,
   compiler: compile_ahead.Compiler,
 ) -> train_step.TrainState:
   """Runs the steps of a phase, with records, hooks and checkpoints."""
-  span, done = shapes.span, int(state.step)
+  span, done = setup.span, int(state.step)
   batches = batch_order.iterator(run.clips, run.left_out, done)
-  recorder = Recorder(run, span, shapes.schedules)
+  recorder = Recorder(run, span, setup.schedules)
   step_recorder = step_records.StepRecorder(run, span)
   compiled = None
   while done < span.end and not run_lib.should_stop(run, done):
@@ -176,7 +176,7 @@ def _loop(
     if compiled is None:
       with run.clock('compile'):
         arguments = state, source.teachers, batch
-        compiled = _compiled(run, shapes, made, arguments)
+        compiled = _compiled(run, setup, made, arguments)
         del arguments  # the step donates the state
       compiler.start(_following(run, span), batch)
     with run.clock('step'):
@@ -202,14 +202,14 @@ def _loop(
 
 def _compiled(
   run: Run,
-  shapes: phase_setup.PhaseSetup,
+  setup: phase_setup.PhaseSetup,
   made: compile_ahead.Programs | None,
   arguments: tuple[Any, ...],
 ) -> Any:
   """Returns the compiled step: compiled ahead if that fits, else now."""
   if made is not None and made.takes(arguments):
     return made.update
-  update = phase_setup.jitted(run.config, shapes, run.mesh)
+  update = phase_setup.jitted(run.config, setup, run.mesh)
   return update.lower(*arguments).compile()
 
 

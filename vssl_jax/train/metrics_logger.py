@@ -90,9 +90,10 @@ class Recorder:
         f'parameter {leaf!r} holds a value that is not finite at step '
         f'{step_index + 1}: restart to resume from the last checkpoint'
         if leaf
-        else f'{streak} steps in a row had a loss or gradient that is not '
-        f'finite, up to step {step_index + 1}; their batches are in {path}. '
-        'Lower --config.optim.lr, or look at those clips'
+        else f'{streak} steps in a row had no update, up to step '
+        f'{step_index + 1}: a loss or gradient that is not finite, or a loss '
+        f'above optim.skip_spike; their batches are in {path}. Lower '
+        '--config.optim.lr, or look at those clips'
       )
 
   def end_phase(self, state: train_step.TrainState) -> None:

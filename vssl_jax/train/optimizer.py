@@ -1,7 +1,7 @@
 """AdamW and SGD with learning-rate and weight-decay schedules and freezing.
 
-Learning rate and weight decay are functions of the step in the phase, not of
-the optimizer's own count, so a skipped step does not shift them.
+Learning rate and weight decay are functions of the step of the run, not of the
+optimizer's own count, so a skipped step does not shift them.
 """
 
 import dataclasses
@@ -40,12 +40,12 @@ KEYS = ranges.Section(  # SALT's published values
   lr_power=(0.5, ranges.Real(0, 2)),
   # 'constant': constant, then linear cooldown
   schedule=('cosine', ranges.Choice(('cosine', 'constant'))),
-  # steps; -1: the smaller of 10,000 and a quarter of the phase
+  # steps; -1: the smaller of 10,000 and a quarter of the schedule
   warmup=(-1, ranges.Whole(-1, ranges.MANY)),
   # steps at the end of a 'constant' schedule
   cooldown=(0, ranges.Whole(0, ranges.MANY)),
   weight_decay=(0.04, RATE),
-  weight_decay_end=(0.4, RATE),  # cosine over the phase
+  weight_decay_end=(0.4, RATE),  # cosine over the schedule
   # Whether mask tokens and other learned tokens [1, D] are decayed, as in the
   # codes of V-JEPA and MVD; VideoMAE's leaves them out.
   decay_tokens=(True, ranges.Flag()),
@@ -79,10 +79,10 @@ class Horizon:
   """The range of steps that a schedule covers.
 
   Attributes:
-    start: its first step, counted over the run.
+    start: completed steps of the run before it.
     steps: its length.
     warmup: warm-up steps set by the phase; None for `optim.warmup`.
-    rewarm_at: first step of the phase, counted over the run.
+    rewarm_at: completed steps of the run before the phase.
     rewarm: (steps, factor), see `phase.Phase`.
   """
 
@@ -100,7 +100,7 @@ def horizon(
 
   Args:
     phase: the phase.
-    start: its first step, counted over the run.
+    start: completed steps of the run before it.
     covers: first step and number of steps of the range, see `run.spans`.
   """
   return Horizon(*covers, phase.warmup, start, phase.rewarm)

@@ -84,7 +84,7 @@ def build(
   """
   phase, key = span.phase, jax.random.key(config.seed)
   clip = jax.ShapeDtypeStruct((1, *video), jnp.uint8)
-  shapes = jax.eval_shape(lambda k, v: phase.init(k, video=v), key, clip)
+  shapes = jax.eval_shape(lambda k, v: phase.init(k, v), key, clip)
   labels = freezing.labels(shapes, phase.frozen)
   horizon = optimizer.horizon(phase, span.start, span.covers)
   optimizer.warmup_steps(config.optim, horizon, phase.name)
@@ -154,24 +154,24 @@ def placed(config: ml_collections.ConfigDict, tree: Any, mesh: Mesh) -> Any:
 
 def jitted(
   config: ml_collections.ConfigDict,
-  shapes: PhaseSetup,
+  setup: PhaseSetup,
   mesh: Mesh,
 ) -> Callable[..., Any]:
   """Returns the jitted step of a phase; see `train_step.jit_update`."""
   update = train_step.make_update(
-    shapes.span.phase,
-    shapes.tx,
-    shapes.labels,
+    setup.span.phase,
+    setup.tx,
+    setup.labels,
     key=jax.random.key(config.seed),
-    start=shapes.span.start,
-    num_examples=shapes.examples,
+    start=setup.span.start,
+    num_examples=setup.examples,
     accumulate=config.optim.accumulate,
     skip_spike=config.optim.skip_spike,
   )
   return train_step.jit_update(
     update,
-    shapes.state,
-    shapes.step_teachers,
+    setup.state,
+    setup.step_teachers,
     mesh,
     dict(config.mesh.overrides),
   )
@@ -179,7 +179,7 @@ def jitted(
 
 def lower(
   config: ml_collections.ConfigDict,
-  shapes: PhaseSetup,
+  setup: PhaseSetup,
   video: tuple[int, ...],
   mesh: Mesh,
 ) -> jax.stages.Lowered:
@@ -187,33 +187,33 @@ def lower(
 
   Args:
     config: a resolved config.
-    shapes: from `build`.
+    setup: from `build`.
     video: (T, H, W, C) of a clip.
     mesh: of local devices, or from `tpu_mesh`.
   """
-  update = jitted(config, shapes, mesh)
+  update = jitted(config, setup, mesh)
   batch = batch_lib.shapes(
     config.batch_size,
     video,
     sharding.batch_sharding(mesh),
     sharding.replicated(mesh),
   )
-  batch = with_targets(batch, shapes, mesh)
+  batch = with_targets(batch, setup, mesh)
   with jax.set_mesh(mesh):
-    return update.lower(shapes.state, shapes.step_teachers, batch)
+    return update.lower(setup.state, setup.step_teachers, batch)
 
 
 def with_targets(
-  batch: batch_lib.Batch, shapes: PhaseSetup, mesh: Mesh
+  batch: batch_lib.Batch, setup: PhaseSetup, mesh: Mesh
 ) -> batch_lib.Batch:
   """Returns the shapes of a batch with the cached targets of a phase.
 
   Args:
     batch: shapes of a batch of any phase; its targets are replaced.
-    shapes: from `build`.
+    setup: from `build`.
     mesh: mesh that shards the batch.
   """
-  cached = shapes.cached.shapes if shapes.cached else {}
+  cached = setup.cached.shapes if setup.cached else {}
   targets = {
     name: jax.ShapeDtypeStruct(
       (*batch.index.shape, *x.shape),

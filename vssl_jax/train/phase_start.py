@@ -18,7 +18,7 @@ from vssl_jax.utils import config_io, metrics
 
 def state(
   run: Run,
-  shapes: phase_setup.PhaseSetup,
+  setup: phase_setup.PhaseSetup,
   saved: integrity.Saved | None,
   inside: bool,
   fresh: Callable[[], train_step.TrainState] | None = None,
@@ -27,16 +27,16 @@ def state(
 
   Args:
     run: the run.
-    shapes: shapes of the phase.
+    setup: setup of the phase.
     saved: checkpoint to start from, if any.
     inside: whether `saved` is of this phase; then its whole state is restored.
-    fresh: `shapes.fresh` compiled, if available.
+    fresh: `setup.fresh` compiled, if available.
   """
-  target = phase_setup.placed(run.config, shapes.state, run.mesh)
+  target = phase_setup.placed(run.config, setup.state, run.mesh)
   if inside:
     with run.clock('checkpoint'):
       state = _restore(run, saved, target)
-    last_step = metrics.last_step(run.workdir, shapes.span.total)
+    last_step = metrics.last_step(run.workdir, setup.span.total)
     lost = last_step - int(state.step)
     run.logger.log(f'resumed {saved.path.name} ({max(lost, 0)} steps lost)')
     run.logger.write(
@@ -46,8 +46,8 @@ def state(
   if fresh is None:
     with run.clock('compile'):
       shardings = jax.tree.map(lambda x: x.sharding, target)
-      fresh = jax.jit(shapes.fresh, out_shardings=shardings).lower().compile()
-  return _begin(run, shapes.span, fresh(), target, saved)
+      fresh = jax.jit(setup.fresh, out_shardings=shardings).lower().compile()
+  return _begin(run, setup.span, fresh(), target, saved)
 
 
 def _restore(run: Run, saved: integrity.Saved, target: Any) -> Any:

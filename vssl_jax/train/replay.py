@@ -107,13 +107,11 @@ def _take(
 ) -> dict[str, Any]:
   """Runs the steps from a checkpoint through the recorded step."""
   span = next(s for s in spans(run.phases) if s.phase.name == record['phase'])
-  shapes = phase_setup.build(
-    run.config, span, run.video, run.clips.num_examples
-  )
-  target = phase_setup.placed(run.config, shapes.state, run.mesh)
+  setup = phase_setup.build(run.config, span, run.video, run.clips.num_examples)
+  target = phase_setup.placed(run.config, setup.state, run.mesh)
   state = manager.restore(saved, target)
-  source = batches_lib.Source(run, shapes, read_only=True)
-  update = phase_setup.jitted(run.config, shapes, run.mesh)
+  source = batches_lib.Source(run, setup, read_only=True)
+  update = phase_setup.jitted(run.config, setup, run.mesh)
   batches = batch_order.iterator(run.clips, run.left_out, saved.step)
   compiled = None
   for step in range(saved.step, record['step']):

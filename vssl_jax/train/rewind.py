@@ -81,7 +81,7 @@ def rewind(run: Run, asked: Rewind) -> integrity.Saved:
     run.workdir / 'rewound' / f'{len(run.rewinds) + 1}-from-{reached:08d}'
   )
   moved = run.checkpoints.move_later(saved.step, folder)
-  _move_probes(run, saved.step, folder)
+  _move_step_records(run, saved.step, folder)
   note = {'to': saved.step, 'from': reached}
   run.left_out, run.rewinds = left_out, [*run.rewinds, request | note]
   run_lib.write_record(run)
@@ -91,13 +91,13 @@ def rewind(run: Run, asked: Rewind) -> integrity.Saved:
   return saved
 
 
-def _move_probes(run: Run, step: int, place: pathlib.Path) -> None:
+def _move_step_records(run: Run, step: int, place: pathlib.Path) -> None:
   """Moves the records of later steps, which will use other batches."""
   if jax.process_index() == 0:
     for path in step_records.paths(run.workdir):
       if int(path.stem) > step:
-        (place / 'probes').mkdir(parents=True, exist_ok=True)
-        path.rename(place / 'probes' / path.name)
+        (place / 'step_records').mkdir(parents=True, exist_ok=True)
+        path.rename(place / 'step_records' / path.name)
 
 
 def _describe(

@@ -1,8 +1,8 @@
 """Records checksums of the inputs and outputs of steps, for `replay`.
 
-    <workdir>/probes/00012001.json    step 12,001: its clips, and sums over the
-                                      bits of the state before, of the batch
-                                      and of the state after
+    <workdir>/step_records/00012001.json    step 12,001: its clips, and sums
+                                            over the bits of the state before,
+                                            of the batch and of the state after
 
 The sums are computed on the device by `integrity.bit_sums` and are the same on
 any mesh. `replay` runs such a step again.
@@ -22,7 +22,7 @@ from vssl_jax.train.run import Run, Span
 
 def folder_of(workdir: pathlib.Path) -> pathlib.Path:
   """Returns the folder of the step records of a run."""
-  return workdir / 'probes'
+  return workdir / 'step_records'
 
 
 def paths(workdir: pathlib.Path) -> list[pathlib.Path]:

@@ -30,7 +30,7 @@ def draw(
   names = [n for n in (phase.mask_teacher,) if n]
   teachers = run_reader.teachers(shown, phase, names)
   masks = jax.jit(
-    lambda teachers, batch, rng: phase.draw_masks(teachers, batch, rng=rng)
+    lambda teachers, batch, rng: phase.draw_masks(teachers, batch, rng)
   )(teachers, shown.batch, run_reader.rng(shown))
   return [
     _sheet(out, shown, phase, name, jax.device_get(mask))

@@ -167,7 +167,7 @@ def _features(
 ) -> list[html.Picture]:
   """Draws one picture of the clips and of their features as colours."""
   video, patch = shown.batch.video, phase.encoder.patch
-  encode = jax.jit(lambda params, video: phase.encode(params, video=video))
+  encode = jax.jit(lambda params, video: phase.encode(params, video))
   tokens = np.asarray(encode(params, video), np.float32)
   grid = tubelets.grid_of(video.shape, patch)
   rows = {}

@@ -38,9 +38,10 @@ KEYS = ranges.Section(
   # True: test videos may be among the training videos; the report states how
   # many are. False: this is an error.
   allow_overlap=(False, ranges.Flag()),
-  # The tap: fraction of the blocks to run, as 4DS counts them; 0.0 for the
-  # encoder's default: the last block and the final norm, or the block before
-  # those that served as its decoder. The report states which.
+  # The tap, as a fraction of the depth as 4DS counts it: 1.0 is the input of
+  # the last block. 0.0 for the encoder's default: the last block and the final
+  # norm, or the block before those that served as its decoder. The report
+  # states which.
   depth=(0.0, ranges.Real(0, 1)),
   epochs=(20, ranges.Whole(1, 10**6)),
   batch_size=(256, ranges.Whole(1, 2**20)),  # videos per step
@@ -72,7 +73,7 @@ KEYS = ranges.Section(
   holdout=(0.1, ranges.Real(0, below=1)),
   # epochs between tests; 0: at the end only
   eval_every=(0, ranges.Whole(0, 10**6)),
-  # numbers of neighbours of 'knn'; the report's is k=20
+  # numbers of neighbours of 'knn'; the report has one accuracy for each
   ks=((10, 20, 100, 200), ranges.Tuple(ranges.Whole(1, knn.NEAREST))),
   # --- of the job 'depth'
   # over pixels with a measured depth, in metres

@@ -27,9 +27,7 @@ def get_config(variant=''):
   c.optim.warmup = 10_000
   c.method.pixel_teacher.steps = 80_000
   c.method.pixel_teacher.encoder.size = TEACHERS[size]
-  # A second student (method.phases) is as large and trains as long.
-  for student in (c.method.latent_student, c.method.latent_student_2):
-    student.steps = 160_000
-    student.encoder.size = size
+  c.method.latent_student.steps = 160_000
+  c.method.latent_student.encoder.size = size
   c.method.vit.remat = 'full' if size in 'HgG' else 'dots'
   return c

@@ -20,8 +20,6 @@ def get_config(variant=''):
   c.data.workers = 4
   c.method.pixel_teacher.steps = 10_000
   c.method.pixel_teacher.encoder.size = 'S'
-  # A second student (method.phases) is as large and trains as long.
-  for student in (c.method.latent_student, c.method.latent_student_2):
-    student.steps = 30_000
-    student.encoder.size = 'B'
+  c.method.latent_student.steps = 30_000
+  c.method.latent_student.encoder.size = 'B'
   return c

@@ -44,7 +44,7 @@ def get_config(variant=''):
   c.method.phases = ('pixel_teacher',)
   phase = c.method.pixel_teacher
   # Students that are added (method.phases) are as large and train as long.
-  for name in ('pixel_teacher', 'latent_student', 'latent_student_2'):
+  for name in ('pixel_teacher', 'latent_student'):
     c.method[name].steps = 1600 * epoch
     c.method[name].encoder.size = size
   phase.decoder.update(

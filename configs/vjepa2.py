@@ -26,11 +26,10 @@ def get_config(variant=''):
   c.optim.clip = 0.02
   c.method.phases = ('latent_student',)
   # Phases that are added (method.phases) are as large and train as long.
-  for name in ('pixel_teacher', 'latent_student', 'latent_student_2'):
+  for name in ('pixel_teacher', 'latent_student'):
     c.method[name].steps = 240_000
     c.method[name].encoder.size = size
-  for student in (c.method.latent_student, c.method.latent_student_2):
-    student.predictor.num_heads = 12
+  c.method.latent_student.predictor.num_heads = 12
   c.method.latent_student.teacher = '@ema/encoder'
   c.method.latent_student.ema = (0.99925, 0.99925)
   c.method.vit.remat = 'full' if size == 'H' else 'dots'

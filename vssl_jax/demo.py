@@ -104,7 +104,6 @@ def _salt(c: ml_collections.ConfigDict) -> None:
   for name, steps, masks in (
     ('pixel_teacher', 3000, 'causal:0.5'),
     ('latent_student', 2000, 'short:24/32'),
-    ('latent_student_2', 2000, 'short:24/32'),  # not run by default
   ):
     section = c.method[name]
     section.steps = steps
@@ -116,7 +115,6 @@ def _salt(c: ml_collections.ConfigDict) -> None:
   head = dict(width=64, depth=1, num_heads=4)
   c.method.pixel_teacher.decoder.update(head)
   c.method.latent_student.predictor.update(head)
-  c.method.latent_student_2.predictor.update(head)
 
 
 def _layerlock(c: ml_collections.ConfigDict) -> None:
@@ -334,7 +332,7 @@ def summary(report: dict[str, Any], config: ml_collections.ConfigDict) -> str:
   folder, name = config.workdir, config.method.name
   program = pathlib.Path(sys.executable).name
   lines += [
-    f'The encoder is in {folder}. To go on:',
+    f'The encoder is in {folder}. Next steps:',
     f'  {program} -c "import vssl_jax; print(vssl_jax.load(\'{folder}\'))"',
     f'  {program} -m vssl_jax.main --config=configs/{name}_single_gpu.py '
     '--config.data.source=<folder of videos> --plan',

@@ -23,14 +23,13 @@ def _config(**sections):
   config = salt_config.default()
   config.vit.update(patch=(2, 8, 8), dtype='float32')
   small = dict(size='Ti', width=24, depth=2, num_heads=2, mlp_width=48)
-  for name in ('pixel_teacher', 'latent_student', 'latent_student_2'):
+  for name in ('pixel_teacher', 'latent_student'):
     config[name].encoder.update(small)
     config[name].masks = 'short:8/12+long:4/20'
     config[name].steps = 5
   head = dict(width=24, depth=1, num_heads=2)
   config.pixel_teacher.decoder.update(head)
   config.latent_student.predictor.update(head)
-  config.latent_student_2.predictor.update(head)
   for name, values in sections.items():
     section = config[name] if name != 'top' else config
     section.update(values)

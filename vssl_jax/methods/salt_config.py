@@ -15,6 +15,8 @@ from vssl_jax.models import predictor as predictor_lib
 from vssl_jax.utils import colours, ranges
 
 PHASES = ('pixel_teacher', 'latent_student', 'latent_student_2')
+# A second student is configured as the first, which is its teacher.
+SECOND = 'latent_student_2'
 
 
 def _pixel_section() -> ranges.Section:
@@ -43,14 +45,14 @@ def _pixel_section() -> ranges.Section:
   )
 
 
-def _latent_section(teacher: str) -> ranges.Section:
+def _latent_section() -> ranges.Section:
   return ranges.Section(
     steps=(200_000, config_checks.STEPS),
     encoder=config_checks.encoder(),
     predictor=config_checks.head(width=384, depth=12, num_heads=16),
     # @<earlier phase>, @ema/encoder (V-JEPA), a run folder, or a published
     # model (local folder or hub id)
-    teacher=(teacher, ranges.Text()),
+    teacher=('@pixel_teacher', ranges.Text()),
     # 'float32'; 'float8' on GPUs with support
     teacher_dtype=('bfloat16', ranges.Choice(phase_lib.TEACHER_DTYPES)),
     # momentum of @ema/encoder, linear from the first to the last step
@@ -72,7 +74,8 @@ def _latent_section(teacher: str) -> ranges.Section:
 
 KEYS = ranges.Section(  # the paper's values, ViT-L, at its best split of steps
   name=('salt', ranges.Choice(('salt',))),
-  # Phases, in order; each has a section below.
+  # Phases, in order. 'latent_student_2' may follow 'latent_student': a second
+  # student with the same options, whose teacher is the first.
   phases=(
     ('pixel_teacher', 'latent_student'),
     ranges.Tuple(ranges.Choice(PHASES), unique=True),
@@ -94,8 +97,7 @@ KEYS = ranges.Section(  # the paper's values, ViT-L, at its best split of steps
     attention='auto',
   ),
   pixel_teacher=_pixel_section(),
-  latent_student=_latent_section('@pixel_teacher'),
-  latent_student_2=_latent_section('@latent_student'),
+  latent_student=_latent_section(),
 )
 
 default = KEYS.defaults
@@ -121,7 +123,7 @@ def build(
   KEYS.check(config, 'method')
   phases: list[phase_lib.Phase] = []
   for name in config.phases:
-    section = config[name]
+    section = config[name if name != SECOND else 'latent_student']
     encoder = make_encoder(section.encoder, config.vit, **pixels._asdict())
     masks = specs.parse(section.masks, select=section.mask_select)
     grid = tubelets.grid_of((1, *video), encoder.patch)
@@ -195,12 +197,15 @@ def _latent_phase(
   resolve: Callable[[str], Module],
   common: dict[str, Any],
 ) -> salt.LatentPhase:
-  if not section.teacher:
+  teacher = section.teacher
+  if common['name'] == SECOND:
+    teacher = '@latent_student'
+  if not teacher:
     raise ValueError(
       f'method.{common["name"]}.teacher: found nothing; it needs a source, '
       'or it would be a random model'
     )
-  source, ema = phase_lib.parse_source(section.teacher), {}
+  source, ema = phase_lib.parse_source(teacher), {}
   networks = {str(phase_lib.FromPhase(p.name)): p.encoder for p in before}
   networks['@ema/encoder'] = encoder
   if isinstance(source, phase_lib.FromWeights):
@@ -209,7 +214,7 @@ def _latent_phase(
     module = networks[str(source)]
   else:
     raise ValueError(
-      f'method.{common["name"]}.teacher: found {section.teacher!r}; wanted one '
+      f'method.{common["name"]}.teacher: found {teacher!r}; wanted one '
       f'of {[*networks]} (a phase that runs before, an average of the '
       'student), the folder of a finished run or a published model'
     )

@@ -161,7 +161,7 @@ def _unused_by_demo(config: ml_collections.ConfigDict) -> dict[str, str]:
     'batch_size'
   }
   probe_remedy = (
-    'the demo measures with linear probes and nearest neighbours alone'
+    'the demo measures with linear probes and nearest neighbours only'
   )
   return {
     **{f'data.{name}': data_remedy for name in (*names, 'examples', 'weights')},
@@ -176,8 +176,8 @@ def _unused_by_demo(config: ml_collections.ConfigDict) -> dict[str, str]:
 TRAIN_UNUSED = {
   'encoder': 'to start from weights, set the key init_from of a phase in '
   'config.method',
-  'probe.*': 'it is of the jobs probe and depth (configs/probe_*.py)',
-  'finetune.*': 'it is of the job finetune (configs/finetune_*.py)',
+  'probe.*': 'it belongs to the jobs probe and depth (configs/probe_*.py)',
+  'finetune.*': 'it belongs to the job finetune (configs/finetune_*.py)',
 }
 # Job -> config -> patterns of keys that the job does not read, and remedies.
 UNUSED: dict[str, Callable[[ml_collections.ConfigDict], dict[str, str]]] = {
@@ -231,8 +231,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     value = config.data[name]
     if not (all(value) if isinstance(value, tuple) else value):
       raise ValueError(
-        f'data.{name}: found {ranges.shown(value)}, wanted at least 1: only in '
-        f'the jobs {", ".join(OF_ENCODERS)} an encoder decides it'
+        f'data.{name}: found {ranges.shown(value)}, wanted at least 1: only '
+        f'the jobs {", ".join(OF_ENCODERS)} take it from an encoder'
       )
 
 
@@ -352,8 +352,8 @@ def _wrong_line(page: str, file: str, error: Exception) -> str:
   text = ' '.join(text.partition('. Other')[0].split())
   if isinstance(error, AttributeError | KeyError | TypeError):
     advice = (
-      'Every key has its place and its range in vssl_jax/config.py and beside '
-      'the methods'
+      'Every key and its range are declared in vssl_jax/config.py and in '
+      'vssl_jax/methods/*_config.py'
     )
   else:
     text, advice = f'{type(error).__name__}: {text}', 'Correct the page'

@@ -234,7 +234,7 @@ def _checked(video: np.ndarray | Array, module: Module) -> np.ndarray | Array:
     if not -SLACK <= low <= high <= 1 + SLACK:  # NaN fails too
       raise ValueError(
         f'{actual} with values from {low:.4g} to {high:.4g}, {formats}; divide '
-        'values up to 255 by 255, and leave mean and deviation to the encoder'
+        'values up to 255 by 255; the encoder applies mean and deviation'
       )
   video = video[None] if video.ndim == 4 else video
   tubelets.grid_of(video.shape, module.patch)
@@ -396,7 +396,7 @@ def find(source: str) -> Source:
   phase = next(p for p in phases if p.name == saved.phase)
   if average and average not in phase.ema:
     raise ValueError(
-      f'{source}: no average {average!r}; phase {phase.name!r} keeps '
+      f'{source}: no average {average!r}; phase {phase.name!r} has '
       f'{sorted(phase.ema)}'
     )
   subtree = f'ema/{average}' if average else 'params/encoder'
@@ -432,9 +432,7 @@ def _newest(
     problem = integrity.damage(saved)
     if not problem:
       return saved
-    logging.getLogger(__name__).warning(
-      'passing over %s: %s', saved.path, problem
-    )
+    logging.getLogger(__name__).warning('skipping %s: %s', saved.path, problem)
   return None
 
 
@@ -549,9 +547,9 @@ def load_as(source: str, module: Module) -> Encoder:
   differing = {n: x for n, x in differing.items() if n not in ('every', 'cell')}
   if differing:
     raise ValueError(
-      f'{source}: its weights are of a network of another function: '
-      f'{compatibility.describe(differing)}. If a run still trains there, name '
-      f'one of its phases: {source}@<phase>'
+      f'{source}: its weights are of an incompatible network: '
+      f'{compatibility.describe(differing)}. If a run is still training there, '
+      f'name one of its phases: {source}@<phase>'
     )
   return dataclasses.replace(loaded, module=module)
 

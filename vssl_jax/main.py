@@ -150,7 +150,7 @@ def _job(config: ml_collections.ConfigDict, args: argparse.Namespace) -> Job:
   """
   job = JOBS[config.job]
   if args.skip is not None and args.rewind is None:
-    raise ValueError('--skip: wanted --rewind=<step> beside it')
+    raise ValueError('--skip: wanted --rewind=<step> together with it')
   if args.rewind is None and args.replay is None:
     return job
   if config.job not in ('train', 'demo'):
@@ -160,7 +160,9 @@ def _job(config: ml_collections.ConfigDict, args: argparse.Namespace) -> Job:
     )
   if args.replay is not None:
     if args.rewind is not None:
-      raise ValueError('--replay: found --rewind beside it, wanted one of them')
+      raise ValueError(
+        '--replay: found --rewind together with it, wanted one of them'
+      )
     return functools.partial(replay.replay, step=args.replay)
   skip = 1 if args.skip is None else args.skip
   return functools.partial(job, back=rewind.Rewind(args.rewind, skip))
@@ -184,14 +186,14 @@ def flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     type=int,
     metavar='STEP',
     help='go back to the newest checkpoint from before this step of the log, '
-    'leave out its batch, and go on',
+    'leave out its batch, and continue',
   )
   parser.add_argument(
     '--skip',
     type=int,
     metavar='N',
     help='batches that --rewind leaves out, from its step on; 1 if not given, '
-    '0 to take the same ones again',
+    '0 to repeat the same ones',
   )
   parser.add_argument(
     '--replay',
@@ -199,8 +201,8 @@ def flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     nargs='?',
     const=0,
     metavar='STEP',
-    help='take a recorded step of the run again, the newest if none is named, '
-    'and compare every bit; status 1 if one differs',
+    help='replay a recorded step of the run, the newest if none is named, and '
+    'compare every bit; status 1 if one differs',
   )
   return flags_lib.parse(parser, argv)
 

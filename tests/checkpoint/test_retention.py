@@ -171,7 +171,7 @@ def test_the_plan_counts_what_may_lie_on_disk(
   told = retention.describe(config, phases, shapes)
   state = trees.nbytes(shapes[0])  # with an average
   params = trees.nbytes(shapes[0].params) + trees.nbytes(shapes[0].ema)
-  assert told.startswith(f'on disk: {states} whole states of {state}.00 GiB')
+  assert told.startswith(f'on disk: {states} complete states of {state}.00 GiB')
   assert 'at the end of first, third (checkpoint.keep_phases)' in told
   total = float(re.search(r'at most ([\d.]+) GiB', told)[1])
   assert total == (states + 1) * state + 2 * params

@@ -31,8 +31,7 @@ def test_links_in_circles_list_each_file_once(tmp_path):
   names, notes = folders.listing(root)
   assert names == ['a/x.mp4', 'b/y.mp4', 'c/c/w.mp4', 'c/c/z.mp4']
   assert notes == (
-    'passed over 5 links to a folder that is listed already, 1 without an '
-    'ending',
+    'skipped 5 links to a folder that is listed already, 1 without an ending',
   )
 
 
@@ -50,7 +49,7 @@ def test_what_is_passed_over_is_counted(tmp_path):
     assert part in text, part
   loose = touch(tmp_path / 'loose', 'x.mp4', 'a/y.mp4')
   text = source_lib.find(loose).describe()
-  assert 'no labels; its folders are no classes, because 1 lie outside' in text
+  assert 'no labels; its folders are not classes, because 1 lie outside' in text
   with pytest.raises(FileNotFoundError, match=r'found 2 \*\.rmvb'):
     source_lib.find(touch(tmp_path / 'none', '1.rmvb', '2.rmvb'))
   (tmp_path / 'empty').mkdir()

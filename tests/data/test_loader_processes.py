@@ -180,7 +180,7 @@ def test_workers_without_shared_memory_are_refused_with_the_size():
   )
   killed = loader_processes.explain(RuntimeError(said + '9'))
   assert isinstance(killed, ValueError)
-  assert 'short of memory' in str(killed) and 'data.workers' in str(killed)
+  assert 'memory runs out' in str(killed) and 'data.workers' in str(killed)
   for text in (f'{said}11', f'{said}77', 'another'):
     other = RuntimeError(text)
     assert loader_processes.explain(other) is other

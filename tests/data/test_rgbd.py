@@ -144,7 +144,7 @@ def test_errors_name_the_file(tmp_path):
   with pytest.raises(decode.VideoError, match=r'depth/2\.png: .*16-bit grey'):
     read(folder, sampling='spread')
   folder = write(tmp_path / 'c', depth=lambda n: picture(n, 16, 12))
-  with pytest.raises(decode.VideoError, match='12x16 does not lie over'):
+  with pytest.raises(decode.VideoError, match='12x16 does not match'):
     read(folder)
 
 

@@ -62,12 +62,12 @@ def test_padding_counts_for_nothing():
 def test_missing_and_double_views_are_errors():
   found = multi_view.Predictions(2)
   add(found, [(0, 0, 0, [1.0, 0.0])])
-  with pytest.raises(ValueError, match=r'video 0 came views \[0\], wanted 2'):
+  with pytest.raises(ValueError, match=r'video 0 has views \[0\], wanted 2'):
     found.correct()
-  with pytest.raises(ValueError, match='came twice'):
+  with pytest.raises(ValueError, match='occurred twice'):
     add(found, [(0, 0, 0, [1.0, 0.0])])
   add(found, [(0, 1, 0, [1.0, 0.0])])
-  with pytest.raises(ValueError, match='came twice'):
+  with pytest.raises(ValueError, match='occurred twice'):
     add(found, [(0, 0, 0, [1.0, 0.0])])
 
 

@@ -59,7 +59,7 @@ def test_text_says_how_it_was_measured_and_labels_both_accuracies():
   assert 'held-out training clips' in selected
   (best,) = [x for x in lines if x.startswith('max')]
   assert '75.00 %' in best
-  assert 'flatters' in best
+  assert 'optimistic' in best
   (chance,) = [x for x in lines if x.startswith('chance')]
   assert '10.00 %' in chance
 
@@ -68,7 +68,7 @@ def test_text_states_the_share_of_the_videos_that_heads_are_trained_on():
   every = {'train': {'source': 'a', 'videos': 40, 'trained_on': 40}}
   one = report.text(REPORT | every | {'held_out': 0, 'heads': [{}]})
   assert 'on 40 of them (100 %): one head leaves nothing to choose' in one
-  assert one.count('(the only head)') == 2 and 'flatters' not in one
+  assert one.count('(the only head)') == 2 and 'optimistic' not in one
   grid = report.text(REPORT | every | {'held_out': 0})
   assert '(100 %); none is chosen without the test videos' in grid
 

@@ -102,7 +102,7 @@ def test_records_of_shards_are_compared_by_their_content(
   # Beyond the limit whole shards are compared, and it is said.
   monkeypatch.setattr(split_overlap, 'MAX_SHARD_BYTES', 10)
   assert count(tmp_path / 'one', tmp_path / 'one').count == 1
-  assert 'for whole shards only' in caplog.text
+  assert 'only complete shards' in caplog.text
 
 
 def test_frames_in_folders_and_parts_of_a_room(tmp_path):
@@ -219,4 +219,4 @@ def test_evaluations_refuse_them_or_report_them(section, folder, tmp_path):
   assert (shared.count, shared.total) == (1, 2)
   assert shared.examples == (('c0/x.mp4', 'c0/a.mp4'),)
   remark = splits.describe({'count': 1, 'total': 2})
-  assert remark == '1 of the 2 were trained on; flatters'
+  assert remark == '1 of the 2 were trained on; optimistic'

@@ -66,7 +66,7 @@ def test_a_plan_names_the_lists_that_are_measured(tmp_path):
   found = evaluations.probe(c)
   for which in ('train', 'test'):
     data = splits.of(c, 'probe', which)
-    assert f': {splits.name(data)}, not at hand' in found
+    assert f': {splits.name(data)}, not available' in found
   assert 'train: x,y where fold=0' in found
 
 

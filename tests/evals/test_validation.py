@@ -48,7 +48,7 @@ def test_the_report_says_how_many_test_videos_chose_the_best():
   found = {**REPORT, 'valid': valid, 'results': {'best': best}}
   chosen = {'count': 2, 'total': 9}
   text = report.text({**found, 'chosen_by': chosen})
-  assert '2 of the 9 test videos among them' in text and 'flatters' in text
+  assert '2 of the 9 test videos among them' in text and 'optimistic' in text
   # Older reports do not say.
   assert '4 of the 4 test videos among them' in report.text(found)
 

@@ -597,7 +597,10 @@ def test_latents_and_heads_have_their_shapes():
   [
     (dict(schedule='((0, 12), (4, 4))'), 'locks 4 layers; at most 3'),
     (dict(decoder_blocks=2, last=3, schedule=''), 'locks 3 .*at most 2 of the'),
-    (dict(total=17), 'its phases have 16 steps in all and method.total is 17'),
+    (
+      dict(total=17),
+      'its phases have 16 steps in total and method.total is 17',
+    ),
     (dict(schedule='soon'), "method.schedule: found 'soon'"),
     (dict(schedule='auto'), r"found 'auto', wanted \(lock depth, steps\)"),
     (dict(target_layers='single'), "method.target_layers: found 'single'"),

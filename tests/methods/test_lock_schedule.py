@@ -110,7 +110,7 @@ def test_text_that_is_no_schedule_is_refused(text, message):
 def test_a_schedule_must_fit_the_run_and_the_network():
   schedule = ((0, 60), (3, 20))
   assert lock_schedule.check(schedule, 80, 3) == schedule
-  with pytest.raises(ValueError, match=r'80 steps in all and .*total is 90'):
+  with pytest.raises(ValueError, match=r'80 steps in total and .*total is 90'):
     lock_schedule.check(schedule, 90, 3)
   with pytest.raises(ValueError, match=r'locks 3 layers; at most 2 can be'):
     lock_schedule.check(schedule, 80, 2)

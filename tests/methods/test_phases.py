@@ -182,7 +182,7 @@ def test_fields_of_a_phase_that_are_wrong():
     _plain('a', carry=('ema',))
   with pytest.raises(ValueError, match=r'found steps=0, wanted at least 1'):
     _plain('a', steps=0)
-  with pytest.raises(ValueError, match=r'@ema/slow, .* kept are \[\]'):
+  with pytest.raises(ValueError, match=r'@ema/slow, .* of the phase are \[\]'):
     _taught('a', phase_lib.FromEma('slow'))
 
 

@@ -74,7 +74,7 @@ def test_a_kernel_that_cannot_run_is_an_error_that_says_why():
     attention.choose('flash', head_dim=64, dtype='bfloat16')
   q, k, v = draw(1, 4, 4, 1, 8)
   forced = attention.choose('xla', head_dim=8, dtype='float32', on=HOPPER)
-  assert forced == ('xla', 'asked for')
+  assert forced == ('xla', 'requested')
   with pytest.raises(ValueError, match='activations are float32'):
     attention.choose('cudnn', head_dim=8, dtype='float32', on=HOPPER)
   if jax.default_backend() == 'cpu':

@@ -117,7 +117,10 @@ def test_the_program_compares_phases(tmp_path, monkeypatch):
 def test_another_page_is_what_phases_are_compared_with(capsys):
   with pytest.raises(SystemExit):
     bench.parse([f'--config={PAGE}', f'--against={PAGE}'])
-  assert '--against: wanted beside --sweep=phases' in capsys.readouterr().err
+  assert (
+    '--against: wanted only together with --sweep=phases'
+    in capsys.readouterr().err
+  )
 
 
 def test_one_phase_cannot_be_compared(capsys):

@@ -115,7 +115,7 @@ def test_rows_are_counted_to_the_byte(tmp_path, monkeypatch):
   config = _config(tmp_path)
   config.optim.warmup, config.data.examples = 1, 240_000
   text = report.describe(config)
-  assert 'nowhere is not at hand, 240,000 videos by data.examples' in text
+  assert 'nowhere is not available, 240,000 videos by data.examples' in text
   lines = [
     line for line in text.splitlines() if line.startswith('  example memory')
   ]
@@ -135,7 +135,7 @@ def test_rows_are_counted_to_the_byte(tmp_path, monkeypatch):
   assert '6,037,176,320 bytes' in lines[0] and '3,018,588,160' in lines[1]
   config.data.examples = 0
   (first, *_) = re.findall('  example memory: .*', report.describe(config))
-  assert first.endswith('--config.data.examples says how many to count')
+  assert first.endswith('--config.data.examples sets how many to count')
 
 
 @pytest.mark.parametrize(('data', 'fsdp'), [(1, 8), (2, 4)])
@@ -250,7 +250,7 @@ def test_a_step_compiles_for_tpus_that_are_not_there(tmp_path, tpu_compiler):
   spoken = report.describe(config, tpu_compiler).splitlines()[-1]
   assert spoken.startswith('compiled pixel_teacher for 8 x TPU v5 in ')
   assert spoken.endswith('(by its own compiler)')
-  assert re.search(r'temporary \d+\.\d\d, in all 0\.\d\d;', spoken)
+  assert re.search(r'temporary \d+\.\d\d, total 0\.\d\d;', spoken)
 
 
 @pytest.mark.parametrize(

@@ -363,7 +363,7 @@ def test_rows_that_are_not_those_written_are_computed_again(tmp_path, caplog):
     wrong = 3 if name == store_lib.FILLED else 1
     store = store_lib.Store(path, key)
     assert store.has(index).tolist() == [i < 3 and i != wrong for i in range(4)]
-    assert f'the targets of example {wrong} are not those' in caplog.text
+    assert f'the stored targets of example {wrong} are corrupt' in caplog.text
     store.write(index[:3], {n: x[:3] for n, x in rows.items()})
     store.close()
     store = store_lib.Store(path, key, read_only=True)
@@ -426,7 +426,7 @@ def test_several_processes_and_teachers_that_move_are_refused(config):
     teachers={'wise': base_teacher('@ema/mean')},
     ema={'mean': phase_lib.Ema('encoder', (0.9, 1.0))},
   )
-  with pytest.raises(ValueError, match=r'no phase .* \(an average moves\)'):
+  with pytest.raises(ValueError, match=r'no phase .* \(an average changes\)'):
     _train(config, (moving,))
 
 

@@ -154,7 +154,7 @@ def test_a_flipped_bit_of_a_parameter_is_found(run, capsys):
   said = capsys.readouterr().out
   assert f'  before: 1 of {len(leaves)} arrays differ: {name}\n' in said
   assert said.count('arrays equal') == 1  # the batch
-  assert 'DIFFERS: the state that was saved is not the one' in said
+  assert 'DIFFERS: the saved state is not the one' in said
 
 
 def test_other_pixels_are_found(run, videos, capsys):
@@ -197,8 +197,8 @@ def test_records_that_no_state_is_left_for_are_removed(recorded, tmp_path):
   ('step', 'kept', 'message'),
   [
     (4, (2, 4), r'--replay=4: of the steps recorded .*\[3, 5, 9, 11\], these'),
-    (3, (4, 8), r'from a state that is kept: \[5, 9, 11\]'),
-    (9, (6,), r'from a state that is kept: \[\]'),
+    (3, (4, 8), r'from a stored state: \[5, 9, 11\]'),
+    (9, (6,), r'from a stored state: \[\]'),
   ],
 )
 def test_what_cannot_be_taken_again_is_said(run, step, kept, message):

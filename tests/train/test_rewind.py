@@ -207,9 +207,9 @@ def test_without_skipping_the_same_bits_come_again(run, spiked):
 @pytest.mark.parametrize(
   ('kept', 'asked', 'message'),
   [
-    ((9, 12), 8, r'no whole checkpoint .* only those of steps \[12, 9\]'),
-    ((8, 9, 12), 8, r'no whole checkpoint from before step 8'),
-    ((12,), 13, 'has come to step 12 only'),
+    ((9, 12), 8, r'no intact checkpoint .* only those of steps \[12, 9\]'),
+    ((8, 9, 12), 8, r'no intact checkpoint from before step 8'),
+    ((12,), 13, 'has only reached step 12'),
   ],
 )
 def test_where_there_is_nothing_to_go_back_to(run, kept, asked, message):
@@ -238,7 +238,7 @@ def test_a_record_of_another_past_is_refused(mended, tmp_path):
 @pytest.mark.parametrize(
   ('flags', 'message'),
   [
-    (['--skip=3'], 'wanted --rewind=<step> beside it'),
+    (['--skip=3'], 'wanted --rewind=<step> together with it'),
     (['--rewind=1'], 'wanted a step of the log from 2 on'),
     (['--rewind=5', '--skip=-1'], '0 or more batches'),
     (['--rewind=5', '--config.job=probe'], "found config.job 'probe'"),

@@ -53,5 +53,6 @@ def test_workdir_is_a_key_with_a_flag_of_its_own(capsys):
   with pytest.raises(SystemExit):
     _parse('--workdir=a', '--config.workdir=b')
   assert (
-    '--workdir: found --config.workdir beside it' in capsys.readouterr().err
+    '--workdir: found --config.workdir together with it'
+    in capsys.readouterr().err
   )

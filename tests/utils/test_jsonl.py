@@ -23,5 +23,5 @@ def test_lines_that_are_whole_are_read_and_the_next_one_is_whole(
   path.write_bytes(b'{"a": 1}\nodd\n{"a": 2}\n')
   caplog.clear()
   jsonl.read(path)
-  assert f'{path}: passing over 1 of 3 lines' in caplog.text
+  assert f'{path}: skipping 1 of 3 lines' in caplog.text
   assert 'line 2' in caplog.text

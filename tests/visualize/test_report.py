@@ -90,7 +90,7 @@ def test_a_phase_without_a_checkpoint_says_so(finished, tmp_path):
       else:
         shutil.rmtree(found)
   text = _text(report.write(copy, [finished], clips=1))
-  assert text.count('No checkpoint: not begun, or not one of') == 2
+  assert text.count('No checkpoint: not started, or not one of') == 2
   assert 'latent_student-mask-short.png' in text
 
 

@@ -70,7 +70,7 @@ def test_what_cannot_be_drawn_is_said_and_ends_nothing(run, capsys):
   weight_drift.save_in(str(run.parent))
   said = capsys.readouterr().err
   assert 'drift.png' in said and 'Is a directory' in said
-  assert said.count('\n') == 1 and 'the run itself is whole' in said
+  assert said.count('\n') == 1 and 'the run itself is complete' in said
 
 
 def test_the_mean_is_over_the_blocks_that_move(run):

@@ -90,7 +90,7 @@ PICKLES = {
     ORDERED + TUPLE + b'\x85R', r'damaged pickle|no pairs|no dict of tensors|'
     'no tensors at its top',
   ),
-  'name of 1 MB': (b'c' + b'a' * 10**6 + b'\nb\n', 'asks for aaaa'),
+  'name of 1 MB': (b'c' + b'a' * 10**6 + b'\nb\n', 'refers to aaaa'),
   'memo of 2^31': (
     b'}r' + struct.pack('<I', 2**31 - 1), 'no tensors at its top',
   ),

@@ -163,5 +163,5 @@ def test_learned_positions_are_resized_and_reported():
   smaller = resizing.resize(np.arange(4.0).reshape(4, 1, 1, 1), (2, 1, 1))
   np.testing.assert_allclose(smaller.ravel(), [0.5, 2.5], atol=1e-6)
   wider = {'positions': jax.ShapeDtypeStruct((6, 1, 1, 2), jnp.float32)}
-  with pytest.raises(tensors_lib.WeightsError, match='wants'):
+  with pytest.raises(tensors_lib.WeightsError, match='gives shape'):
     convert.to_ours({'positions': table}, row, wider)

@@ -257,7 +257,7 @@ def test_heads_of_published_widths_and_of_others(tmp_path):
 
   assert weights.describe(file(1408)).num_heads == 16
   message = (
-    r'width 40 does not tell.*config\.json that says num_attention_heads'
+    r'width 40 does not determine.*config\.json that has num_attention_heads'
   )
   with pytest.raises(tensors_lib.WeightsError, match=message):
     weights.describe(file(40))

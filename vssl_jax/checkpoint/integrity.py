@@ -158,7 +158,7 @@ def damage(saved: Saved) -> str:
     if path.stat().st_size != size:
       return f'{name} has {path.stat().st_size} bytes, wanted {size}'
     if _hash_file(path) != digest:
-      return f'the hash of {name} is not that of what was written'
+      return f'the hash of {name} differs from the manifest'
   return ''
 
 
@@ -215,9 +215,7 @@ def read(path: pathlib.Path) -> dict[str, Any]:
       raise CorruptError(f'{path.name} lacks {missing}')
     invalid = [key for key in REQUIRED if not _KINDS[key](manifest[key])]
     if invalid:
-      raise CorruptError(
-        f'{path.name} has {invalid} of another kind than written'
-      )
+      raise CorruptError(f'{path.name} has invalid {invalid}')
     if step not in (None, manifest['step']):
       raise CorruptError(f'{path.name} is of step {manifest["step"]}')
     return manifest
@@ -252,7 +250,9 @@ def load(path: pathlib.Path) -> dict[str, Any]:
   except (ValueError, RecursionError) as error:
     raise CorruptError(f'{path} is corrupt: {error}') from error
   if checksum not in (None, expected):
-    raise CorruptError(f'{path} is corrupt: its sum is not that of its content')
+    raise CorruptError(
+      f'{path} is corrupt: its checksum does not match its content'
+    )
   return tree
 
 

@@ -141,9 +141,9 @@ class Checkpoints:
   def _failed(self, error: BaseException) -> CheckpointError:
     return CheckpointError(
       f'saving under {self.folder} failed: {_short(error)}. If another process '
-      'ended before, its message says why; else free disk space, or mend the '
-      'file system. Start again: the run resumes from the newest whole '
-      'checkpoint'
+      'ended before, its message has the reason; otherwise free disk space or '
+      'repair the file system. Start again: the run resumes from the newest '
+      'intact checkpoint'
     )
 
   def _start(
@@ -151,9 +151,8 @@ class Checkpoints:
   ) -> None:
     if not path.parent.exists():  # Orbax would create it again, empty
       raise CheckpointError(
-        f'{path.parent} was removed or moved while the run went on. Put the '
-        'folder back and start again: the run resumes from its newest '
-        'checkpoint'
+        f'{path.parent} was removed or moved during the run. Put the folder '
+        'back and start again: the run resumes from its newest checkpoint'
       )
     leaves = dict(trees.named_leaves(tree))
     sums = jax.device_get(integrity.bit_sums(leaves))
@@ -262,8 +261,8 @@ class Checkpoints:
     ):
       suffix, count = f'.corrupt{count}', count + 1
     logging.error(
-      'checkpoint %s is damaged: %s. It is kept as %s%s and the one before it '
-      'is taken.',
+      'checkpoint %s is damaged: %s. It is renamed to %s%s, and the previous '
+      'one is used.',
       saved.path,
       why,
       saved.path,
@@ -414,7 +413,7 @@ def _plain(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     raise CheckpointError(
       f'{folder}: checkpoints cannot be saved below this path on this system; '
       'give a --config.workdir of letters, digits and any of " /.,=+@_-", '
-      'below 2,000 letters'
+      'fewer than 2,000 characters'
     )
   descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
   try:

@@ -76,10 +76,10 @@ def describe(
   # The oldest is removed after the next one is complete.
   total = (count + 1) * state + len(names) * params
   return (
-    f'on disk: {count} whole states of {state / GIB:.2f} GiB and one that is '
-    f'being written, parameters at the end of {_few(names)} '
+    f'on disk: {count} complete states of {state / GIB:.2f} GiB and one that '
+    f'is being written, parameters at the end of {_few(names)} '
     f'(checkpoint.keep_phases), {params / GIB:.2f} GiB each; at most '
-    f'{total / GIB:.1f} GiB in all'
+    f'{total / GIB:.1f} GiB in total'
   )
 
 

@@ -146,9 +146,9 @@ def explain(error: RuntimeError) -> Exception:
   if signal_number == signal.SIGKILL:
     return ValueError(
       'a worker process was killed from outside (SIGKILL), as a system or a '
-      'container does that is short of memory. Give it more, or set lower '
+      'container does when memory runs out. Give it more, or lower '
       'data.workers, data.decode_processes or data.prefetch; the same command '
-      'goes on from the newest checkpoint'
+      'resumes from the newest checkpoint'
     )
   if signal_number != signal.SIGBUS:
     return error

@@ -143,7 +143,7 @@ class ReadStats:
     return (
       f'{get("clips_per_s"):.1f} clips/s from {self._readers} readers that '
       f'decode {get("decode_clips_per_s"):.1f} clips/s each; '
-      f'{get("wait_fraction"):.0%} of the time went by waiting for clips '
+      f'{get("wait_fraction"):.0%} of the time was spent waiting for clips '
       f'({get("readers_needed"):.0f} readers would keep up); '
       f'{get("bad_files"):.0f} unreadable videos'
     )

@@ -58,8 +58,8 @@ def follow(
     data.stride, data.fps = clip.stride, float(clip.fps)
   if data.channels != channels:
     raise ValueError(
-      f'data.channels: found {data.channels}, wanted {channels}, as the '
-      'encoder has seen; leave the key out'
+      f'data.channels: found {data.channels}, wanted {channels}, the channels '
+      'of the encoder; leave the key out'
     )
   return c
 

@@ -108,8 +108,8 @@ def join(batch: Mapping[str, Any], segments: int) -> dict[str, np.ndarray]:
   for name in ('index', 'view'):
     if (columns[name][is_real] != columns[name][is_real, :1]).any():
       raise ValueError(
-        f'clips of different {name} stand where the {segments} segments of one '
-        f'view were wanted: {columns[name][is_real].tolist()}'
+        f'found clips of different {name}, wanted {segments} segments of one '
+        f'view each: {columns[name][is_real].tolist()}'
       )
   joined = {name: x[:, 0] for name, x in columns.items()}
   joined['weight'] = columns['weight'].min(axis=1)

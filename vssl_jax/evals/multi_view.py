@@ -42,7 +42,7 @@ class Predictions:
       by_view = self._open.setdefault(video, {})
       if number in by_view or video in self._done:
         raise ValueError(
-          f'view {number} of video {video} came twice; the evaluation data '
+          f'view {number} of video {video} occurred twice; the evaluation data '
           'must yield every clip once'
         )
       if self._labels.setdefault(video, int(label[row])) != label[row]:
@@ -78,8 +78,8 @@ class Predictions:
     if self._open:
       video, views = next(iter(self._open.items()))
       raise ValueError(
-        f'{len(self._open)} videos are not complete: of video {video} came '
-        f'views {sorted(views)}, wanted {self._views}'
+        f'{len(self._open)} videos are incomplete: video {video} has views '
+        f'{sorted(views)}, wanted {self._views}'
       )
 
   @property

@@ -15,12 +15,12 @@ from vssl_jax.utils import statistics
 
 NOTES = {
   'selected': 'head chosen on held-out training clips',
-  'max': 'best head on the test clips, as papers report; flatters',
+  'max': 'best head on the test clips, as papers report; optimistic',
 }
 ONLY = 'the only head'
 ONE_CLASS = (
-  'The training or the test videos are of one class only: the accuracy says '
-  'nothing of the encoder.'
+  'The training or the test videos are of one class only: the accuracy does '
+  'not describe the encoder.'
 )
 # Keys of a report that identify a measurement.
 IDENTITY = (

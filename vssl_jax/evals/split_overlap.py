@@ -187,8 +187,8 @@ def _of_records(
     paths = sorted(e.path for e in os.scandir(part.folder) if pattern in e.name)
   if sum(map(os.path.getsize, paths)) > MAX_SHARD_BYTES:
     logging.getLogger(__name__).warning(
-      '%s and others beside it: more than %d GiB of records; whether they are '
-      'in another list too is looked up for whole shards only',
+      '%s and other shards: more than %d GiB of records; only complete shards '
+      'are compared with other lists, not records',
       paths[0], MAX_SHARD_BYTES // 2**30,
     )  # fmt: skip
     yield from _of_files(paths, paths)

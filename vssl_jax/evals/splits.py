@@ -61,15 +61,15 @@ def check(
   if not trained['source']:
     raise ValueError(
       f'{section}.train: found no videos; wanted --config.{section}.train='
-      '<folder, list or shards>, and such for the others'
+      '<folder, list or shards>, and likewise for the others'
     )
   shared = {}
   for which, data in others.items():
     names = f'{section}.train and {section}.{which}'
     remedy = (
-      'a figure on videos that were trained on says nothing. Give others, or '
+      'a result on training videos is not meaningful. Give others, or '
       f'other rows of a manifest: --config.{section}.{which}_where; '
-      f'--config.{section}.allow_overlap=True measures all the same, and the '
+      f'--config.{section}.allow_overlap=True measures anyway, and the '
       'report states how many there are'
     )
     if same(trained, data) and not allow:
@@ -171,7 +171,9 @@ def describe(shared: Mapping[str, Any]) -> str:
   """
   if not shared['count']:
     return ''
-  return f'{shared["count"]} of the {shared["total"]} were trained on; flatters'
+  return (
+    f'{shared["count"]} of the {shared["total"]} were trained on; optimistic'
+  )
 
 
 def name(data: Mapping[str, Any]) -> str:

@@ -231,7 +231,7 @@ def _masks(
     if config.tube:
       raise ValueError(
         "method.tube: found True with method.units='random', which draws from "
-        "the whole clip; for tubes by chance set method.units='attention' and "
+        "the whole clip; for random tubes set method.units='attention' and "
         "method.selection='uniform'"
       )
   elif config.scores == 'uniform':
@@ -279,8 +279,8 @@ def _alarms(
   if not asked or config.selection not in ('sample', 'top'):
     return {}
   text = (
-    f'masks drawn by chance would show {chance:.3g} of what the {asked} '
-    f'teacher attends to, and these hardly show more: its {config.scores} '
-    'says nothing of the clips. Wanted another method.scores or teacher'
+    f'random masks would show {chance:.3g} of what the {asked} teacher '
+    f'attends to, and these hardly show more: its {config.scores} does not '
+    'describe the clips. Wanted another method.scores or teacher'
   )
   return {'mask/attention_kept': (min(CLEARLY * chance, 1.0), text)}

@@ -120,8 +120,8 @@ def check(schedule: Schedule, total: int, limit: int) -> Schedule:
   steps = sum(n for _, n in schedule)
   if steps != total:
     raise ValueError(
-      f'method.schedule: its phases have {steps} steps in all and method.total '
-      f'is {total}; make them equal'
+      f'method.schedule: its phases have {steps} steps in total and '
+      f'method.total is {total}; make them equal'
     )
   deepest = max(k for k, _ in schedule)
   if deepest > limit:

@@ -322,7 +322,7 @@ class Phase(abc.ABC):
       if isinstance(source, FromEma) and source.name not in self.ema:
         raise ValueError(
           f'phase {self.name!r}: teacher {name!r} reads {source}, and the '
-          f'averages kept are {sorted(self.ema)}'
+          f'averages of the phase are {sorted(self.ema)}'
         )
 
   @abc.abstractmethod
@@ -464,7 +464,7 @@ def _check_teacher(phase: Phase, name: str, trained: Module | None) -> None:
   if differing:
     raise ValueError(
       f'phase {phase.name!r}: teacher {name!r} has the parameters of '
-      f'{teacher.source}, a network of another function: '
+      f'{teacher.source}, an incompatible network: '
       f'{compatibility.describe(differing)}'
     )
 
@@ -488,7 +488,7 @@ def _check_carry(before: Phase, phase: Phase) -> None:
     if differing:
       raise ValueError(
         f'phase {phase.name!r} carries the parameters of {before.name!r} into '
-        f'another function: its {field.name} differs, '
-        f'{compatibility.describe(differing)}. Make both alike, or leave '
+        f'an incompatible network: its {field.name} differs, '
+        f'{compatibility.describe(differing)}. Make both equal, or leave '
         "'params' out of its carry"
       )

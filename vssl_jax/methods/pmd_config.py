@@ -25,8 +25,8 @@ from vssl_jax.utils import colours, ranges
 # Alarm on the entropy of DARE's weights, relative to uniform weights.
 EVENNESS = (
   0.3,
-  'a few patches have nearly all the weight, as losses are large beside '
-  'method.tau; raise it, or norm the targets with method.target_norm=ln',
+  'a few patches have nearly all the weight, as losses are large relative to '
+  'method.tau; raise it, or normalise the targets with method.target_norm=ln',
 )
 
 

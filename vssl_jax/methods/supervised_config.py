@@ -86,7 +86,7 @@ def build(
     if config[name] < 1:
       raise ValueError(
         f'method.{name}: found {config[name]}, wanted at least 1; the job '
-        "'finetune' finds it out, from --config.finetune.train"
+        "'finetune' sets it from --config.finetune.train"
       )
   encoder = _encoder(config, pixels)
   fields = ('mixup', 'cutmix', 'probability', 'switch', 'smoothing')

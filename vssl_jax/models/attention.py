@@ -91,7 +91,7 @@ def choose(
         f'attention={implementation!r} cannot run: '
         f'{obstacles[implementation]}; use auto or xla'
       )
-    return Choice(implementation, 'asked for')
+    return Choice(implementation, 'requested')
   for name in ('cudnn', 'splash'):
     if not obstacles[name]:
       return Choice(name, f'fastest on {on.kind}')

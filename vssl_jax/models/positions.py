@@ -197,8 +197,8 @@ def class_row(
   """
   if kind in ROTATIONS:
     raise ValueError(
-      f'positions={kind!r} turns tokens by where they stand and a class token '
-      'stands nowhere; set class_token=False, or positions to one of '
+      f'positions={kind!r} rotates tokens by position, and a class token has '
+      'none; set class_token=False, or positions to one of '
       f'{sorted({*TABLES, *LEARNED} - set(ROTATIONS))}'
     )
   if kind not in LEARNED:
@@ -339,7 +339,7 @@ def rotate(x: Float[Array, 'B N H d'], rope: Rope) -> Float[Array, 'B N H d']:
   if x.shape[-1] % 2:
     raise ValueError(
       f'num_heads: found {x.shape[2]} heads of {x.shape[-1]} channels, wanted '
-      'an even number of channels in each, as positions turn pairs of them; '
+      'an even number of channels in each, as positions rotate pairs of them; '
       'set num_heads or width of that encoder or predictor'
     )
   pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)

@@ -262,7 +262,7 @@ def resize_time(
   if count != t * h * w:
     raise ValueError(
       f'found {count} tokens where a grid of {tuple(grid)} has {t * h * w}; '
-      'this readout wants the tokens of one clip, with none left out'
+      'this readout needs all tokens of one clip'
     )
   steps = tokens.reshape(batch, t, h * w, width)
   return jax.image.resize(steps, (batch, frames, h * w, width), 'cubic')

@@ -194,7 +194,7 @@ class Vit(nn.Module):
     if self.registers and not self.class_token:
       raise ValueError(
         f'registers is {self.registers} and class_token is False; registers '
-        'stand beside a class token: set class_token=True, or registers=0'
+        'require a class token: set class_token=True, or registers=0'
       )
     if not 0 <= self.decoder_blocks < self.depth:
       raise ValueError(

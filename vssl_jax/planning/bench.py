@@ -298,8 +298,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
   add(
     '--against',
     default='',
-    help='with --sweep=phases: a page whose first phase is what all are '
-    'compared with; the keys that are set hold for both',
+    help='with --sweep=phases: a page whose first phase is the reference of '
+    'the comparison; the keys that are set hold for both',
   )
   add('--out', default='', help='file for the result, as JSON')
   args, assignments = flags.parse(parser, argv)
@@ -308,7 +308,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
       parser.error('--phase: --sweep=phases compares all of them')
     return args, assignments
   if args.against:
-    parser.error('--against: wanted beside --sweep=phases only')
+    parser.error('--against: wanted only together with --sweep=phases')
   try:
     args.sweep = tuple(int(x) for x in args.sweep.split(',') if x)
   except ValueError:

@@ -140,7 +140,7 @@ def _videos(config: ml_collections.ConfigDict) -> tuple[list[str], int]:
       count = len(videos)
       if which == 'train' and videos.classes:
         classes = len(videos.classes)
-    line += f', {count:,} videos' if count else ', not at hand'
+    line += f', {count:,} videos' if count else ', not available'
     if which == 'train':
       steps = max(count // settings.batch_size, 1)
       line += f', {settings.epochs} epochs' + (

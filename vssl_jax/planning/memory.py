@@ -30,7 +30,7 @@ DEVICES = {
 }
 MESHES = (1, 8, 64, 256)
 EXACT = ('parameters', 'gradients', 'optimizer')
-COLUMNS = (*EXACT, 'other', 'activations', 'in all')
+COLUMNS = (*EXACT, 'other', 'activations', 'total')
 
 
 def per_device(
@@ -114,10 +114,9 @@ def fits(
   lines = [
     f'fits, in GiB per device at batch {config.batch_size}: parameters, '
     'gradients, optimizer and other are exact (shapes and shardings),',
-    'activations an estimate by formula, none of it the figure of a compiler; '
+    'activations an estimate by formula, not a figure of a compiler; '
     'other is averages, teachers, example memory and two batches with '
-    'what is kept of their targets; yes or no, with the GiB that are left or '
-    'missing',
+    'their stored targets; yes or no, with the GiB that are left or missing',
     _row('data x fsdp', 'phase', width, COLUMNS, DEVICES),
   ]
   for devices in MESHES:

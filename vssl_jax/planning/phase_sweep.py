@@ -110,8 +110,8 @@ def phases(
     ):
       if values[0] != values[1]:
         raise ValueError(
-          f'{entry.label}: {key} is {values[1]}, and {values[0]} in what it is '
-          f'compared with; set --config.{key} for both'
+          f'{entry.label}: {key} is {values[1]}, and {values[0]} in the '
+          f'reference; set --config.{key} for both'
         )
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   setups = [entry.build() for entry in compared]

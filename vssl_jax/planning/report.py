@@ -152,7 +152,7 @@ def _examples(config: ml_collections.ConfigDict) -> tuple[int, str]:
       source = options.find(config.data.to_dict())
       return len(source), f'{len(source):,} videos\n{source.describe()}'
     except OSError as error:
-      note = f'{config.data.source} is not at hand'
+      note = f'{config.data.source} is not available'
       if os.path.exists(config.data.source):
         note += f' ({error})'
   count = config.data.examples
@@ -193,7 +193,7 @@ def _phase(
     'of it without a gradient: teachers, targets)',
     *_rule_text(_rule(setup, cost), config.batch_size),
     f'  GiB per device, on {_devices(data, fsdp)}: {shown}; '
-    f'{sum(needs.values()) / GIB:.2f} in all (activations are an estimate)',
+    f'{sum(needs.values()) / GIB:.2f} in total (activations are an estimate)',
   ]
 
 
@@ -234,7 +234,7 @@ def _example_memory(
   )
   line = f'  example memory: {specs_text}: {nbytes:,} bytes per example'
   if not examples:
-    return [f'{line}; --config.data.examples says how many to count']
+    return [f'{line}; --config.data.examples sets how many to count']
   capacity = example_memory.places(examples)
   axes = sharding.example_axes(capacity, sizes)
   share = nbytes * capacity // math.prod(sizes[axis] for axis in axes)
@@ -248,7 +248,7 @@ def _example_memory(
 def _devices(data: int, fsdp: int) -> str:
   """Returns the mesh that the bytes of a phase refer to, as text."""
   if data * fsdp == 1:
-    return 'one device alone'
+    return 'a single device'
   return f'a mesh of {data} x {fsdp}'
 
 
@@ -346,7 +346,7 @@ def _totals(
   clips = spans[-1].end * config.batch_size
   epochs = f', {clips / examples:.1f} epochs' if examples else ''
   lines = [
-    f'in all: {spans[-1].end} steps, {clips:,} clips{epochs}, {flops:.3g} FLOPs'
+    f'total: {spans[-1].end} steps, {clips:,} clips{epochs}, {flops:.3g} FLOPs'
   ]
   kind = mesh.devices.flat[0].device_kind if mesh is not None else ''
   peak = metrics.peak_flops(config.log.peak_tflops, kind)

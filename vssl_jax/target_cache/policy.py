@@ -181,8 +181,8 @@ def check(
   if processes > 1:
     raise ValueError(
       f'{setting}: found {processes} processes, wanted one. Every epoch gives '
-      'an example to another process, and nothing tells one what another has '
-      "written; set --config.cache_targets=''"
+      'an example to another process, and processes do not share what they '
+      "write; set --config.cache_targets=''"
     )
   unfixed = options.unfixed(config.data.to_dict())
   if unfixed:
@@ -191,14 +191,14 @@ def check(
     ]
     flags = [f'--config.data.{k}={b!r}' for k, (_, b) in unfixed.items()]
     raise ValueError(
-      f'{setting} keeps what teachers say of a clip, and a video gives another '
-      'clip at every visit:\n' + '\n'.join(lines) + '\nset '
+      f'{setting} stores teacher outputs of a clip, and a video gives another '
+      'clip each time:\n' + '\n'.join(lines) + '\nset '
       f"{' '.join(flags)}, or --config.cache_targets=''"
     )
   if not any(kept):
     raise ValueError(
-      f'{setting}: no phase of this run has targets that frozen teachers give '
-      "(an average moves); set --config.cache_targets=''"
+      f'{setting}: no phase of this run has targets of frozen teachers '
+      "(an average changes); set --config.cache_targets=''"
     )
 
 

@@ -87,8 +87,8 @@ class Store:
       rows = {name: x[example] for name, x in self._rows.items()}
       if _row_sum(rows) != self._sums[example]:
         logging.warning(
-          '%s: the targets of example %d are not those that were written; they '
-          'are computed again',
+          '%s: the stored targets of example %d are corrupt; they are computed '
+          'again',
           self.path,
           example,
         )
@@ -161,9 +161,9 @@ class Store:
     differing = difference(read_key(self.path), self._key)
     if differing:
       raise ValueError(
-        f'cache_targets: {self.path} was filled for something else:\n'
+        f'cache_targets: {self.path} was filled for different inputs:\n'
         f'{differing}\ngive another --config.cache_targets, or remove that '
-        'folder to have it filled anew'
+        'folder to have it filled again'
       )
     if not self._read_only and not (self.path / SUMS).exists():
       # Of an earlier version: all rows count as missing.
@@ -174,7 +174,7 @@ class Store:
       if num_bytes != size:
         raise ValueError(
           f'cache_targets: {file} has {num_bytes} bytes, wanted {size}; remove '
-          f'{self.path} to have it filled anew'
+          f'{self.path} to have it filled again'
         )
     self._filled = np.fromfile(self.path / FILLED, np.uint8) == 1
     self._sums = np.memmap(

@@ -28,10 +28,10 @@ WATCHED = tuple(
 SAMPLED = 65_536  # values sampled per matrix (up to twice as many)
 
 ADVICE = (
-  'COLLAPSE? {name} fell to {value:.3g}, from {before:.3g} at the first '
-  'measurement of this encoder. '
-  'The features of different clips grow alike. If the teacher is an average '
-  'of the student, raise its momentum or lower optim.lr; with a frozen '
+  'COLLAPSE? {name} fell to {value:.3g}, from {before:.3g} early in the '
+  'training of this encoder. '
+  'The features of different clips become similar. If the teacher is an '
+  'average of the student, raise its momentum or lower optim.lr; with a frozen '
   'teacher look at target/std and at the variety of the data.'
 )
 

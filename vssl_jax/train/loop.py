@@ -99,7 +99,7 @@ def _train(
           interrupted = run.stopped_by == signal.SIGINT
           run.logger.log(
             f'{"Ctrl-C" if interrupted else "SIGTERM"}: saved step '
-            f'{int(state.step)}; the same command goes on from there'
+            f'{int(state.step)}; the same command resumes from there'
           )
           return 128 + run.stopped_by
         saved = run.checkpoints.newest()

@@ -113,8 +113,8 @@ class Recorder:
     )
     if skipped == phase.steps or share > limit:
       raise TrainingError(
-        f'{text}, and health.skipped_share allows {limit:g}; nothing is taken '
-        f'over from it. Their batches are in {run.workdir}/skipped_*.jsonl. '
+        f'{text}, and health.skipped_share allows {limit:g}; its parameters '
+        f'are not used. Their batches are in {run.workdir}/skipped_*.jsonl. '
         'Lower --config.optim.lr, look at those clips, or raise '
         '--config.optim.skip_spike if it is set'
       )

@@ -252,7 +252,7 @@ def tpu_mesh(slice_name: str, data: int = 1) -> Mesh:
     slice_ = topologies.get_topology_desc(slice_name, 'tpu')
   except jax.errors.JaxRuntimeError as error:
     raise ValueError(
-      f'--plan: libtpu knows no slice {slice_name!r}: {error}'
+      f'--plan: libtpu has no slice {slice_name!r}: {error}'
     ) from error
   devices = np.array(slice_.devices)
   if data < 1 or devices.size % data:
@@ -296,6 +296,6 @@ def report(lowered: jax.stages.Lowered, mesh: Mesh, name: str) -> str:
   return (
     f'{head} in {seconds:.0f} s: GiB per device: arguments '
     f'{memory.argument_size_in_bytes / GIB:.2f}, temporary '
-    f'{memory.temp_size_in_bytes / GIB:.2f}, in all {total_bytes / GIB:.2f}; '
+    f'{memory.temp_size_in_bytes / GIB:.2f}, total {total_bytes / GIB:.2f}; '
     f'{cost.get("flops", math.nan):.3g} FLOPs per device ({source})'
   )

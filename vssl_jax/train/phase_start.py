@@ -59,8 +59,8 @@ def _restore(run: Run, saved: integrity.Saved, target: Any) -> Any:
     previous = run.checkpoints.newest()
     if previous is None or previous.phase != saved.phase:
       raise TrainingError(
-        f'{error}; no older state of phase {saved.phase!r} is kept. Start the '
-        'command again: the phase begins anew from the one before it'
+        f'{error}; no older state of phase {saved.phase!r} is stored. Start '
+        'the command again: the phase starts again from the previous phase'
       ) from error
     return _restore(run, previous, target)
 
@@ -177,8 +177,8 @@ def _check_source(
     remedy = f'--config.{key}={theirs!r}' if key else 'no config key sets it'
     fields.append(f'{field} is {theirs!r} there and {ours!r} here ({remedy})')
   raise ValueError(
-    f'phase {phase.name!r}: {role} cannot start from {source}, a network of '
-    f'another function: {"; ".join(fields)}'
+    f'phase {phase.name!r}: {role} cannot start from {source}, an incompatible '
+    f'network: {"; ".join(fields)}'
   )
 
 

@@ -20,9 +20,9 @@ from vssl_jax.utils import config_io
 
 # Part of a record -> likely cause if it is the first part that differs.
 MEANING = {
-  'before': 'the state that was saved is not the one the step was taken from, '
-  'or the steps in between came out otherwise',
-  'batch': 'other clips or other pixels: a file that changed, or its reading',
+  'before': 'the saved state is not the one that the step started from, or '
+  'the steps in between differ',
+  'batch': 'other clips or other pixels: a file or its decoding changed',
   'after': 'the same input gave another result: a device, its memory or its '
   'compiler',
 }
@@ -52,7 +52,7 @@ def replay(config: ml_collections.ConfigDict, step: int = 0) -> int:
       result = _take(run, record, saved)
     text, differs = compare(record, result)
     run.logger.log(
-      f'step {record["step"]} of phase {record["phase"]}, taken again from '
+      f'step {record["step"]} of phase {record["phase"]}, replayed from '
       f'checkpoint {saved.path.name}:\n{text}'
     )
     return int(differs)
@@ -92,8 +92,8 @@ def _choose(run: Run, step: int) -> tuple[dict[str, Any], integrity.Saved]:
     raise TrainingError(
       f'--replay{f"={step}" if step else ""}: of the steps recorded in '
       f'{step_records.folder_of(run.workdir)}, {[r["step"] for r in records]}, '
-      f'these can be taken again from a state that is kept: {steps}. '
-      'checkpoint.record_every says how often one is recorded'
+      f'these can be replayed from a stored state: {steps}. '
+      'checkpoint.record_every sets how often one is recorded'
     )
   record, saved = pairs[steps.index(step) if step else -1]
   problem = integrity.damage(saved)
@@ -157,7 +157,7 @@ def compare(
     lines.append(f'DIFFERS: {cause}')
     lines += [
       f'  {key} was {record["machine"].get(key)} and is {value}: bits may '
-      'differ for that alone'
+      'differ for this reason alone'
       for key, value in found['machine'].items()
       if record['machine'].get(key) != value
     ]

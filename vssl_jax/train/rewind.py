@@ -65,15 +65,15 @@ def rewind(run: Run, asked: Rewind) -> integrity.Saved:
   reached = max(logged, newest.step if newest else 0)
   if asked.step > reached:
     raise TrainingError(
-      f'--rewind={asked.step}: {run.workdir} has come to step {reached} only'
+      f'--rewind={asked.step}: {run.workdir} has only reached step {reached}'
     )
   saved = run.checkpoints.newest(asked.step - 1)
   if saved is None:
     steps = [s.step for s in run.checkpoints.whole()]
     raise TrainingError(
-      f'--rewind={asked.step}: no whole checkpoint from before step '
-      f'{asked.step} is kept under {run.checkpoints.folder}, only those of '
-      f'steps {steps}; rewind to after one of them, or start anew in another '
+      f'--rewind={asked.step}: no intact checkpoint from before step '
+      f'{asked.step} is stored under {run.checkpoints.folder}, only those of '
+      f'steps {steps}; rewind to after one of them, or start again in another '
       '--config.workdir (checkpoint.keep and checkpoint.keep_every keep more)'
     )
   left_out = batch_order.leave_out(run.left_out, asked.step - 1, asked.skip)
@@ -109,7 +109,7 @@ def _describe(
   """Describes a completed rewind in one or two lines."""
   last = asked.step + asked.skip - 1
   batches = {
-    0: 'the same batches come again',
+    0: 'the same batches are repeated',
     1: f'the batch of step {asked.step} is left out',
   }.get(asked.skip, f'the batches of steps {asked.step} to {last} are left out')
   aside = (

@@ -207,8 +207,8 @@ def _check_distinct(
     )
   if cause:
     raise ValueError(
-      f'{config.method.name} remembers every training example, and a batch may '
-      f'not hold one twice, as it may with {cause}'
+      f'{config.method.name} stores a state of every training example, and a '
+      f'batch may not hold an example twice, as it may with {cause}'
     )
 
 
@@ -246,8 +246,8 @@ def _record(run: Run) -> dict[str, Any] | None:
     return None
   except integrity.CorruptError as error:
     run.logger.log(
-      f'{error}. The newest checkpoint says what the run is; the file is set '
-      f'aside as {path.name}.corrupt and written again'
+      f'{error}. The file is renamed to {path.name}.corrupt and written again '
+      'from the newest checkpoint'
     )
     if not run.read_only and jax.process_index() == 0:
       path.replace(path.with_name(f'{path.name}.corrupt'))
@@ -306,9 +306,9 @@ def _check_data(run: Run, record: Mapping[str, Any], step: int) -> None:
     raise TrainingError(
       f'{run.workdir}: the videos are not those that the run was started with: '
       f'{change}. Put them back as they were, or give a new --config.workdir, '
-      'or go on with other batches: --config.data.allow_change=True'
+      'or continue with other batches: --config.data.allow_change=True'
     )
-  run.logger.log(f'data.allow_change: going on at step {step} with {change}')
+  run.logger.log(f'data.allow_change: continuing at step {step} with {change}')
   run.data_changes = [*run.data_changes, {'step': step, 'change': change}]
 
 
@@ -325,7 +325,7 @@ def _check_rounding(run: Run, before: Mapping[str, Any]) -> None:
   if bool(was) != bool(now):
     raise TrainingError(
       f'{run.workdir} was started with cache_targets={was!r}, found {now!r}: '
-      'targets that are kept are rounded, so the numbers would differ. Wanted '
+      'stored targets are rounded, so the numbers would differ. Wanted '
       + (f'a folder, such as {was}' if was else "''")
       + '; or give a new --config.workdir'
     )
@@ -341,8 +341,8 @@ def _check_batches(run: Run, saved: integrity.Saved) -> None:
     raise TrainingError(
       f'{run.workdir}/run.json leaves out batches {expected} up to step '
       f'{saved.step}, and checkpoint {saved.path.name} left out {ranges}: they '
-      'are not of one run. Put the right run.json back, or remove it and the '
-      "checkpoint's list counts"
+      'belong to different runs. Put the right run.json back, or remove it to '
+      "use the checkpoint's list"
     )
 
 

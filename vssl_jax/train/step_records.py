@@ -38,7 +38,7 @@ def listing(workdir: pathlib.Path) -> list[dict[str, Any]]:
     try:
       records.append(integrity.load(path))
     except integrity.CorruptError as error:
-      logging.warning('passing over a recorded step: %s', error)
+      logging.warning('skipping a recorded step: %s', error)
   return records
 
 

@@ -46,7 +46,7 @@ def join(env: Mapping[str, str]) -> None:
       jax.distributed.initialize()
     except ValueError as error:
       raise ValueError(
-        f'JAX cannot tell who the other processes are ({error}); set '
+        f'JAX cannot determine the other processes ({error}); set '
         f'{", ".join(ADDRESS)} for every process, or VSSL_CLUSTER=0 to run '
         'alone'
       ) from error

@@ -68,6 +68,8 @@ def parse(
     assignments.append(flag.removeprefix('--config.'))
   if args.workdir:
     if any(x.startswith('workdir=') for x in assignments):
-      parser.error('--workdir: found --config.workdir beside it; give one')
+      parser.error(
+        '--workdir: found --config.workdir together with it; give one'
+      )
     assignments.append(f'workdir={args.workdir}')
   return args, assignments

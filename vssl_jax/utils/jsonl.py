@@ -31,7 +31,7 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
       skipped.append(number)
   if skipped:
     logging.warning(
-      '%s: passing over %d of %d lines that are not JSON objects, the first '
+      '%s: skipping %d of %d lines that are not JSON objects, the first '
       'of them line %d',
       path,
       len(skipped),

@@ -18,7 +18,7 @@ def run(argv: Sequence[str] | None = None) -> int:
   )
   parser.add_argument('folder', help="a run's folder")
   parser.add_argument(
-    'others', nargs='*', help='runs whose curves are drawn beside'
+    'others', nargs='*', help='more runs, whose curves are drawn too'
   )
   parser.add_argument('--clips', type=int, default=3, help='clips to draw')
   args = parser.parse_args(sys.argv[1:] if argv is None else argv)

@@ -71,7 +71,8 @@ def _sheet(
     caption += (
       f' By score: brightness is the score of the {phase.mask_teacher} '
       f'teacher, over the highest of its time step. Of all scores '
-      f'{100 * score_share:.0f} % are visible, by chance {100 * chance:.0f} %.'
+      f'{100 * score_share:.0f} % are visible, with random masks '
+      f'{100 * chance:.0f} %.'
     )
   file = f'{phase.name}-mask-{name or "all"}.png'
   image_grid.save(out / file, rows, caption)
@@ -103,6 +104,6 @@ def save_in(workdir: str) -> None:
   except Exception as error:  # of any kind: the run is already finished
     print(
       f'{folder}: its masks could not be drawn ({error!r}); the run itself is '
-      'whole',
+      'complete',
       file=sys.stderr,
     )

@@ -82,7 +82,7 @@ def _layers(out: pathlib.Path, run: pathlib.Path) -> list[html.Section]:
   if not weight_drift.save(out / 'drift.png', run / 'metrics.jsonl'):
     return []
   pictures = [html.Picture('drift.png', weight_drift.CAPTION)]
-  return [html.Section('How the layers move', pictures)]
+  return [html.Section('Weight changes of the layers', pictures)]
 
 
 def _phase(
@@ -93,10 +93,10 @@ def _phase(
   try:
     pictures += mask_pictures.draw(out, shown, phase)
   except (ValueError, OSError, manager.CheckpointError) as error:
-    missing = f' No masks, which go by a teacher: {error}.'
+    missing = f' No masks, which need a teacher: {error}.'
   title, params = f'Phase {phase.name}', run_reader.params(shown.folder, phase)
   if params is None:
-    note = 'No checkpoint: not begun, or not one of checkpoint.keep_phases.'
+    note = 'No checkpoint: not started, or not one of checkpoint.keep_phases.'
     return html.Section(title, pictures, note + missing)
   pictures += _reconstructions(out, shown, phase, params)
   pictures += _features(out, shown, phase, params)
@@ -179,7 +179,7 @@ def _features(
   caption = (
     f'{phase.name}, features of the {source}: their first three principal '
     'components as red, green and blue, one basis and one scale for all '
-    'frames of a clip. Colours of different clips do not compare.'
+    'frames of a clip. Colours of different clips are not comparable.'
   )
   name = '-'.join(filter(None, (phase.name, average, 'features.png')))
   image_grid.save(out / name, rows, caption)

@@ -23,12 +23,13 @@ LOCKED = '0.75'  # grey
 NAMED = 12
 CAPTION = (
   f'Above: relative change of the weights of each block in {PER} steps, a mean '
-  'over the stretch between two looks; grey where a block did not move at all, '
-  'white where nothing is known, as from one encoder to another. '
-  'Middle: the same, divided by the geometric mean over the blocks that moved, '
-  'which takes the learning rate out: red moves more than the others, blue '
-  'less, also where it was locked in the middle of a stretch. Below: root mean '
-  'square of the weights, by block. Dotted lines are where a phase begins.'
+  'over the interval between two measurements; grey where a block did not '
+  'change at all, white where nothing is known, as from one encoder to '
+  'another. Middle: the same, divided by the geometric mean over the blocks '
+  'that changed, which removes the effect of the learning rate: red changes '
+  'more than the others, blue less, also where it was locked within an '
+  'interval. Below: root mean square of the weights, by block. Dotted lines '
+  'are where a phase begins.'
 )
 
 
@@ -138,7 +139,7 @@ def save_in(workdir: str) -> None:
       save(path, path.with_name('metrics.jsonl'))
     except Exception as error:  # of any kind: the run is already finished
       print(
-        f'{path} could not be drawn ({error!r}); the run itself is whole',
+        f'{path} could not be drawn ({error!r}); the run itself is complete',
         file=sys.stderr,
       )
 

@@ -161,7 +161,7 @@ def to_ours(
       x = resizing.resize(x, shape.shape[:3], resize)
     if x.shape != shape.shape:
       raise tensors_lib.WeightsError(
-        f'{source}: {row.theirs} gives shape {x.shape} and {name} wants '
+        f'{source}: {row.theirs} gives shape {x.shape} and {name} has '
         f'{shape.shape}; the size or the patch of the encoder differs'
       )
     with np.errstate(over='ignore'):  # float64 out of float32 range becomes Inf
@@ -227,7 +227,7 @@ def _refuse(
   if bad:
     raise tensors_lib.WeightsError(
       f'{source}: {what} {len(bad)} names: {_some(bad)}. The file is of '
-      f'another model or release; what may be so goes into {option}'
+      f'another model or release; allowed names go into {option}'
     )
 
 

@@ -56,8 +56,8 @@ def build(found: source_lib.Found, part: str, num_heads: int | None) -> Any:
   heads = num_heads or found.config.get('num_heads') or HEADS.get(channels)
   if heads is None:
     raise tensors_lib.WeightsError(
-      f'{found.source}: {channels} channels do not tell the number of heads; '
-      'give a folder with model.safetensors and a config.json that says '
+      f'{found.source}: {channels} channels do not determine the number of '
+      'heads; give a folder with model.safetensors and a config.json that has '
       'num_heads, or num_heads to weights.load_published'
     )
   depth = table.depth(shapes)

@@ -126,7 +126,7 @@ def build(found: source_lib.Found, part: str, num_heads: int | None) -> Any:
         raise tensors_lib.WeightsError(
           f'{found.source}: {embed} has shape {shapes[embed]}, whose second '
           f'axis are channels, wanted {channels} as of image_mean; a '
-          'config.json beside model.safetensors may say other image_mean and '
+          'config.json beside model.safetensors may give other image_mean and '
           'image_std'
         )
       fields['final_norm'] = norm or found.layout.family == 'vjepa2'
@@ -293,8 +293,8 @@ def _common(
   heads = num_heads or config.get(name) or HEADS[family].get(width)
   if heads is None:
     raise tensors_lib.WeightsError(
-      f'{found.source}: width {width} does not tell the number of heads; give '
-      'a folder with model.safetensors and a config.json that says '
+      f'{found.source}: width {width} does not determine the number of heads; '
+      'give a folder with model.safetensors and a config.json that has '
       f'{name}, or num_heads to weights.load_published'
     )
   if width % heads:

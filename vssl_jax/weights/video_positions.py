@@ -55,7 +55,7 @@ def of(found: source_lib.Found) -> Positions:
   _, stored = found.tensors('encoder').get(STORED, ('', None))
   if stored is None:
     if named:
-      return Positions(named, None, f'as #{found.named} says')
+      return Positions(named, None, f'as given by #{found.named}')
     if found.layout is not None and '(transformers)' in found.layout.name:
       return Positions('sinusoid_1d', None, 'transformers has no other')
     return Positions('sinusoid_1d', None, '')
@@ -133,7 +133,7 @@ def log(found: source_lib.Found) -> None:
   if position.others:
     logger.warning(
       '%s: positions %s for a grid (t, h, w) of %s tokens assumed. The file '
-      'does not tell the grid: its %s may as well be for %s',
+      'does not state the grid: its %s may also be for %s',
       found.source, position.kind, position.grid, STORED, position.others,
     )  # fmt: skip
   elif position.evidence:
@@ -143,7 +143,7 @@ def log(found: source_lib.Found) -> None:
     )  # fmt: skip
   else:
     logger.warning(
-      '%s: positions %s assumed, those of VideoMAE. The file does not tell '
+      '%s: positions %s assumed, those of VideoMAE. The file does not state '
       'them, and files of MVD have the same names: for one of MVD write '
       '%s#mvd, else %s#videomae',
       found.source, position.kind, found.source, found.source,

@@ -83,8 +83,8 @@ class Spec:
     if self.depth_units < 0 or (self.depth_units and self.fps):
       raise ValueError(
         f'data.depth_units is {self.depth_units} and data.fps is {self.fps}; '
-        'wanted units per metre of 0 or more, and without a clock for the '
-        'frames data.fps=0 and a data.stride'
+        'wanted units per metre of 0 or more, and, as such frames have no '
+        'frame rate, data.fps=0 and a data.stride'
       )
     policy = augment.parse(self.auto_augment)
     if not 0 <= self.erase <= 1:
@@ -94,8 +94,8 @@ class Spec:
     if self.depth_units and (policy or self.erase):
       raise ValueError(
         f'data.auto_augment is {self.auto_augment!r} and data.erase is '
-        f'{self.erase}: they would part pictures from their depth. Wanted '
-        "'' and 0 with data.depth_units"
+        f'{self.erase}: they would change pictures but not their depth. '
+        "Wanted '' and 0 with data.depth_units"
       )
     for name in ('frames', 'stride', 'height', 'width', 'repeats', 'segments'):
       if getattr(self, name) < 1:

@@ -148,7 +148,7 @@ class _Child:
       self.kill()
       self.free()
       raise RuntimeError(
-        f'a reader of videos could not be started ({error.detail}); '
+        f'a video reader could not be started ({error.detail}); '
         'data.isolate=False reads in this process instead'
       ) from error
 
@@ -162,7 +162,7 @@ class _Child:
       raise decode.VideoError('died', self._epitaph()) from error
     reply = self._receive(seconds)
     if 'bug' in reply:
-      raise RuntimeError(f'in a reader of videos:\n{reply["bug"]}')
+      raise RuntimeError(f'in a video reader:\n{reply["bug"]}')
     if 'reason' in reply:
       raise decode.VideoError(reply['reason'], reply['detail'])
     return reply
@@ -218,7 +218,7 @@ def _memory(size: int) -> BinaryIO:
       space = os.statvfs(SHARED_MEMORY)
       logging.log_first_n(
         logging.WARNING,
-        '%s has %.1f MiB free of %.1f, and a reader of videos wants %.1f (%s): '
+        '%s has %.1f MiB free of %.1f, and a video reader needs %.1f (%s): '
         'clips go through files in %s, which is slower. Give it more (docker '
         'run --shm-size=8g; in Kubernetes an emptyDir with medium Memory)',
         1,

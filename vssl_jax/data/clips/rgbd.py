@@ -104,7 +104,7 @@ def _measured(
   if abs(aspects[0] / aspects[1] - 1) > ASPECT_SLACK or rotated:
     raise decode.VideoError(
       'unreadable',
-      f'{path}: depth of {depth.width}x{depth.height} does not lie over a '
+      f'{path}: depth of {depth.width}x{depth.height} does not match a '
       f'picture of {colour.width}x{colour.height}'
       + ' that is turned or mirrored'
       * rotated,

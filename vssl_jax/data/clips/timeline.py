@@ -108,7 +108,7 @@ def load(
   """
   size = len(media) if isinstance(media, bytes) else os.path.getsize(media)
   if stream.frames > size:
-    raise ValueError(f'the header promises {stream.frames} frames in {size} B')
+    raise ValueError(f'the header declares {stream.frames} frames in {size} B')
   name = _identity(media)
   if name in _cache:
     return _cache[name], False

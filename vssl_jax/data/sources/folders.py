@@ -45,11 +45,11 @@ def listing(root: str) -> tuple[list[str], tuple[str, ...]]:
   notes += [f'{others} others'] if others else []
   if not names:
     raise FileNotFoundError(
-      f'no videos in {root!r}; files ending in {", ".join(MEDIA)} are taken, '
+      f'no videos in {root!r}; files ending in {", ".join(MEDIA)} are read, '
       'and shards ending in .array_record'
       + (f'; found {", ".join(notes)}' if notes else '; it is empty')
     )
-  notes = (f'passed over {", ".join(notes)}',) if notes else ()
+  notes = (f'skipped {", ".join(notes)}',) if notes else ()
   return sorted(names), notes
 
 

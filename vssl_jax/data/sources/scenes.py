@@ -271,7 +271,7 @@ def _taken(
     raise ValueError(
       f'{path}: no frames are left of {len(found)} scenes'
       + (f' where {where}; the last frame is {last}' if where else '')
-      + '. A picture and its depth belong together by the numbers in their '
+      + '. A picture and its depth are matched by the numbers in their '
       'names, such as color/12.jpg and depth/12.png'
     )
   return tuple(selected)

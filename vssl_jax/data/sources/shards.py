@@ -165,11 +165,11 @@ def _read_index(path: str) -> tuple[tuple[str, ...], set[str]]:
       if not isinstance(values, list) or not all(
         isinstance(value, str) for value in values
       ):
-        raise ValueError(f'{path}: {key!r} is no list of names')
+        raise ValueError(f'{path}: {key!r} is not a list of names')
   except ValueError as error:
     raise ValueError(
-      f'{error}. Copy it again, or make it anew by starting '
-      'vssl_jax.data.tools.prepare again with the same --out'
+      f'{error}. Copy it again, or write it again: run '
+      'vssl_jax.data.tools.prepare with the same --out'
     ) from error
   return tuple(names), set(shards)
 
@@ -187,7 +187,7 @@ def count(path: str) -> int:
   except (RuntimeError, ValueError, OSError) as error:
     size = os.path.getsize(path) if os.path.exists(path) else 0
     raise ValueError(
-      f'{path}: found {size} bytes that are not a whole ArrayRecord file '
+      f'{path}: found {size} bytes that are not a complete ArrayRecord file '
       f'({str(error).split(";")[0][:200] or "its end is missing"}); copy or '
       'make it again, or remove it'
     ) from error

@@ -233,7 +233,7 @@ def find(
     else:
       raise FileNotFoundError(
         f'data.source: there is nothing at {path!r} (from {os.getcwd()}), or '
-        'neither a folder nor a file; several sources have commas between them'
+        'neither a folder nor a file; separate several sources by commas'
       )
     parts.append(part)
   return Joined(tuple(parts))
@@ -251,7 +251,7 @@ def folder(root: str, classes: tuple[str, ...] = ()) -> Files:
   if outside:
     if outside < len(names):
       notes = (
-        f'its folders are no classes, because {outside} lie outside of them',
+        f'its folders are not classes, because {outside} lie outside of them',
         *notes,
       )
     label_numbers, class_names = (example_lib.UNKNOWN,) * len(names), None
@@ -309,7 +309,7 @@ def _check_is_text(path: str) -> None:
   if not video_lists.is_text(raw):
     raise ValueError(
       f'data.source: {path!r} is neither a video ({", ".join(MEDIA)}) nor a '
-      f'list of some ({", ".join(video_lists.ENDINGS)}) nor ArrayRecord '
+      f'list of videos ({", ".join(video_lists.ENDINGS)}) nor ArrayRecord '
       'shards; unpack archives (.tar, .zip) and give the folder'
     )
 

@@ -222,7 +222,7 @@ def _feature(path: str, tree: Any) -> Feature:
   tfds_names = [name for name in names if name.startswith(_PREFIX)]
   if len(names) != 1 or not tfds_names:
     raise ValueError(
-      f'{path} asks to import {names}; wanted one class of '
+      f'{path} would import {names}; wanted one class of '
       'tensorflow_datasets.core.features for each feature. No class that data '
       'name is imported'
     )

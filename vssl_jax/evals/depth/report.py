@@ -10,8 +10,8 @@ from vssl_jax.evals import clips, splits
 KEYS = ('abs_rel', 'delta_1', 'rmse')
 NOTES = {
   'selected': 'head chosen on held-out training examples, or the only one',
-  'best': 'head with the smallest AbsRel on the test clips; flatters',
-  'mean': 'mean of the training clips at each pixel: nothing is looked at',
+  'best': 'head with the smallest AbsRel on the test clips; optimistic',
+  'mean': 'mean of the training clips at each pixel: no input is used',
 }
 
 
@@ -71,8 +71,8 @@ def text(report: Mapping[str, Any]) -> str:
     if name != 'pixels':
       lines += _lines(name, row)
   lines.append(
-    'Pixels of one scene depend on each other: no interval is given. Examples '
-    'of the rooms that were trained on say nothing of other rooms.'
+    'Pixels of one scene depend on each other: no interval is given. Results '
+    'on rooms that were trained on do not hold for other rooms.'
   )
   return '\n'.join(lines)
 

@@ -82,7 +82,7 @@ def evaluate(
   if results is None:
     raise loop.run_lib.TrainingError(
       f'fine-tuning ended with status {status} and is saved in '
-      f'{config.workdir}; the same call goes on from there'
+      f'{config.workdir}; the same call resumes from there'
     )
   return results
 
@@ -143,7 +143,8 @@ def describe(
   elif videos.chosen_by_test:
     lines.append(
       f'the best checkpoint is chosen on {videos.chosen.count} of the '
-      f'{videos.chosen.total} test videos, as published codes do; that flatters'
+      f'{videos.chosen.total} test videos, as in published code; the result is '
+      'optimistic'
     )
   return '\n'.join(lines)
 
@@ -173,8 +174,8 @@ def _test(
   if model.saved.path.name != manager.BEST:
     raise ValueError(
       f'{config.workdir}/params/{manager.BEST}: the best checkpoint is '
-      f'damaged or missing, and {model.saved.path.name} is not it. Put a copy '
-      'of the folder back, or train anew with another --config.workdir'
+      f'damaged or missing, and {model.saved.path.name} is another one. Put a '
+      'copy of the folder back, or train again with another --config.workdir'
     )
   test_clips = videos_lib.all_views(config, videos)
   with contextlib.closing(test_clips), jax.set_mesh(mesh):

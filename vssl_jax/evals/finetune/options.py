@@ -70,7 +70,7 @@ def unused(config: ml_collections.ConfigDict) -> dict[str, str]:
     'data.holdout': 'use finetune.holdout',
     'data.examples': 'videos are counted',
     'cache_targets': 'there are no teachers',
-    'probe.*': 'it is of the jobs probe and depth',
+    'probe.*': 'it belongs to the jobs probe and depth',
     'data.depth_units': unused_options.DEPTH,
     **unused_options.of_data(config.data, config.data.repeats),
   }

@@ -26,7 +26,7 @@ def text(report: Mapping[str, Any]) -> str:
     shared = report.get('chosen_by', all_videos)
     chosen_by += (
       f', {shared["count"]} of the {shared["total"]} test videos among them, '
-      'as published codes do; flatters'
+      'as in published code; optimistic'
     )
   facts = {
     'encoder': report['encoder'],
@@ -35,7 +35,7 @@ def text(report: Mapping[str, Any]) -> str:
     'train': f'{train["videos"]} videos of {train["source"]}, '
     f'{settings["epochs"]} epochs',
     'rate': report['lr'],
-    'chosen by': f'{chosen_by}: {valid["correct"]} right '
+    'chosen by': f'{chosen_by}: {valid["correct"]} correct '
     f'({100 * valid["correct"] / valid["total"]:.2f} %), step {best["step"]} '
     f'of {report["steps"]}' + (f'; {better_epoch}' if better_epoch else ''),
     'test': f'{test["evaluated"]} videos of {test["source"]}, '

@@ -77,7 +77,7 @@ class Hook:
       )
     return [
       f'epoch {(done - span.start) // self._every}: {score["correct"]} of '
-      f'{score["total"]} validation videos right ({100 * accuracy:.2f} %), '
+      f'{score["total"]} validation videos correct ({100 * accuracy:.2f} %), '
       f'loss {score["loss"]:.4f}' + (', the best so far' if better else '')
     ]
 
@@ -149,5 +149,5 @@ def lost(report: Mapping[str, Any]) -> str:
   return (
     f'not the best of the run: epoch {best["epoch"]} had '
     f'{100 * best["accuracy"]:.2f} % and loss {best["loss"]:.4f}, tested is '
-    f'epoch {tested}; the run went back to before its best'
+    f'epoch {tested}; the run was rewound to before its best'
   )

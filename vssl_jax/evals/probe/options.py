@@ -120,7 +120,7 @@ def network(
   if config['segments'] > 1:
     raise ValueError(
       f'probe.segments: found {config["segments"]}, wanted 1: this readout '
-      'sees one clip at a time; set probe.clips, whose votes are averaged'
+      'sees one clip at a time; set probe.clips, whose predictions are averaged'
     )
   return readout.CrossAttention(
     classes, grid, frames, dtype=dtype, **attention_of(config)

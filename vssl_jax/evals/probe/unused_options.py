@@ -6,7 +6,7 @@ ignored silently.
 
 import ml_collections
 
-FROZEN = 'it comes with the weights of config.encoder, which stay as they are'
+FROZEN = 'it comes with the weights of config.encoder, which are frozen'
 # Of both jobs.
 COMMON = {
   'batch_size': 'use probe.batch_size and probe.test_batch_size',
@@ -18,7 +18,7 @@ COMMON = {
   'checkpoint.*': 'nothing is saved but the report',
   'log.*': 'nothing is logged but the report',
   'health.*': 'nothing is pretrained',
-  'finetune.*': 'it is of the job finetune',
+  'finetune.*': 'it belongs to the job finetune',
   'data.holdout': 'use probe.holdout',
   'data.repeats': 'use probe.segments',
   'data.examples': 'videos are counted',
@@ -28,7 +28,7 @@ RANDOM = (
   *('sampling', 'crop', 'crop_scale', 'crop_aspect', 'flip', 'weights'),
   *('auto_augment', 'erase', 'repeat_frames'),
 )
-DEPTH = 'it is of the job depth'
+DEPTH = 'it belongs to the job depth'
 # Of lists of labelled videos; frames with depth come in folders.
 LABELLED = ('path_column', 'label_column', 'split', 'classes')
 DEPTH_ONLY = ('loss', 'patch', 'pictures')
@@ -53,7 +53,7 @@ def unused_by_probe(config: ml_collections.ConfigDict) -> dict[str, str]:
     config: a resolved config.
   """
   protocol = config.probe.protocol
-  reason = f'probe.protocol is {protocol!r}, which has no use for it'
+  reason = f'probe.protocol is {protocol!r}, which does not use it'
   out = COMMON | {f'probe.{x}': reason for x in OTHERS.get(protocol, ())}
   out |= {f'probe.{x}': DEPTH for x in DEPTH_ONLY}
   out['data.depth_units'] = DEPTH
@@ -71,7 +71,7 @@ def unused_by_depth(config: ml_collections.ConfigDict) -> dict[str, str]:
     config: a resolved config.
   """
   names = ('protocol', 'ks', 'eval_every')
-  out = COMMON | {f'probe.{x}': 'it is of the job probe' for x in names}
+  out = COMMON | {f'probe.{x}': 'it belongs to the job probe' for x in names}
   reason = 'frames with depth come in folders and have no labels'
   out |= {f'data.{name}': reason for name in LABELLED}
   return out | _random(config) | _lists(config) | one_head(config.probe)

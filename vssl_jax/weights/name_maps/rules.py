@@ -75,8 +75,8 @@ class Part:
       gap = min(set(range(depth)) - blocks)
       raise tensors.WeightsError(
         f'found a block {self.blocks.format(i=depth - 1)} and none '
-        f'{self.blocks.format(i=gap)}, wanted all {depth}; the file is not '
-        'whole'
+        f'{self.blocks.format(i=gap)}, wanted all {depth}; the file is '
+        'incomplete'
       )
     return depth
 

@@ -308,7 +308,7 @@ class _Machine:
     if (module, name) in INERT:
       return Inert
     raise self._error(
-      f'the pickle asks for {module[:60]}.{name[:60]}, which is not on the '
+      f'the pickle refers to {module[:60]}.{name[:60]}, which is not on the '
       'list of harmless names; it may be an attempt to run code. If you trust '
       'the file, load it where it was made and save its state_dict as '
       'safetensors'

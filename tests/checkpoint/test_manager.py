@@ -152,6 +152,8 @@ def test_leftovers_are_removed_at_start(tmp_path):
   (folder / '00000002' / 'ocdbt.process_0' / 'd' / 'x').write_text('half')
   (folder / '00000002' / '_METADATA').write_text('{')
   (folder / '00000003.orbax-checkpoint-tmp').mkdir()
+  lock = 'manifest.ocdbt.__lock'  # of a file that was being written
+  (folder / '00000003.orbax-checkpoint-tmp' / lock).write_text('')
   (folder / '00000001.partial').write_text('{')
   assert manager.Checkpoints(tmp_path).newest().step == 1
   left = sorted(p.name for p in folder.iterdir())

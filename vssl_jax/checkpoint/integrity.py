@@ -51,10 +51,11 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
 # Folders left by a killed save of a train state, and temporary ones of Orbax.
 _UNFINISHED = re.compile(r'[0-9]{8}|.+\.orbax-checkpoint-tmp.*')
 _STEP = re.compile(r'[0-9]{8,}')
-# Content of the folder of a train state.
+# Content of the folder of a train state; a file that a killed save was writing
+# has a suffix, such as `manifest.ocdbt.__lock`.
 _PARTS = re.compile(
-  r'_CHECKPOINT_METADATA|_METADATA|_sharding|array_metadatas|d'
-  r'|commit_success\.txt|manifest\.ocdbt|ocdbt\.process_.*|\..*'
+  r'(_CHECKPOINT_METADATA|_METADATA|_sharding|array_metadatas|d'
+  r'|commit_success\.txt|manifest\.ocdbt|ocdbt\.process_.*)?(\..*)?'
 )
 
 
